@@ -1,0 +1,47 @@
+# Everything a fresh Debian 12 machine needs, and the commands that people and CI use.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := etcd-server etcd-client nats-server iproute2
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo demo-down test test-slow lint bench clean
+
+setup: $(STAMP)
+
+# Debian's packages are installed with service start-up switched off: gms-launch runs its own etcd and NATS.
+.PHONY: packages
+packages:
+	@missing=$$(for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -n "$$missing" ]; then tests/install-packages.sh $$missing; fi
+
+$(STAMP): pyproject.toml | packages
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e '.[reference,dynamo,test]'
+	touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/demo.sh
+
+demo-down: setup
+	$(BIN)/gms-launch down --run demo
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: setup lint
+	$(BIN)/python -m pytest -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m slow
+
+bench: setup
+	$(BIN)/python -m bench.watch
+	$(BIN)/python -m bench.failover
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,159 @@
+"""The stack without the launcher: what a failover costs when nobody supervises it.
+
+etcd, a GMS server, the frontend and two reference engines, started by hand as the recipe does, and a kill of the
+primary's whole process group. What remains is lock hand-over, wake and registration: the floor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def free_port() -> int:
+    """A port below the ephemeral range: Dynamo reads DYN_SYSTEM_PORT as a signed 16-bit number."""
+    while True:
+        port = random.randrange(10000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def complete(port: int, model: str, prompt: str = "hello", tokens: int = 1, timeout: float = 5.0) -> str | None:
+    """The completion's text, or None for anything but a 200."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    try:
+        body = json.dumps({"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0})
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        data = answer.read()
+        return str(json.loads(data)["choices"][0]["text"]) if answer.status == 200 else None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def wait_for_text(port: int, model: str, timeout: float, pause: float = 0.002) -> tuple[float, int]:
+    """Ask for one token until it comes; returns when (perf_counter) and how many requests failed before."""
+    deadline = time.perf_counter() + timeout
+    failed = 0
+    while time.perf_counter() < deadline:
+        if complete(port, model):
+            return time.perf_counter(), failed
+        failed += 1
+        time.sleep(pause)
+    raise TimeoutError(f"no completion within {timeout:g} s")
+
+
+class BareStack:
+    """Use as a context manager. `model` is a model directory."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        self.port = free_port()
+        self.directory = Path(tempfile.mkdtemp(prefix="bare-", dir="/dev/shm"))
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._lives = 0
+        self._etcd_port = free_port()
+
+    def __enter__(self) -> BareStack:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._processes):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        subprocess.run(["rm", "-rf", str(self.directory)], check=False)
+
+    def _spawn(self, name: str, argv: list[str], **env: str) -> subprocess.Popen[bytes]:
+        with open(self.directory / f"{name}.log", "ab") as log:
+            process = subprocess.Popen(
+                argv, env=os.environ | env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self._processes.append(process)
+        return process
+
+    def _env(self) -> dict[str, str]:
+        return {"ETCD_ENDPOINTS": f"http://127.0.0.1:{self._etcd_port}", "GMS_SOCKET_DIR": str(self.directory)}
+
+    def _start(self) -> None:
+        url, peer = f"http://127.0.0.1:{self._etcd_port}", f"http://127.0.0.1:{free_port()}"
+        self._spawn(
+            "etcd",
+            ["etcd", "--name", "n", "--data-dir", str(self.directory / "etcd"), "--listen-client-urls", url]
+            + ["--advertise-client-urls", url, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+            + ["--initial-cluster", f"n={peer}"],
+        )
+        self._spawn("gms", [sys.executable, "-m", "gms_launch.gms", "--device", "0"], **self._env())
+        frontend = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(self.port)]
+        self._spawn("frontend", frontend, **self._env())
+        self.primary = self.engine(0)
+        self.shadow = self.engine(1)
+        wait_for_text(self.port, str(self.model), 60, 0.05)
+        self.wait_parked(self.shadow)
+
+    def engine(self, engine_id: int) -> tuple[int, subprocess.Popen[bytes], Path]:
+        """Start an engine; returns its id, process and log."""
+        self._lives += 1
+        name = f"engine-{engine_id}-{self._lives}"
+        env = self._env() | {
+            "ENGINE_ID": str(engine_id),
+            "DYN_VLLM_GMS_SHADOW_MODE": "true",
+            "FAILOVER_LOCK_PATH": str(self.directory / "failover.lock"),
+            "DYN_SYSTEM_PORT": str(free_port()),
+            "DYN_SYSTEM_HOST": "127.0.0.1",
+            "DYN_SYSTEM_STARTING_HEALTH_STATUS": "notready",
+        }
+        argv = [sys.executable, "-m", "gms_launch.engines.reference", "--model", str(self.model), "--load-format", "gms"]
+        argv += ["--master-port", str(free_port())]
+        return engine_id, self._spawn(name, argv, **env), self.directory / f"{name}.log"
+
+    def wait_parked(self, engine: tuple[int, subprocess.Popen[bytes], Path]) -> None:
+        deadline = time.monotonic() + 60
+        while "waiting for lock" not in engine[2].read_text():
+            if engine[1].poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the shadow did not park:\n{engine[2].read_text()[-2000:]}")
+            time.sleep(0.02)
+
+    def failover(self) -> float:
+        """Kill the primary's group; returns seconds from the kill to the first text from the shadow. Re-arms."""
+        dead_id, process, _ = self.primary
+        begun = time.perf_counter()
+        os.killpg(process.pid, signal.SIGKILL)
+        first, _ = wait_for_text(self.port, str(self.model), 60)
+        process.wait()
+        self._revoke_dead()
+        self.primary = self.shadow
+        self.shadow = self.engine(dead_id)
+        self.wait_parked(self.shadow)
+        return first - begun
+
+    def _revoke_dead(self) -> None:
+        """Forget instances nobody listens for any more, as an operator would with etcdctl."""
+        env = os.environ | {"ETCDCTL_API": "3"}
+        ctl = ["etcdctl", "--endpoints", self._env()["ETCD_ENDPOINTS"]]
+        keys = subprocess.run(
+            [*ctl, "get", "--prefix", "v1/instances/dynamo/backend/generate/"], env=env, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        for key, value in zip(keys[::2], keys[1::2], strict=True):
+            host, port = json.loads(value)["transport"]["tcp"].split("/")[0].rsplit(":", 1)
+            with socket.socket() as probe:
+                if probe.connect_ex((host, int(port))) != 0:
+                    subprocess.run([*ctl, "lease", "revoke", key.rpartition("/")[2]], env=env, check=True, capture_output=True)

@@ -1,0 +1,158 @@
+"""What the kernel says about processes: identity, groups, tags, descendants, lock holders.
+
+Reads /proc and nothing else. A pid alone never names a process here: `ProcessId` carries the start time, which the
+kernel sets once and which tells a process from a later one with the same number. Killing is done in `process`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+TAG_ENV = "GMS_LAUNCH_TAG"
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process: pid, and start time in clock ticks since boot (field 22 of /proc/PID/stat)."""
+
+    pid: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Stat:
+    """The fields of /proc/PID/stat that we use."""
+
+    pid: int
+    comm: str
+    state: str
+    ppid: int
+    pgid: int
+    session: int
+    start: int
+
+    @property
+    def identity(self) -> ProcessId:
+        return ProcessId(self.pid, self.start)
+
+    @property
+    def dead(self) -> bool:
+        """True for a zombie: it runs no more and holds nothing, only its parent has not reaped it yet."""
+        return self.state in "ZX"
+
+
+def stat(pid: int) -> Stat | None:
+    """The process `pid`, or None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read().decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    # The command name may hold spaces and parentheses; the fields begin after the last one.
+    head, _, tail = text.rpartition(")")
+    fields = tail.split()
+    return Stat(
+        pid=pid,
+        comm=head.partition("(")[2],
+        state=fields[0],
+        ppid=int(fields[1]),
+        pgid=int(fields[2]),
+        session=int(fields[3]),
+        start=int(fields[19]),
+    )
+
+
+def identity(pid: int) -> ProcessId | None:
+    """`pid` with its start time, or None when there is no such process."""
+    found = stat(pid)
+    return found.identity if found else None
+
+
+def alive(who: ProcessId) -> bool:
+    """True while that very process runs (a zombie does not)."""
+    found = stat(who.pid)
+    return found is not None and found.start == who.start and not found.dead
+
+
+def pids() -> Iterator[int]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            yield int(name)
+
+
+def tag_of(pid: int) -> str | None:
+    """The value of GMS_LAUNCH_TAG that `pid` was started with; None when it has none or cannot be read."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            data = file.read()
+    except OSError:
+        return None
+    prefix = TAG_ENV.encode() + b"="
+    for entry in data.split(b"\0"):
+        if entry.startswith(prefix):
+            return entry[len(prefix) :].decode(errors="replace")
+    return None
+
+
+def tagged(prefix: str) -> list[tuple[Stat, str]]:
+    """Every running process whose tag is `prefix` or begins with `prefix/`, with its tag. Reads all of /proc."""
+    found = []
+    for pid in pids():
+        tag = tag_of(pid)
+        if tag is None or not (tag == prefix or tag.startswith(prefix + "/")):
+            continue
+        info = stat(pid)
+        if info is not None and not info.dead:
+            found.append((info, tag))
+    return found
+
+
+def group(pgid: int) -> list[Stat]:
+    """Every process of the group, zombies included."""
+    return [info for pid in pids() if (info := stat(pid)) is not None and info.pgid == pgid]
+
+
+def children(pid: int) -> list[int]:
+    """The direct children of `pid`, of all its threads."""
+    found: list[int] = []
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for task in tasks:
+        try:
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found.extend(int(p) for p in file.read().split())
+        except OSError:
+            continue
+    return found
+
+
+def flock_holders(path: str) -> list[int]:
+    """The pids that hold a flock on `path`, from /proc/locks. Empty when nobody does or the file is not there.
+
+    A pid from outside this pid namespace shows as 0 and is left out.
+    """
+    try:
+        info = os.stat(path)
+    except OSError:
+        return []
+    want = (os.major(info.st_dev), os.minor(info.st_dev), info.st_ino)
+    holders = []
+    with open("/proc/locks") as file:
+        for line in file:
+            fields = line.split()
+            # "1: FLOCK ADVISORY WRITE 1234 00:1a:56 0 EOF"; a waiter has "->" in second place.
+            if len(fields) < 6 or fields[1] != "FLOCK":
+                continue
+            major, minor, inode = fields[5].split(":")
+            if (int(major, 16), int(minor, 16), int(inode)) == want and int(fields[4]) > 0:
+                holders.append(int(fields[4]))
+    return holders
+
+
+def boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()

@@ -1,0 +1,360 @@
+"""Every setting of gms-launch, once: flag, environment name, recipe name, TOML key, default and help.
+
+`resolve` merges the sources in the order flags, `GMS_LAUNCH_*`, the recipe's own names, a TOML file, defaults
+from the scheduler, built-in defaults, and checks that the result makes sense. It reads only what it is given: no
+environment, no files (`read_toml` does that) and no clock, so that a test can say what the world looks like.
+What it does not do: find out who this node is (`topology`) or hand out ports (`ports`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gms_launch.errors import UsageError
+
+ENV_PREFIX = "GMS_LAUNCH_"
+#: Names with our prefix that are not settings: the process tag, and where runs are recorded.
+RESERVED_ENV = frozenset({"GMS_LAUNCH_TAG", "GMS_LAUNCH_HOME", "GMS_LAUNCH_RUN", "GMS_LAUNCH_CONFIG"})
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}\Z")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting. `name` is the TOML key, the dataclass field and, with dashes, the flag."""
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    group: str
+    recipe: str | None = None
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+
+def _port(name: str, default: int, help_: str, recipe: str | None = None) -> Setting:
+    return Setting(name, int, default, help_, "ports", recipe, minimum=1, maximum=65535)
+
+
+def _seconds(name: str, default: float, help_: str) -> Setting:
+    return Setting(name, float, default, help_ + " (seconds)", "timing", minimum=0.05)
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("run_id", str, "", "name of the run; made up when empty", "run"),
+    Setting("model", str, "", "model directory", "engine", recipe="MODEL"),
+    Setting("served_model_name", str, "", "name clients ask for; the model path when empty", "engine"),
+    Setting("engine", str, "vllm", "which engine to run", "engine", choices=("vllm", "reference")),
+    Setting("tp", int, 1, "tensor-parallel size over all nodes", "engine", recipe="TP", minimum=1),
+    Setting("shadows", int, 1, "shadow cohorts parked behind the primary", "engine", minimum=0, maximum=9),
+    Setting("python", str, "", "interpreter for engines and frontend; this one when empty", "engine"),
+    Setting("namespace", str, "dynamo", "Dynamo namespace the engines register in", "engine"),
+    Setting("nnodes", int, 1, "nodes of the run", "topology", recipe="NNODES", minimum=1),
+    Setting("node_rank", int, 0, "rank of this node, 0 is the leader", "topology", recipe="NODE_RANK", minimum=0),
+    Setting("leader_addr", str, "127.0.0.1", "address of the leader node", "topology", recipe="LEADER_ADDR"),
+    Setting(
+        "gms_server",
+        str,
+        "auto",
+        "which GMS server: upstream where gpu_memory_service can be imported (auto), or one of the two",
+        "gms",
+        choices=("auto", "builtin", "upstream"),
+    ),
+    Setting(
+        "gms_socket_dir",
+        str,
+        "",
+        "directory of the GMS sockets and the failover lock; in the node-local directory when empty",
+        "gms",
+        recipe="GMS_SOCKET_DIR",
+    ),
+    Setting("virtual_gpus", int, 1, "devices to make up on a machine without GPUs", "gms", minimum=1, maximum=16),
+    Setting("virtual_gpu_mib", int, 4096, "memory of a made-up device (MiB)", "gms", minimum=1),
+    Setting("etcd_bin", str, "", "etcd binary; found on PATH when empty", "services"),
+    Setting("nats_bin", str, "", "nats-server binary; found on PATH when empty", "services"),
+    Setting("nats", bool, True, "run NATS; --no-nats keeps events on ZMQ and needs no NATS", "services"),
+    Setting(
+        "event_plane",
+        str,
+        "auto",
+        "Dynamo's event plane; auto is zmq, which every supported release understands",
+        "services",
+        choices=("auto", "zmq", "nats"),
+    ),
+    Setting(
+        "etcd_endpoints",
+        str,
+        "",
+        "use this etcd (comma-separated URLs) instead of starting one",
+        "services",
+        recipe="ETCD_ENDPOINTS",
+    ),
+    Setting(
+        "nats_server", str, "", "use this NATS (URL) instead of starting one", "services", recipe="NATS_SERVER"
+    ),
+    Setting("frontend_host", str, "", "address the frontend listens on; the leader's when empty", "services"),
+    Setting("migration_limit", int, 0, "frontend: how often a request may move to another engine", "services"),
+    _port("frontend_port", 8000, "HTTP port of the frontend", "FRONTEND_PORT"),
+    _port("etcd_port", 2379, "etcd client port"),
+    _port("etcd_peer_port", 2380, "etcd peer port"),
+    _port("nats_port", 4222, "NATS client port"),
+    _port("master_port", 29500, "first port where the ranks of cohort 0 meet; + 100 a cohort"),
+    _port("system_port", 8080, "first system port of the engines; + 1 a cohort"),
+    _port("nixl_port", 8280, "first NIXL side-channel port; + 1 a cohort"),
+    _port("vllm_port", 21000, "first port of vLLM's own range; + 100 a cohort"),
+    _seconds("service_timeout", 30.0, "deadline for etcd, NATS and the frontend to be ready"),
+    _seconds("gms_timeout", 60.0, "deadline for every GMS socket to answer"),
+    _seconds("start_timeout", 1800.0, "deadline for an engine to be parked"),
+    _seconds("promotion_timeout", 60.0, "deadline from the lock to a served token"),
+    _seconds("stop_timeout", 10.0, "time an engine gets between SIGTERM and SIGKILL"),
+    _seconds("lease_ttl", 5.0, "lease of a node in etcd"),
+    _seconds("dynamo_lease_ttl", 10.0, "lease of Dynamo's processes in etcd"),
+    _seconds("restart_backoff", 1.0, "first delay before a cohort that failed early is started again; doubles"),
+    _seconds("restart_backoff_max", 60.0, "longest delay between two starts of a cohort"),
+    _seconds("restart_window", 600.0, "window in which starts are counted"),
+    Setting("restart_limit", int, 5, "failed starts in the window after which a cohort is given up", "timing", minimum=1),
+    Setting("log_max_mib", int, 64, "size at which a log is rotated (MiB); one old part is kept", "run", minimum=1),
+)
+BY_NAME: Mapping[str, Setting] = {s.name: s for s in SETTINGS}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The resolved settings of one `up`. Field names and meanings are those of `SETTINGS`.
+
+    `sources` says where each value that is not a default came from; `engine_args` is what followed `--`.
+    """
+
+    run_id: str
+    model: str
+    served_model_name: str
+    engine: str
+    tp: int
+    shadows: int
+    python: str
+    namespace: str
+    nnodes: int
+    node_rank: int
+    leader_addr: str
+    gms_server: str
+    gms_socket_dir: str
+    virtual_gpus: int
+    virtual_gpu_mib: int
+    etcd_bin: str
+    nats_bin: str
+    nats: bool
+    event_plane: str
+    etcd_endpoints: str
+    nats_server: str
+    frontend_host: str
+    migration_limit: int
+    frontend_port: int
+    etcd_port: int
+    etcd_peer_port: int
+    nats_port: int
+    master_port: int
+    system_port: int
+    nixl_port: int
+    vllm_port: int
+    service_timeout: float
+    gms_timeout: float
+    start_timeout: float
+    promotion_timeout: float
+    stop_timeout: float
+    lease_ttl: float
+    dynamo_lease_ttl: float
+    restart_backoff: float
+    restart_backoff_max: float
+    restart_window: float
+    restart_limit: int
+    log_max_mib: int
+    engine_args: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def cohorts(self) -> int:
+        return self.shadows + 1
+
+    def was_set(self, name: str) -> bool:
+        """True when the user gave `name` a value, so that it must not be moved silently."""
+        return name in self.sources
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data.pop("sources")
+        data["engine_args"] = list(self.engine_args)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Settings:
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: v for k, v in data.items() if k in known}
+        values["engine_args"] = tuple(values.get("engine_args", ()))
+        return cls(**values)
+
+
+def parse(setting: Setting, value: Any, source: str) -> Any:
+    """Turn `value` into the setting's type, or raise `UsageError` that names the source."""
+    where = f"{setting.name} (from {source})"
+    if setting.kind is bool:
+        if isinstance(value, bool):
+            return value
+        word = str(value).strip().lower()
+        if word in {"1", "true", "yes", "on"}:
+            return True
+        if word in {"0", "false", "no", "off"}:
+            return False
+        raise UsageError(f"{where}: {value!r} is neither true nor false")
+    if isinstance(value, bool) or (setting.kind is str and not isinstance(value, str)):
+        raise UsageError(f"{where}: expected {setting.kind.__name__}, found {value!r}")
+    try:
+        parsed = setting.kind(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{where}: {value!r} is not a valid {setting.kind.__name__}") from None
+    if setting.choices and parsed not in setting.choices:
+        raise UsageError(f"{where}: {parsed!r} is not one of {', '.join(setting.choices)}")
+    if setting.minimum is not None and not parsed >= setting.minimum:
+        raise UsageError(f"{where}: {parsed} is below {setting.minimum:g}")
+    if setting.maximum is not None and not parsed <= setting.maximum:
+        raise UsageError(f"{where}: {parsed} is above {setting.maximum:g}")
+    return parsed
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file: `[gms-launch]` if that table is there, else the whole file."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"settings file {path} does not exist") from None
+    except OSError as exc:
+        raise UsageError(f"settings file {path} cannot be read: {exc.strerror}") from None
+    except ValueError as exc:
+        raise UsageError(f"settings file {path} is not valid TOML: {exc}") from None
+    table = data.get("gms-launch", data)
+    if not isinstance(table, dict):
+        raise UsageError(f"settings file {path}: [gms-launch] is not a table")
+    return table
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    toml: Mapping[str, Any] | None = None,
+    toml_path: str = "settings file",
+    scheduler: Mapping[str, Any] | None = None,
+    engine_args: Sequence[str] = (),
+) -> Settings:
+    """Merge every source into one checked `Settings`.
+
+    `flags` holds only what the user typed (None is "not given"); `scheduler` what Slurm says. Raises `UsageError`
+    for unknown names, wrong types, values out of range and contradictions.
+    """
+    for key in toml or {}:
+        if key not in BY_NAME:
+            raise UsageError(f"{toml_path}: unknown setting {key!r}{_suggest(key, list(BY_NAME))}")
+    known_env = [s.env for s in SETTINGS]
+    for key in environ:
+        if key.startswith(ENV_PREFIX) and key not in RESERVED_ENV and key not in known_env:
+            raise UsageError(f"environment: unknown setting {key}{_suggest(key, known_env)}")
+
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for s in SETTINGS:
+        candidates: list[tuple[Any, str]] = [(flags.get(s.name), s.flag)]
+        # An empty variable counts as unset, as in the recipe's own ${NAME:-default}.
+        candidates.append((environ.get(s.env) or None, s.env))
+        if s.recipe:
+            candidates.append((environ.get(s.recipe) or None, s.recipe))
+        candidates.append(((toml or {}).get(s.name), toml_path))
+        candidates.append(((scheduler or {}).get(s.name), "Slurm"))
+        for value, source in candidates:
+            if value is not None:
+                values[s.name] = parse(s, value, source)
+                sources[s.name] = source
+                break
+        else:
+            values[s.name] = s.default
+    settings = Settings(**values, engine_args=tuple(engine_args), sources=sources)
+    _check(settings)
+    return settings
+
+
+def _check(s: Settings) -> None:
+    """Contradictions between settings, each with one message."""
+    if s.run_id and not RUN_ID.match(s.run_id):
+        raise UsageError(
+            f"run_id {s.run_id!r}: use 1-20 letters, digits, dots, dashes or underscores, starting with a letter "
+            "or digit (it becomes part of socket paths, which are short)"
+        )
+    if s.node_rank >= s.nnodes:
+        raise UsageError(f"node_rank {s.node_rank} does not exist with nnodes {s.nnodes}: ranks count from 0")
+    if s.tp % s.nnodes:
+        raise UsageError(f"tp {s.tp} cannot be spread evenly over {s.nnodes} nodes")
+    if not s.nats and s.event_plane == "nats":
+        raise UsageError("--event-plane nats needs NATS, and --no-nats switches it off")
+    if not s.nats and s.nats_server:
+        raise UsageError("--nats-server names a NATS to use, and --no-nats switches NATS off")
+    if s.restart_backoff > s.restart_backoff_max:
+        raise UsageError(
+            f"restart_backoff {s.restart_backoff:g} s is longer than restart_backoff_max {s.restart_backoff_max:g} s"
+        )
+    if s.lease_ttl < 2:
+        raise UsageError(f"lease_ttl {s.lease_ttl:g} s: below 2 s an ordinary pause would look like a lost node")
+    if s.dynamo_lease_ttl < 5:
+        raise UsageError(
+            f"dynamo_lease_ttl {s.dynamo_lease_ttl:g} s: every Dynamo process exits when etcd is away for longer, "
+            "and restarting etcd takes up to 2 s; use 5 or more"
+        )
+    fixed = [n for n in ("frontend_port", "etcd_port", "etcd_peer_port", "nats_port") if s.was_set(n)]
+    seen: dict[int, str] = {}
+    for name in fixed:
+        port = getattr(s, name)
+        if port in seen:
+            raise UsageError(f"{name} and {seen[port]} are both {port}")
+        seen[port] = name
+    bad = [a for a in s.engine_args if a.split("=")[0] in _OWNED_ENGINE_FLAGS]
+    if bad:
+        raise UsageError(f"engine argument {bad[0]}: gms-launch sets it itself; {_OWNED_ENGINE_FLAGS[bad[0].split('=')[0]]}")
+
+
+#: Engine flags that the launcher owns, and what to use instead.
+_OWNED_ENGINE_FLAGS: Mapping[str, str] = {
+    "--model": "use --model before the --",
+    "--load-format": "shadow engines must load through GMS",
+    "--tensor-parallel-size": "use --tp before the --",
+    "-tp": "use --tp before the --",
+    "--distributed-executor-backend": "shadow mode works with mp only",
+    "--nnodes": "use --nnodes before the --",
+    "--node-rank": "it follows from the node",
+    "--master-addr": "use --leader-addr before the --",
+    "--master-port": "use --master-port before the --",
+    "--headless": "it follows from the node rank",
+    "--gms-shadow-mode": "it is always on",
+    "--no-gms-shadow-mode": "without it there is no failover",
+    "--enable-sleep-mode": "it is always on",
+    "--no-enable-sleep-mode": "a shadow parks by sleeping",
+}

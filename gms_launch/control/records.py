@@ -1,0 +1,211 @@
+"""Typed records: what the keys in etcd hold, as JSON.
+
+Decoding is tolerant of unknown fields (a newer agent may write more) and strict about the rest: `RecordError` says
+which record and which field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from gms_launch.cohort.model import Phase
+
+R = TypeVar("R", bound="Record")
+
+
+class RecordError(ValueError):
+    """A record cannot be read."""
+
+
+class Wanted(str, Enum):
+    """What the controller wants of a cohort."""
+
+    RUNNING = "running"
+    DEAD = "dead"
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in typing.get_args(kind):
+            return None
+        return _convert(next(a for a in typing.get_args(kind) if a is not type(None)), value, where)
+    if origin is tuple and isinstance(value, list):
+        inner = typing.get_args(kind)[0]
+        return tuple(_convert(inner, v, where) for v in value)
+    if origin is not None and isinstance(value, dict):  # Mapping[str, ...]
+        inner = typing.get_args(kind)[1]
+        return {k: _convert(inner, v, where) for k, v in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _from_mapping(typing.cast("type[Any]", kind), value, where)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        try:
+            return kind(value)
+        except ValueError:
+            raise RecordError(f"{where}: {value!r} is not a {kind.__name__}") from None
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise RecordError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
+
+
+def _from_mapping(cls: type[Any], data: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for f in dataclasses.fields(cls):
+        if f.name in data:
+            values[f.name] = _convert(hints[f.name], data[f.name], f"{where}.{f.name}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise RecordError(f"{where}: field {f.name} is missing")
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Base of all records: JSON in and out."""
+
+    def encode(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
+
+    @classmethod
+    def decode(cls: type[R], data: bytes | str) -> R:
+        """Raises `RecordError` when `data` is not such a record."""
+        try:
+            parsed = json.loads(data)
+        except ValueError as exc:
+            raise RecordError(f"{cls.__name__}: not JSON ({exc})") from None
+        if not isinstance(parsed, dict):
+            raise RecordError(f"{cls.__name__}: expected an object, found {parsed!r}")
+        return typing.cast(R, _from_mapping(cls, parsed, cls.__name__))
+
+
+@dataclass(frozen=True)
+class RunRecord(Record):
+    """`run`: what everybody must agree on. `created` is Unix time in seconds."""
+
+    run: str
+    settings_digest: str
+    leader_address: str
+    version: str
+    created: float
+    frontend_url: str = ""
+    model_name: str = ""
+
+
+@dataclass(frozen=True)
+class ServiceStatus(Record):
+    """A service or GMS server of a node. `state` is starting, ready, restarting or failed; `memory` in bytes."""
+
+    name: str
+    state: str
+    pid: int = 0
+    starts: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class GmsStatus(Record):
+    """One GMS socket as its probe showed it; `loads` counts `rw_connected` events (reads from disk, for weights)."""
+
+    device: int
+    uuid: str
+    tag: str
+    state: str
+    committed: bool = False
+    ro_sessions: int = 0
+    allocations: int = 0
+    loads: int = 0
+    layout_hash: str = ""
+
+
+@dataclass(frozen=True)
+class NodeRecord(Record):
+    """`nodes/<rank>`, on that agent's lease."""
+
+    node_rank: int
+    host: str
+    address: str
+    boot_id: str
+    agent_pid: int
+    agent_start: int
+    gpus: tuple[str, ...] = ()
+    services: tuple[ServiceStatus, ...] = ()
+    gms: tuple[GmsStatus, ...] = ()
+    lock_holder: str = ""
+    stopping: bool = False
+
+
+@dataclass(frozen=True)
+class DesiredCohort(Record):
+    """`desired/cohorts/<id>`: what the controller wants. `why` is for people."""
+
+    cohort_id: int
+    incarnation: int
+    wanted: Wanted
+    master_port: int
+    why: str = ""
+    given_up: bool = False
+
+
+@dataclass(frozen=True)
+class RankRecord(Record):
+    """`ranks/<id>/<rank>`: one rank as its agent sees it. Times are Unix seconds; `exit` is text for people."""
+
+    cohort_id: int
+    node_rank: int
+    incarnation: int
+    phase: Phase
+    pid: int = 0
+    pgid: int = 0
+    start: int = 0
+    since: float = 0.0
+    exit: str = ""
+    leftovers: tuple[int, ...] = ()
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class EventRecord(Record):
+    """`events/<n>`: something that happened. `time` is Unix time in seconds, good to a microsecond."""
+
+    time: float
+    node_rank: int
+    kind: str
+    cohort_id: int = -1
+    incarnation: int = 0
+    detail: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CommandRecord(Record):
+    """`commands/<uuid>`: something a user asks for. `verb` is kill or stop."""
+
+    uuid: str
+    verb: str
+    created: float
+    cohort_id: int = -1
+    incarnation: int = 0
+    scope: str = "group"
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class CommandResult(Record):
+    """`commands/<uuid>/result`."""
+
+    ok: bool
+    detail: str = ""
+    cohort_id: int = -1
+    incarnation: int = 0
+    time: float = 0.0

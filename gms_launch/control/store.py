@@ -1,0 +1,295 @@
+"""The one door to etcd: keys, leases, transactions, users.
+
+`Etcd` wraps the `etcd3` client and adds what that lacks: several endpoints, reconnecting, authenticating again when
+the token is no longer known, and a limit on how long a call may keep trying. Watching is in `watch`, keeping a lease
+alive in `lease`; both use `Etcd.connection`. Every method may block for up to its `retry` seconds: call from a thread,
+never from the agent's loop. Nothing else in the package imports etcd3 or grpc.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from gms_launch.control import etcd3_loader
+from gms_launch.errors import NoContactError, UsageError
+
+etcd3 = etcd3_loader.load()
+
+import grpc  # noqa: E402 - after etcd3_loader, beside the only module that needs it
+
+T = TypeVar("T")
+
+#: A frozen server is noticed within keepalive time + timeout, and a dead one retried at least every 2 s.
+_CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 3000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+]
+_TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "CANCELLED", "UNKNOWN"}
+
+
+@dataclass(frozen=True)
+class Access:
+    """How to reach and convince etcd. `ca`, `cert` and `key` are paths of PEM files; a password may be None."""
+
+    endpoints: tuple[str, ...]
+    user: str | None = None
+    password: str | None = None
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """A key as etcd holds it. `lease` is 0 without one."""
+
+    key: str
+    value: bytes
+    create_revision: int
+    mod_revision: int
+    lease: int = 0
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A connected client, its call metadata, and the number of the connection it belongs to."""
+
+    client: Any
+    generation: int
+
+    @property
+    def metadata(self) -> Any:
+        return self.client.metadata
+
+
+def split_endpoint(url: str) -> tuple[str, int, bool]:
+    """Host, port and TLS of an endpoint URL; the scheme may be missing. Raises `UsageError`."""
+    parts = urlsplit(url if "//" in url else "//" + url, scheme="http")
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if parts.scheme not in {"http", "https"} or not parts.hostname or not port:
+        raise UsageError(f"etcd endpoint {url!r}: expected something like http://10.0.0.1:2379")
+    return parts.hostname, port, parts.scheme == "https"
+
+
+def describe(error: BaseException) -> str:
+    """A short text for an error of grpc or etcd3."""
+    if isinstance(error, grpc.RpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class Etcd:
+    """A client of one etcd cluster. Safe to use from several threads; must not be carried over a fork."""
+
+    def __init__(self, access: Access, timeout: float = 3.0) -> None:
+        if not access.endpoints:
+            raise UsageError("no etcd endpoint was given")
+        for url in access.endpoints:
+            split_endpoint(url)
+        self._access = access
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._generation = 0
+        self._closed = False
+
+    @property
+    def timeout(self) -> float:
+        """Seconds one request may take."""
+        return self._timeout
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._connection is not None:
+                self._connection.client.close()
+                self._connection = None
+
+    # -- connections -------------------------------------------------------------------------------------------
+
+    def connection(self) -> Connection:
+        """The current connection, made if there is none. Raises grpc's or etcd3's errors."""
+        with self._lock:
+            if self._closed:
+                raise NoContactError("the etcd client is closed")
+            if self._connection is None:
+                self._connection = Connection(self._connect(), self._generation)
+            return self._connection
+
+    def drop(self, generation: int) -> None:
+        """Give up the connection of that number: the next call connects anew, to the next endpoint."""
+        with self._lock:
+            if self._connection is not None and self._connection.generation == generation:
+                # Not closed here: another thread may be inside a call on it; it is closed when collected.
+                self._connection = None
+            if self._generation == generation:
+                self._generation += 1
+
+    def _connect(self) -> Any:
+        access = self._access
+        host, port, tls = split_endpoint(access.endpoints[self._generation % len(access.endpoints)])
+        options: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "timeout": self._timeout,
+            "grpc_options": _CHANNEL_OPTIONS,
+        }
+        if tls:
+            options |= {"ca_cert": access.ca, "cert_cert": access.cert, "cert_key": access.key}
+        if access.user is None:
+            return etcd3.client(**options)
+        try:
+            client = etcd3.client(user=access.user, password=access.password, **options)
+        except grpc.RpcError as exc:
+            # A store that was wiped has no users yet: reach it all the same, so that they can be made again.
+            if exc.code() is grpc.StatusCode.FAILED_PRECONDITION and "not enabled" in (exc.details() or ""):
+                return etcd3.client(**options)
+            raise
+        # grpc refuses call credentials on a plaintext channel; the token rides in the metadata instead.
+        client.call_credentials = None
+        return client
+
+    def call(self, request: Callable[[Any], T], retry: float = 8.0) -> T:
+        """Run `request(client)`, again and again while the cluster cannot be reached, for up to `retry` seconds.
+
+        Only for requests that may run twice. Raises `NoContactError` with the last error when time is up.
+        """
+        deadline = time.monotonic() + retry
+        delay = 0.05
+        while True:
+            generation = self._generation
+            try:
+                connection = self.connection()
+                generation = connection.generation
+                return request(connection.client)
+            except (etcd3.exceptions.ConnectionFailedError, etcd3.exceptions.ConnectionTimeoutError) as exc:
+                error: BaseException = exc
+            except grpc.RpcError as exc:
+                if exc.code().name not in _TRANSIENT:
+                    raise
+                error = exc
+            self.drop(generation)
+            if time.monotonic() + delay > deadline or self._closed:
+                raise NoContactError(f"etcd at {', '.join(self._access.endpoints)} does not answer: {describe(error)}") from error
+            time.sleep(delay * random.uniform(0.5, 1.0))  # a pause between attempts; there is no event to wait for
+            delay = min(delay * 2, 1.0)
+
+    # -- keys --------------------------------------------------------------------------------------------------
+
+    def put(self, key: str, value: bytes, lease: int | None = None, retry: float = 8.0) -> int:
+        """Store `value`; returns the revision."""
+        reply = self.call(lambda c: c.put(key, value, lease=lease), retry)
+        return int(reply.header.revision)
+
+    def create(self, key: str, value: bytes, lease: int = 0, retry: float = 8.0) -> bool:
+        """Store `value` if `key` does not exist; says whether it holds our value now."""
+
+        def request(client: Any) -> bool:
+            done, replies = client.transaction(
+                compare=[client.transactions.create(key) == 0],
+                success=[client.transactions.put(key, value, lease)],
+                failure=[client.transactions.get(key)],
+            )
+            # A repeated attempt finds what the first one stored.
+            return bool(done) or any(found == value for found, _ in replies[0])
+
+        return self.call(request, retry)
+
+    def get(self, key: str, retry: float = 8.0) -> bytes | None:
+        """The value of `key` by a linearizable read."""
+        value: bytes | None = self.call(lambda c: c.get(key)[0], retry)
+        return value
+
+    def get_prefix(self, prefix: str, retry: float = 8.0) -> dict[str, bytes]:
+        found = self.call(lambda c: list(c.get_prefix(prefix)), retry)
+        return {meta.key.decode(): value for value, meta in found}
+
+    def delete(self, key: str, retry: float = 8.0) -> bool:
+        return bool(self.call(lambda c: c.delete(key), retry))
+
+    def delete_prefix(self, prefix: str, retry: float = 8.0) -> int:
+        return int(self.call(lambda c: c.delete_prefix(prefix), retry).deleted)
+
+    def compact(self, revision: int) -> None:
+        """Forget history before `revision`."""
+        self.call(lambda c: c.compact(revision))
+
+    # -- leases ------------------------------------------------------------------------------------------------
+
+    def grant(self, ttl: float, retry: float = 8.0) -> int:
+        """A new lease of `ttl` seconds (etcd counts whole ones); returns its id."""
+        return int(self.call(lambda c: c.lease(max(1, round(ttl))).id, retry))
+
+    def refresh(self, lease: int) -> bool:
+        """Keep a lease alive once; False when it no longer exists. Does not retry: raises on the first failure."""
+        connection = self.connection()
+        try:
+            replies = list(connection.client.refresh_lease(lease))
+        except Exception:
+            self.drop(connection.generation)
+            raise
+        return bool(replies) and replies[0].TTL > 0
+
+    def revoke(self, lease: int, retry: float = 8.0) -> bool:
+        """End a lease and delete its keys; False when it does not exist (any more)."""
+        try:
+            self.call(lambda c: c.revoke_lease(lease), retry)
+        except grpc.RpcError as exc:
+            if exc.code() is grpc.StatusCode.NOT_FOUND:
+                return False
+            raise
+        return True
+
+    # -- users -------------------------------------------------------------------------------------------------
+
+    def enable_auth(self, root_password: str, users: Mapping[str, tuple[str, Sequence[str]]]) -> None:
+        """Make user root and `users` (name -> password, prefixes it may read and write) and switch passwords on.
+
+        May be repeated: what exists already is left as it is. The connection must be allowed to do it.
+        """
+        rpc = etcd3.etcdrpc
+
+        def request(client: Any) -> None:
+            auth = rpc.AuthStub(client.channel)
+
+            def step(method: Any, message: Any) -> None:
+                try:
+                    method(message, timeout=self._timeout, metadata=client.metadata)
+                except grpc.RpcError as exc:
+                    text = exc.details() or ""
+                    if "already" not in text and "is not enabled" not in text:
+                        raise
+
+            step(auth.RoleAdd, rpc.AuthRoleAddRequest(name="root"))
+            step(auth.UserAdd, rpc.AuthUserAddRequest(name="root", password=root_password))
+            step(auth.UserGrantRole, rpc.AuthUserGrantRoleRequest(user="root", role="root"))
+            for name, (password, prefixes) in users.items():
+                step(auth.RoleAdd, rpc.AuthRoleAddRequest(name=name))
+                for prefix in prefixes:
+                    permission = {
+                        "permType": 2,  # READWRITE
+                        "key": prefix.encode(),
+                        "range_end": etcd3.utils.increment_last_byte(prefix.encode()),
+                    }
+                    step(auth.RoleGrantPermission, rpc.AuthRoleGrantPermissionRequest(name=name, perm=permission))
+                step(auth.UserAdd, rpc.AuthUserAddRequest(name=name, password=password))
+                step(auth.UserGrantRole, rpc.AuthUserGrantRoleRequest(user=name, role=name))
+            step(auth.AuthEnable, rpc.AuthEnableRequest())
+
+        self.call(request)
+        self.drop(self._generation)

@@ -1,0 +1,122 @@
+"""What the reference engine is told: dynamo.vllm's flags and environment names.
+
+Knobs for tests come from the environment as REFERENCE_*: costs of start and wake, and where to crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Points at which an engine can be made to die, in the order it passes them.
+CRASH_POINTS = ("starting", "before_commit", "parked", "waking", "serving")
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """For tests. Times in seconds, sizes in MiB.
+
+    `crash` names a life and a point, as `cohort.incarnation:point`; `*` stands for any incarnation.
+    """
+
+    start_seconds: float = 0.0
+    wake_seconds: float = 0.0
+    token_seconds: float = 0.0
+    kv_mib: int = 16
+    lock_poll_seconds: float = 0.1
+    crash: str = ""
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Knobs:
+        return cls(
+            start_seconds=float(environ.get("REFERENCE_START_SECONDS", "0")),
+            wake_seconds=float(environ.get("REFERENCE_WAKE_SECONDS", "0")),
+            token_seconds=float(environ.get("REFERENCE_TOKEN_SECONDS", "0")),
+            kv_mib=int(environ.get("REFERENCE_KV_MIB", "16")),
+            lock_poll_seconds=float(environ.get("REFERENCE_LOCK_POLL_SECONDS", "0.1")),
+            crash=environ.get("REFERENCE_CRASH", ""),
+        )
+
+    def crash_here(self, point: str, tag: str) -> None:
+        """Die by SIGKILL if this life is to crash at `point`. `tag` is GMS_LAUNCH_TAG."""
+        assert point in CRASH_POINTS
+        life, _, where = self.crash.partition(":")
+        if where != point:
+            return
+        cohort, _, incarnation = life.partition(".")
+        parts = tag.split("/")
+        if len(parts) == 4 and parts[1] == cohort and incarnation in ("*", parts[2]):
+            print(f"reference engine: crashing at {point}, as REFERENCE_CRASH says", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One rank of the engine."""
+
+    model: Path
+    served_model_name: str
+    tensor_parallel_size: int
+    nnodes: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+    headless: bool
+    engine_id: int
+    lock_path: str
+    gms_socket_dir: Path
+    namespace: str
+    knobs: Knobs
+    tag: str
+
+    @property
+    def local_workers(self) -> int:
+        return self.tensor_parallel_size // self.nnodes
+
+    @property
+    def is_leader(self) -> bool:
+        return self.node_rank == 0
+
+
+def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
+    """Read flags and environment; argparse ends the process with code 2 on wrong flags."""
+    parser = argparse.ArgumentParser(prog="python -m gms_launch.engines.reference", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--served-model-name")
+    parser.add_argument("--load-format", choices=["gms"], required=True)
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    parser.add_argument("--distributed-executor-backend", choices=["mp"], default="mp")
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--master-addr", default="127.0.0.1")
+    parser.add_argument("--master-port", type=int, default=29501)
+    parser.add_argument("--headless", action="store_true")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--enable-sleep-mode", action="store_true")
+    options = parser.parse_args(argv)
+    if options.tensor_parallel_size % options.nnodes:
+        parser.error("--tensor-parallel-size must be a multiple of --nnodes")
+    if options.headless != (options.node_rank > 0):
+        parser.error("--headless goes with --node-rank above 0, and only with that")
+    if environ.get("DYN_VLLM_GMS_SHADOW_MODE", "").lower() not in ("1", "true"):
+        parser.error("DYN_VLLM_GMS_SHADOW_MODE must be true: this engine knows shadow mode only")
+    return EngineConfig(
+        model=options.model,
+        served_model_name=options.served_model_name or str(options.model),
+        tensor_parallel_size=options.tensor_parallel_size,
+        nnodes=options.nnodes,
+        node_rank=options.node_rank,
+        master_addr=options.master_addr,
+        master_port=options.master_port,
+        headless=options.headless,
+        engine_id=int(environ.get("ENGINE_ID", "0")),
+        lock_path=environ.get("FAILOVER_LOCK_PATH", "/shared/failover.lock"),
+        gms_socket_dir=Path(environ["GMS_SOCKET_DIR"]),
+        namespace=environ.get("DYN_NAMESPACE", "dynamo"),
+        knobs=Knobs.from_environ(environ),
+        tag=environ.get("GMS_LAUNCH_TAG", ""),
+    )

@@ -1,0 +1,170 @@
+"""The leader rank: Dynamo's runtime around a group of workers, in the order that dynamo.vllm follows.
+
+runtime -> load -> routes -> sleep -> health -> lock -> wake -> register -> serve. The first engine sleeps and wakes
+like any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from gms_launch.engines.reference import lock
+from gms_launch.engines.reference.args import EngineConfig
+from gms_launch.engines.reference.group import Leader
+from gms_launch.engines.reference.metrics import FailoverMetrics
+from gms_launch.engines.reference.spawn import Workers
+from gms_launch.engines.reference.weights import mix
+
+log = logging.getLogger("reference")
+#: Token ids below this are special tokens and single bytes; the demo model's words begin here.
+FIRST_WORD = 300
+
+
+class Engine:
+    """What the routes and the endpoint act on."""
+
+    def __init__(self, config: EngineConfig, group: Leader) -> None:
+        self.config = config
+        self.group = group
+        self.vocabulary = _vocabulary_size(config.model)
+        self.asleep = False
+        self.endpoint: Any = None
+
+    async def sleep(self) -> None:
+        await self.group.all(op="sleep")
+        self.asleep = True
+
+    async def wake(self) -> None:
+        await self.group.all(op="wake")
+        self.asleep = False
+
+    # -- routes: replies as upstream's, errors in the body of an HTTP 200 -------------------------------------------
+
+    async def route_sleep(self, body: dict[str, Any]) -> dict[str, str]:
+        if self.asleep:
+            return {"status": "ok", "message": "Engine already sleeping"}
+        await self.endpoint.unregister_endpoint_instance()
+        log.info("[Sleep] Unregistered endpoint from discovery - worker removed from routing pool")
+        await self.sleep()
+        return {"status": "ok", "message": f"Engine slept (level={body.get('level', 1)})"}
+
+    async def route_wake(self, body: dict[str, Any]) -> dict[str, str]:
+        if not self.asleep:
+            return {"status": "ok", "message": "Engine already awake"}
+        await self.wake()
+        await self.endpoint.register_endpoint_instance()
+        log.info("[Wake] Re-registered endpoint to discovery - worker added back to routing pool")
+        return {"status": "ok", "message": "Engine woke"}
+
+    # -- tokens ----------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
+        """Stream tokens for Dynamo's preprocessed request."""
+        stop = request.get("stop_conditions") or {}
+        count = stop.get("max_tokens") or 16
+        state = _sum(await self.group.all(op="prefill"))
+        for token in request["token_ids"]:
+            state = mix(state ^ token)
+        position = len(request["token_ids"])
+        for index in range(count):
+            if context.is_stopped():
+                return
+            if self.config.knobs.token_seconds:
+                await asyncio.sleep(self.config.knobs.token_seconds)
+            state = mix(state + _sum(await self.group.all(op="step", state=state, position=position + index)))
+            token = FIRST_WORD + state % (self.vocabulary - FIRST_WORD)
+            yield {"token_ids": [token], "finish_reason": "length" if index == count - 1 else None}
+
+
+def _sum(replies: list[dict[str, Any]]) -> int:
+    return int(sum(r["part"] for r in replies) & ((1 << 64) - 1))
+
+
+def _vocabulary_size(model: Path) -> int:
+    import json
+
+    return int(json.loads((model / "config.json").read_text())["vocab_size"])
+
+
+async def run(config: EngineConfig) -> None:
+    """Serve until told to stop."""
+    from dynamo.common.utils.runtime import create_runtime
+    from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
+
+    runtime, loop = create_runtime(
+        os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"),
+        os.environ.get("DYN_REQUEST_PLANE", "tcp"),
+        os.environ.get("DYN_EVENT_PLANE"),
+    )
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, runtime.shutdown)
+    endpoint = runtime.endpoint(f"{config.namespace}.backend.generate")
+    metrics = FailoverMetrics(config.engine_id, config.served_model_name, Path(config.lock_path).parent)
+    endpoint.metrics.register_prometheus_expfmt_callback(metrics.text)
+    metrics.enter("init")
+
+    log.info("[GMS] Failover enabled: will use scratch KV for initialization until engine is primary")
+    group = Leader(config.tensor_parallel_size)
+    several = config.nnodes > 1
+    host = config.master_addr if several else "127.0.0.1"
+    port = await group.listen(host, config.master_port)
+    workers = Workers(config, host, port)
+    watching = loop.create_task(_watch(workers))
+    await group.everybody()
+    await group.all(op="load")
+    engine = Engine(config, group)
+    engine.endpoint = endpoint
+    runtime.register_engine_route("control/sleep", engine.route_sleep)
+    runtime.register_engine_route("control/wake_up", engine.route_wake)
+
+    await engine.sleep()
+    metrics.enter("standby")
+    runtime.set_health_status(True)
+    log.info("[Shadow] Engine sleeping, startup probe now passing, waiting for lock")
+    config.knobs.crash_here("parked", config.tag)
+    lock_fd, contended = await lock.acquire(config.lock_path, config.engine_id, config.knobs.lock_poll_seconds)
+    log.info("Failover lock acquired: engine-%d", config.engine_id)
+    log.info("[Shadow] Lock acquired, waking engine")
+    metrics.enter("waking")
+    if contended:
+        metrics.count("attempts")
+    await engine.wake()
+    log.info("[Shadow] Engine awake, registering with discovery")
+
+    limits = ModelRuntimeConfig()
+    limits.max_num_seqs = 64
+    limits.total_kv_blocks = 1024
+    await register_model(
+        ModelInput.Tokens,
+        ModelType.Chat | ModelType.Completions,
+        endpoint,
+        str(config.model),
+        config.served_model_name,
+        worker_type=WorkerType.Aggregated,
+        kv_cache_block_size=16,
+        runtime_config=limits,
+    )
+    metrics.enter("active")
+    if contended:
+        metrics.count("success")
+    config.knobs.crash_here("serving", config.tag)
+    await endpoint.serve_endpoint(
+        engine.generate, health_check_payload={"token_ids": [1], "stop_conditions": {"max_tokens": 1}}
+    )
+    watching.cancel()
+    workers.stop()
+    os.close(lock_fd)
+
+
+async def _watch(workers: Workers) -> None:
+    """A dead local worker means a dead engine, as upstream's engine monitor decides it."""
+    name, code = await workers.first_exit()
+    log.error("Worker proc %s died unexpectedly (exit code %d), shutting down executor.", name, code)
+    log.error("EngineDeadError: engine core is gone; exiting")
+    os._exit(1)

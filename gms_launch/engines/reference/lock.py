@@ -1,0 +1,27 @@
+"""The failover lock, as upstream's engines take it (failover_lock/flock/lock.py).
+
+One flock on one file of the leader node, tried every 0.1 s; the winner writes `engine-<id>` and keeps the descriptor
+until the process dies. The content says who took it last, also after that one is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+
+
+async def acquire(path: str, engine_id: int, poll_seconds: float) -> tuple[int, bool]:
+    """Wait for the lock; returns its descriptor, to be kept open, and whether somebody else held it first."""
+    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    contended = False
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            contended = True
+            await asyncio.sleep(poll_seconds)  # upstream polls; a blocking flock would be faster than the real thing
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"engine-{engine_id}".encode(), 0)
+    return fd, contended

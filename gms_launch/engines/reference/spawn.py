@@ -1,0 +1,45 @@
+"""The worker processes of one rank."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+
+from gms_launch.engines.reference.args import EngineConfig
+
+
+class Workers:
+    """Starts one worker for each local GPU. They end when this process does: it holds their standard input."""
+
+    def __init__(self, config: EngineConfig, host: str, port: int) -> None:
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        for local in range(config.local_workers):
+            rank = config.node_rank * config.local_workers + local
+            argv = [sys.executable, "-m", "gms_launch.engines.reference.worker", str(rank), str(local), host, str(port)]
+            self._processes[f"Worker_TP{rank}"] = subprocess.Popen([*argv, "--", *sys.argv[1:]], stdin=subprocess.PIPE)
+
+    async def first_exit(self) -> tuple[str, int]:
+        """Wait until a worker ends; returns its name and exit code (negative: the signal)."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[str] = loop.create_future()
+        fds = []
+        for name, process in self._processes.items():
+            fd = os.pidfd_open(process.pid)
+            fds.append(fd)
+            loop.add_reader(fd, lambda name=name: ended.done() or ended.set_result(name))
+        try:
+            name = await ended
+        finally:
+            for fd in fds:
+                loop.remove_reader(fd)
+                os.close(fd)
+        return name, self._processes[name].wait()
+
+    def stop(self) -> None:
+        for process in self._processes.values():
+            if process.stdin:
+                process.stdin.close()
+        for process in self._processes.values():
+            process.wait()

@@ -1,0 +1,36 @@
+"""The errors that end a command, each with its exit code.
+
+A message says what was tried, where, what was found and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class LaunchError(Exception):
+    """A command failed. `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class UsageError(LaunchError):
+    """A setting is wrong, missing or contradicts another. Raised before anything is started."""
+
+    exit_code = 2
+
+
+class RefusedError(LaunchError):
+    """The command was understood and not carried out, because it would do harm."""
+
+    exit_code = 3
+
+
+class DeadlineError(LaunchError):
+    """Something did not finish in the time it was given."""
+
+    exit_code = 4
+
+
+class NoContactError(LaunchError):
+    """The run cannot be found or does not answer."""
+
+    exit_code = 5

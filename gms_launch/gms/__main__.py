@@ -1,0 +1,77 @@
+"""`python -m gms_launch.gms --device N [--tag T]`: a GMS server for one device, with upstream's flags.
+
+Devices are made up (host memory). One process serves all tags of a device, which share its memory; with `--tag` in
+separate processes each has the whole size to itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from gms_launch.gms.backends.host import HostMemory
+from gms_launch.gms.devices import TAGS, socket_dir, socket_path, virtual_devices
+from gms_launch.gms.server import AlreadyRunningError, Room, SocketServer
+from gms_launch.gms.store import LayoutStore
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m gms_launch.gms", description=__doc__)
+    parser.add_argument("--device", type=int, required=True, help="index of the device")
+    parser.add_argument("--tag", action="append", help=f"serve this tag only; may be repeated (default: {', '.join(TAGS)})")
+    parser.add_argument("--socket-path", type=Path, help="socket of the one tag served (default: in GMS_SOCKET_DIR)")
+    parser.add_argument("--memory-mib", type=int, default=4096, help="size of the made-up device (MiB)")
+    parser.add_argument("--alloc-retry-interval", type=float, default=0.5, help="seconds between attempts when full")
+    parser.add_argument("--alloc-retry-timeout", type=float, default=60.0, help="seconds until an allocation fails")
+    parser.add_argument("--verbose", action="store_true")
+    options = parser.parse_args(argv)
+    options.tag = options.tag or list(TAGS)
+    if options.socket_path and len(options.tag) != 1:
+        parser.error("--socket-path needs exactly one --tag")
+    if options.device < 0:
+        parser.error("--device counts from 0")
+    if options.alloc_retry_interval <= 0 or options.alloc_retry_timeout <= 0:
+        parser.error("retry times must be above 0")
+    return options
+
+
+async def serve(options: argparse.Namespace) -> None:
+    device = virtual_devices(options.device + 1, options.memory_mib)[options.device]
+    memory, room = HostMemory(device.memory), Room()
+    servers = []
+    for tag in options.tag:
+        path = options.socket_path or socket_path(socket_dir(), device.uuid, tag)
+        server = SocketServer(
+            path, LayoutStore(memory), room, options.alloc_retry_interval, options.alloc_retry_timeout
+        )
+        server.bind()
+        servers.append(server)
+        logging.info("GMS tag %s of device %d (%s, %d MiB): %s", tag, device.index, device.uuid, options.memory_mib, path)
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, stop.set)
+    tasks = [loop.create_task(server.serve()) for server in servers]
+    await stop.wait()
+    for task, server in zip(tasks, servers, strict=True):
+        task.cancel()
+        server.close()
+
+
+def main() -> None:
+    options = parse(sys.argv[1:])
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    try:
+        asyncio.run(serve(options))
+    except (AlreadyRunningError, OSError) as exc:
+        sys.exit(f"gms: {exc}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Which devices this node has, and what their sockets are called.
+
+A machine without a GPU gets made-up devices whose UUIDs follow from the machine, so that they are the same after a
+restart and differ between machines.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+TAGS = ("weights", "kv_cache")
+_NAMESPACE = uuid.UUID("5f0c6c1e-8a53-4c1e-9d0e-0b1f5d9b7a11")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU of this node, real or made up. `index` is in the engine's view; `memory` in bytes."""
+
+    index: int
+    uuid: str
+    memory: int
+    virtual: bool
+
+
+def virtual_devices(count: int, mib: int, node: str | None = None) -> list[Device]:
+    """Made-up devices of `mib` MiB each. `node` names the machine; its machine id and host name when not given."""
+    name = node or f"{_machine_id()}/{socket.gethostname()}"
+    return [
+        Device(k, f"GPU-{uuid.uuid5(_NAMESPACE, f'{name}/{k}')}", mib * 1024 * 1024, virtual=True) for k in range(count)
+    ]
+
+
+def socket_dir() -> Path:
+    """Where sockets are, as upstream says it: GMS_SOCKET_DIR, else the directory for temporary files."""
+    return Path(os.environ.get("GMS_SOCKET_DIR") or tempfile.gettempdir())
+
+
+def socket_path(directory: Path, device_uuid: str, tag: str) -> Path:
+    """`gms_<GPU-UUID>_<tag>.sock`, upstream's name (common/utils.py)."""
+    return directory / f"gms_{device_uuid}_{tag}.sock"
+
+
+def _machine_id() -> str:
+    try:
+        return Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return "no-machine-id"

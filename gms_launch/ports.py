@@ -1,0 +1,123 @@
+"""Every port that the launcher hands out.
+
+`layout` is pure: it gives each purpose its port, taking the wanted number where `free` says it is free and the next
+free one where it is not. `Reservation` keeps two runs of one user on a node from choosing the same numbers before
+either has bound them. Ports that the user fixed are never moved: if one is taken, that is an error.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gms_launch.config import Settings
+from gms_launch.errors import UsageError
+
+#: Distance between the master ports of two cohorts, as upstream staggers them.
+COHORT_STRIDE = 100
+#: Incarnations of a cohort take turns on this many master ports, so that one in TIME_WAIT is not met again soon.
+INCARNATION_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The ports of one run on the leader node; per cohort where the name says so."""
+
+    frontend: int
+    etcd: int
+    etcd_peer: int
+    nats: int
+    master_base: int
+    system: tuple[int, ...]
+    nixl: tuple[int, ...]
+    vllm: tuple[int, ...]
+
+    def master(self, cohort_id: int, incarnation: int) -> int:
+        """Where the ranks of that life of the cohort meet."""
+        return self.master_base + COHORT_STRIDE * cohort_id + (incarnation - 1) % INCARNATION_STEPS
+
+
+def layout(settings: Settings, free: Callable[[int], bool]) -> Ports:
+    """Give every purpose a port. Raises `UsageError` if a port the user fixed is taken or none is left."""
+    taken: set[int] = set()
+
+    def usable(port: int) -> bool:
+        return port not in taken and port <= 65535 and free(port)
+
+    def one(name: str, wanted: int) -> int:
+        if settings.was_set(name) and not usable(wanted):
+            raise UsageError(
+                f"{name} {wanted} is in use on this node (from {settings.sources[name]}); "
+                "stop what listens there or choose another port"
+            )
+        for port in range(wanted, min(wanted + 2000, 65536)):
+            if usable(port):
+                taken.add(port)
+                return port
+        raise UsageError(f"{name}: no free port from {wanted} on")
+
+    frontend = one("frontend_port", settings.frontend_port)
+    etcd = one("etcd_port", settings.etcd_port)
+    peer = one("etcd_peer_port", settings.etcd_peer_port)
+    nats = one("nats_port", settings.nats_port)
+    cohorts = range(settings.cohorts)
+    system = tuple(one("system_port", settings.system_port + k) for k in cohorts)
+    nixl = tuple(one("nixl_port", settings.nixl_port + k) for k in cohorts)
+    vllm = tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts)
+    span = COHORT_STRIDE * settings.cohorts
+    base = settings.master_port
+    while True:
+        if base + span > 65535:
+            raise UsageError(f"master_port: no free range of {span} ports from {settings.master_port} on")
+        if all(usable(base + COHORT_STRIDE * k) for k in cohorts):
+            break
+        if settings.was_set("master_port"):
+            raise UsageError(f"master_port {settings.master_port}: it or a port of its range is in use on this node")
+        base += span
+    return Ports(frontend, etcd, peer, nats, base, system, nixl, vllm)
+
+
+def is_free(address: str, port: int) -> bool:
+    """True when `port` can be bound on `address` right now."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True
+
+
+class Reservation:
+    """Locks held by this process on the ports it chose, one file a port, let go by `close` or by its death."""
+
+    def __init__(self, directory: Path, address: str) -> None:
+        self._directory = directory
+        self._address = address
+        self._held: dict[int, int] = {}
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def free(self, port: int) -> bool:
+        """True when `port` is free and now reserved for us."""
+        if port in self._held:
+            return True
+        fd = os.open(self._directory / str(port), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        if not is_free(self._address, port):
+            os.close(fd)
+            return False
+        self._held[port] = fd
+        return True
+
+    def close(self) -> None:
+        for fd in self._held.values():
+            os.close(fd)
+        self._held.clear()
