@@ -47,8 +47,8 @@ class Setting:
         return ENV_PREFIX + self.name.upper()
 
 
-def _port(name: str, default: int, help_: str, recipe: str | None = None) -> Setting:
-    return Setting(name, int, default, help_, "ports", recipe, minimum=1, maximum=65535)
+def _port(name: str, default: int, help_: str, recipe: str | None = None, maximum: int = 65535) -> Setting:
+    return Setting(name, int, default, help_, "ports", recipe, minimum=1, maximum=maximum)
 
 
 def _seconds(name: str, default: float, help_: str) -> Setting:
@@ -114,7 +114,8 @@ SETTINGS: tuple[Setting, ...] = (
     _port("etcd_peer_port", 2380, "etcd peer port"),
     _port("nats_port", 4222, "NATS client port"),
     _port("master_port", 29500, "first port where the ranks of cohort 0 meet; + 100 a cohort"),
-    _port("system_port", 8080, "first system port of the engines; + 1 a cohort"),
+    # Dynamo reads DYN_SYSTEM_PORT as a signed 16-bit number.
+    _port("system_port", 8080, "first system port of the engines; + 1 a cohort", maximum=32000),
     _port("nixl_port", 8280, "first NIXL side-channel port; + 1 a cohort"),
     _port("vllm_port", 21000, "first port of vLLM's own range; + 100 a cohort"),
     _seconds("service_timeout", 30.0, "deadline for etcd, NATS and the frontend to be ready"),

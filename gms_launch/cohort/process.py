@@ -78,6 +78,17 @@ class Child:
             return True
         return bool(select.select([self.pidfd], [], [], 0)[0])
 
+    def peek(self) -> Exit | None:
+        """How it ended, without reaping it; None while it runs."""
+        if self.exit is not None:
+            return self.exit
+        info = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        if info is None:
+            return None
+        if info.si_code == os.CLD_EXITED:
+            return Exit(info.si_status, 0)
+        return Exit(128 + info.si_status, info.si_status)
+
     def reap(self) -> Exit:
         """Collect the exit status of an ended child. Call it only after the group was dealt with."""
         if self.exit is None:

@@ -98,13 +98,15 @@ class RunRecord(Record):
     leader_address: str
     version: str
     created: float
+    nnodes: int = 1
+    shadows: int = 1
     frontend_url: str = ""
     model_name: str = ""
 
 
 @dataclass(frozen=True)
 class ServiceStatus(Record):
-    """A service or GMS server of a node. `state` is starting, ready, restarting or failed; `memory` in bytes."""
+    """A service or GMS server of a node. `state` is starting, ready, restarting or failed."""
 
     name: str
     state: str

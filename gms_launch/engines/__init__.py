@@ -1,0 +1,109 @@
+"""Engines: how a rank is started, with which environment, and how its phase shows.
+
+One module an engine; `get` finds it. `RankSpec` is all that an engine module is told.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from gms_launch.cohort.model import Phase
+from gms_launch.cohort.process import Command
+from gms_launch.errors import UsageError
+
+
+@dataclass(frozen=True)
+class DynamoPlane:
+    """What every Dynamo process of a run needs to find the others. Passwords are empty where there is no login."""
+
+    address: str
+    namespace: str
+    etcd_endpoints: tuple[str, ...]
+    etcd_user: str
+    etcd_password: str
+    lease_ttl: float
+    event_plane: str
+    nats_url: str
+    nats_user: str
+    nats_password: str
+
+    def environment(self) -> dict[str, str | None]:
+        """Environment of the frontend and of leader ranks; None removes a name that the agent may carry."""
+        env: dict[str, str | None] = {
+            "DYN_DISCOVERY_BACKEND": "etcd",
+            "DYN_REQUEST_PLANE": "tcp",
+            # Explicit: releases up to 1.2 would pick NATS, and a set NATS_SERVER alone changes nothing.
+            "DYN_EVENT_PLANE": self.event_plane,
+            "DYN_NAMESPACE": self.namespace,
+            "ETCD_ENDPOINTS": ",".join(self.etcd_endpoints),
+            "ETCD_LEASE_TTL": str(round(self.lease_ttl)),
+            "ETCD_AUTH_USERNAME": self.etcd_user or None,
+            "ETCD_AUTH_PASSWORD": self.etcd_password or None,
+            # Without these Dynamo listens on the machine's default address.
+            "DYN_TCP_RPC_HOST": self.address,
+            "DYN_TCP_RESPONSE_STREAM_HOST": self.address,
+            "DYN_EVENT_PLANE_HOST": self.address,
+            # A NATS_SERVER that is not there blocks a start for two minutes: set only when NATS runs.
+            "NATS_SERVER": self.nats_url or None,
+            "NATS_AUTH_USERNAME": self.nats_user if self.nats_url else None,
+            "NATS_AUTH_PASSWORD": self.nats_password if self.nats_url else None,
+        }
+        return {k: v or None for k, v in env.items()}
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """One rank of one life of a cohort."""
+
+    cohort_id: int
+    incarnation: int
+    node_rank: int
+    nnodes: int
+    tp: int
+    model: str
+    served_model_name: str
+    python: str
+    leader_address: str
+    master_port: int
+    system_port: int
+    nixl_port: int
+    vllm_port: int
+    gms_dir: Path
+    lock_path: Path
+    plane: DynamoPlane
+    engine_args: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """What the launcher needs to know of an engine."""
+
+    @property
+    def name(self) -> str:
+        """The value of --engine."""
+
+    def problems(self, python: str) -> list[str]:
+        """What would stop this engine from starting under that interpreter; empty when nothing does."""
+
+    def command(self, spec: RankSpec) -> Command:
+        """How to start the rank."""
+
+    def phase_of(self, line: str) -> Phase | None:
+        """The phase that a line of the leader rank's log announces, if it does."""
+
+    def is_awake(self, line: str) -> bool:
+        """True for the line that says the memory is mapped and only registration is left."""
+
+
+def get(name: str) -> Engine:
+    """The engine called `name`. Raises `UsageError`."""
+    if name == "vllm":
+        from gms_launch.engines.dynamo import VLLM
+
+        return VLLM
+    if name == "reference":
+        from gms_launch.engines.dynamo import REFERENCE
+
+        return REFERENCE
+    raise UsageError(f"unknown engine {name!r}")

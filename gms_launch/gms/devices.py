@@ -7,9 +7,12 @@ restart and differ between machines.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import subprocess
 import tempfile
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +36,37 @@ def virtual_devices(count: int, mib: int, node: str | None = None) -> list[Devic
     return [
         Device(k, f"GPU-{uuid.uuid5(_NAMESPACE, f'{name}/{k}')}", mib * 1024 * 1024, virtual=True) for k in range(count)
     ]
+
+
+def real_devices(environ: Mapping[str, str] = os.environ) -> list[Device]:
+    """The GPUs of this node in the engine's view (CUDA_VISIBLE_DEVICES), as nvidia-smi lists them; maybe none."""
+    binary = shutil.which("nvidia-smi")
+    if binary is None:
+        return []
+    query = [binary, "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_smi(done.stdout, environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def parse_smi(text: str, visible: str | None) -> list[Device]:
+    """Devices from nvidia-smi's `uuid, MiB` lines, numbered as a process with that CUDA_VISIBLE_DEVICES sees them."""
+    physical = []
+    for line in text.splitlines():
+        gpu, _, mib = line.partition(",")
+        if gpu.strip():
+            physical.append((gpu.strip(), int(mib)))
+    chosen = physical
+    if visible is not None:
+        chosen = []
+        for word in (w.strip() for w in visible.split(",")):
+            match = [p for k, p in enumerate(physical) if word == str(k) or (word and p[0].startswith(word))]
+            if not match:
+                break  # CUDA stops at the first entry that names nothing
+            chosen.append(match[0])
+    return [Device(k, gpu, mib * 1024 * 1024, virtual=False) for k, (gpu, mib) in enumerate(chosen)]
 
 
 def socket_dir() -> Path:

@@ -1,0 +1,19 @@
+"""`gms-launch demo-model`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gms_launch.errors import UsageError
+
+
+def main(directory: Path, mib: int, seed: int) -> None:
+    try:
+        from gms_launch.engines.reference.demo_model import make
+
+        size = make(directory, mib, seed)
+    except ImportError as exc:
+        raise UsageError(f"demo-model needs {exc.name}; pip install 'gms-launch[reference]'") from None
+    except OSError as exc:
+        raise UsageError(f"cannot write a model to {directory}: {exc.strerror}") from None
+    print(f"{directory}: {size / 2**20:.0f} MiB of weights")

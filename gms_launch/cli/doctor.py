@@ -1,0 +1,105 @@
+"""`gms-launch doctor`: what would stop `up` on this node, each with what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from importlib import metadata
+
+from gms_launch import ports, topology
+from gms_launch.cli.plan import layout
+from gms_launch.config import Settings
+from gms_launch.errors import LaunchError
+from gms_launch.plan import check_model
+from gms_launch.rundir import LOCAL_ROOT, home, private_directory, user_root
+from gms_launch.services import gms
+from gms_launch.services.base import find_binary
+
+
+def main(settings: Settings, as_json: bool) -> None:
+    checks = examine(settings)
+    failed = [name for name, ok, _ in checks if not ok]
+    if as_json:
+        rows = [{"check": name, "ok": ok, "detail": detail} for name, ok, detail in checks]
+        print(json.dumps({"schema": 1, "ok": not failed, "checks": rows}, indent=1))
+    else:
+        for name, ok, detail in checks:
+            print(f"{'ok  ' if ok else 'FAIL'}  {name:<20} {detail}")
+    if failed:
+        raise LaunchError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+def examine(settings: Settings) -> list[tuple[str, bool, str]]:
+    """Every check as (name, passed, detail). None of them starts or changes anything that stays."""
+    python = settings.python or sys.executable
+    checks: list[tuple[str, bool, str]] = []
+
+    def check(name: str, look: Callable[[], str]) -> None:
+        try:
+            checks.append((name, True, look()))
+        except (LaunchError, OSError) as exc:
+            checks.append((name, False, str(exc)))
+
+    def modules(*names: str) -> str:
+        missing = gms.missing_modules(settings.python, names)
+        if missing:
+            raise LaunchError(f"{python} cannot import {', '.join(missing)}")
+        return f"{python} has {', '.join(names)}"
+
+    def engine() -> str:
+        problems = layout(settings).engine.problems(settings.python)
+        if problems:
+            raise LaunchError(problems[0])
+        return f"{settings.engine} can start"
+
+    def model() -> str:
+        check_model(settings)
+        return settings.model
+
+    def gms_devices() -> str:
+        found = layout(settings)
+        kind, devices = found.gms_kind, found.devices()
+        if not devices:
+            raise LaunchError("no GPU is visible (nvidia-smi, CUDA_VISIBLE_DEVICES)")
+        return f"{kind}: " + ", ".join(f"{d.uuid} {d.memory >> 20} MiB" for d in devices)
+
+    def place() -> str:
+        found = topology.discover(settings)
+        return f"node {found.node_rank} of {found.nnodes}, leader {found.leader_address}"
+
+    def fixed_ports() -> str:
+        address = topology.discover(settings).leader_address
+        found = ports.layout(settings, lambda p: ports.is_free(address, p))
+        return f"frontend {found.frontend}, etcd {found.etcd}, nats {found.nats}"
+
+    def shared() -> str:
+        home().mkdir(parents=True, exist_ok=True)
+        if not os.access(home(), os.W_OK):
+            raise LaunchError(f"{home()} is not writable; set GMS_LAUNCH_HOME")
+        return f"{home()}, {shutil.disk_usage(home()).free >> 30} GiB free"
+
+    def local() -> str:
+        private_directory(user_root())
+        free = shutil.disk_usage(LOCAL_ROOT).free
+        if free < 256 << 20:
+            raise LaunchError(f"{LOCAL_ROOT} has {free >> 20} MiB free; etcd and the sockets need 256")
+        layout(settings).node_dir.check()
+        return f"{user_root()}, {free >> 20} MiB free"
+
+    check("topology", place)
+    check("model", model)
+    check("engine", engine)
+    check("frontend", lambda: modules("dynamo.frontend"))
+    check("gms", gms_devices)
+    if not settings.etcd_endpoints:
+        check("etcd", lambda: find_binary("etcd_bin", settings.etcd_bin, "etcd", "etcd-server"))
+    if settings.nats and not settings.nats_server:
+        check("nats", lambda: find_binary("nats_bin", settings.nats_bin, "nats-server", "nats-server"))
+    check("ports", fixed_ports)
+    check("run directory", shared)
+    check("node-local directory", local)
+    check("etcd3", lambda: f"etcd3 {metadata.version('etcd3')}, protobuf {metadata.version('protobuf')}")
+    return checks

@@ -1,0 +1,173 @@
+"""The `gms-launch` command: one verb a module, loaded when it is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from gms_launch import __version__
+from gms_launch.cli.options import with_settings
+from gms_launch.config import Settings
+from gms_launch.errors import LaunchError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Keep a multi-node LLM engine serving when one of its processes dies.",
+)
+
+Run = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads this at run time on Python 3.10 too
+    typer.Option("--run", help="which run (default: GMS_LAUNCH_RUN, SLURM_JOB_ID, or the only live one)"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON with a documented layout")]
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(f"gms-launch {__version__}")
+        raise typer.Exit
+
+
+def _up(
+    *,
+    settings: Settings,
+    detach: Annotated[
+        bool, typer.Option("-d", "--detach", help="run in the background; return when redundancy is full")
+    ] = False,
+    notify_fd: Annotated[int, typer.Option(hidden=True)] = -1,
+) -> None:
+    """Run this node's agent: GMS, services, the primary and its shadows."""
+    from gms_launch.cli import up
+
+    up.main(settings, detach, notify_fd)
+
+
+def _plan(*, settings: Settings, json: Json = False) -> None:
+    """Print every command, environment and port of this node; start nothing."""
+    from gms_launch.cli import plan
+
+    plan.main(settings, json)
+
+
+def _doctor(*, settings: Settings, json: Json = False) -> None:
+    """Check what would stop `up` on this node."""
+    from gms_launch.cli import doctor
+
+    doctor.main(settings, json)
+
+
+app.command("up")(with_settings(_up))
+app.command("plan")(with_settings(_plan))
+app.command("doctor")(with_settings(_doctor))
+
+
+@app.command("kill-primary")
+def kill_primary(
+    run: Run = None,
+    force: Annotated[bool, typer.Option("--force", help="also without a parked shadow: an outage follows")] = False,
+    scope: Annotated[str, typer.Option("--scope", help="group, leader or rank:N (the last two for drills)")] = "group",
+    timeout: Annotated[float, typer.Option("--timeout", help="deadline for the promotion (seconds)")] = 60.0,
+    json: Json = False,
+) -> None:
+    """Kill the whole primary cohort, wait until a shadow has served a token, print the timeline."""
+    from gms_launch.cli import kill_primary as verb
+
+    verb.main(run, force, scope, timeout, json)
+
+
+@app.command("status")
+def status(
+    run: Run = None,
+    watch: Annotated[bool, typer.Option("--watch", help="keep showing it")] = False,
+    json: Json = False,
+) -> None:
+    """Show roles, phases, processes, GMS, services and redundancy."""
+    from gms_launch.cli import status as verb
+
+    verb.main(run, watch, json)
+
+
+@app.command("down")
+def down(
+    run: Run = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="deadline for the orderly stop (seconds)")] = 60.0,
+) -> None:
+    """Stop a run and prove that nothing of it is left."""
+    from gms_launch.cli import down as verb
+
+    verb.main(run, timeout)
+
+
+@app.command("logs")
+def logs(
+    component: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="agent, etcd, nats, frontend, gms-0, cohort-0 or cohort-0.3; all names when left out"),
+    ] = None,
+    run: Run = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="keep printing what is added")] = False,
+    tail: Annotated[int, typer.Option("-n", "--tail", help="lines from the end; 0 for all")] = 50,
+    node: Annotated[int, typer.Option("--node", help="node rank")] = 0,
+) -> None:
+    """Print the log of a component; the newest life unless one is named."""
+    from gms_launch.cli import logs as verb
+
+    verb.main(component, run, follow, tail, node)
+
+
+@app.command("timeline")
+def timeline(
+    run: Run = None,
+    json: Json = False,
+    html: Annotated[Optional[Path], typer.Option("--html", help="write an HTML page")] = None,  # noqa: UP045
+    events: Annotated[bool, typer.Option("--events", help="every event instead of failovers")] = False,
+) -> None:
+    """Show every failover, step by step. Works after the run has ended too."""
+    from gms_launch.cli import timeline as verb
+
+    verb.main(run, json, html, events)
+
+
+@app.command("sweep")
+def sweep(
+    run: Run = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what is there")] = False,
+) -> None:
+    """Kill what dead runs left behind on this node and remove their files. Live runs are not touched."""
+    from gms_launch.cli import sweep as verb
+
+    verb.main(run, dry_run)
+
+
+@app.command("demo-model")
+def demo_model(
+    directory: Annotated[Path, typer.Argument(help="where to put it")],
+    size: Annotated[int, typer.Option("--mib", min=1, help="size of the weights (MiB)")] = 64,
+    seed: Annotated[int, typer.Option("--seed", help="another seed, another model")] = 1,
+) -> None:
+    """Make a small model for the reference engine."""
+    from gms_launch.cli import demo_model as verb
+
+    verb.main(directory, size, seed)
+
+
+def main() -> None:
+    """Run a verb; a `LaunchError` becomes one message and its exit code."""
+    try:
+        app()
+    except LaunchError as exc:
+        print(f"gms-launch: {exc}", file=sys.stderr)
+        sys.exit(exc.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,99 @@
+"""Turn `config.SETTINGS` into command-line options, so that a setting is described once."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_type_hints
+
+import typer
+
+from gms_launch.config import SETTINGS, Setting, Settings, read_toml, resolve
+
+_PANELS = {
+    "run": "Run",
+    "engine": "Engine",
+    "topology": "Topology",
+    "gms": "GMS",
+    "services": "Services",
+    "ports": "Ports",
+    "timing": "Timing",
+}
+
+
+def _option(setting: Setting) -> Any:
+    names = [setting.flag] if setting.kind is not bool else [f"{setting.flag}/--no-{setting.flag[2:]}"]
+    default = setting.default if setting.default != "" else "none"
+    choices = f" [{'|'.join(setting.choices)}]" if setting.choices else ""
+    recipe = f" or {setting.recipe}" if setting.recipe else ""
+    return typer.Option(
+        *names,
+        help=f"{setting.help}{choices}  (default: {default}; {setting.env}{recipe})",
+        rich_help_panel=_PANELS[setting.group],
+        show_default=False,
+    )
+
+
+def with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command every setting as an option, `--config` and the engine's arguments after `--`.
+
+    The command is called with `settings` in place of them.
+    """
+    own = inspect.signature(function).parameters
+
+    def command(**values: Any) -> Any:
+        flags = {s.name: values.pop(s.name) for s in SETTINGS}
+        config: Path | None = values.pop("config") or _config_from_environ()
+        engine_args: Sequence[str] = values.pop("engine_args") or ()
+        toml = read_toml(config) if config else None
+        settings: Settings = resolve(flags, os.environ, toml, str(config), engine_args=engine_args)
+        return function(settings=settings, **values)
+
+    # Annotations are text until evaluated where they were written; typer would look here.
+    hints = get_type_hints(function, include_extras=True)
+    parameters = [p.replace(annotation=hints[name]) for name, p in own.items() if name != "settings"]
+    for setting in SETTINGS:
+        # Text all the way: `config.parse` checks types, ranges and choices, with one kind of message.
+        kind: Any = bool if setting.kind is bool else str
+        parameters.append(
+            inspect.Parameter(
+                setting.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[Optional[kind], _option(setting)],  # noqa: UP045 - built at run time
+            )
+        )
+    parameters.append(
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Optional[Path],  # noqa: UP045
+                typer.Option("--config", help="TOML file with settings (GMS_LAUNCH_CONFIG)", rich_help_panel="Run"),
+            ],
+        )
+    )
+    parameters.append(
+        inspect.Parameter(
+            "engine_args",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Optional[list[str]],  # noqa: UP045
+                typer.Argument(metavar="[-- ENGINE ARGS]", help="passed to every engine as they are"),
+            ],
+        )
+    )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    return command
+
+
+def _config_from_environ() -> Path | None:
+    value = os.environ.get("GMS_LAUNCH_CONFIG")
+    return Path(value) if value else None

@@ -1,0 +1,48 @@
+"""`gms-launch timeline`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from gms_launch import rundir
+from gms_launch.cohort.failover import fold
+from gms_launch.errors import NoContactError
+from gms_launch.observe import journal
+from gms_launch.rundir import RunDir
+
+
+def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) -> None:
+    directory = _directory(run)
+    events = journal.read(directory.events)
+    failovers = fold(events)
+    if as_json:
+        data = [dataclasses.asdict(e) for e in events] if all_events else [f.to_json() for f in failovers]
+        print(json.dumps({"schema": 1, "run": directory.run, ("events" if all_events else "failovers"): data}, indent=1))
+        return
+    from rich.console import Console
+
+    from gms_launch.observe import views
+
+    console = Console(record=html is not None, width=140 if html else None, quiet=html is not None)
+    if all_events:
+        console.print(views.events(events))
+    elif not failovers:
+        console.print(f"run {directory.run} has had no failover")
+    for found in [] if all_events else failovers:
+        console.print(views.failover(found))
+        console.print()
+    if html is not None:
+        console.save_html(str(html))
+        print(f"written to {html}")
+
+
+def _directory(run: str | None) -> RunDir:
+    """The run meant; without a name and without a live run, the newest one."""
+    try:
+        return rundir.find(run)[0]
+    except NoContactError:
+        if run is None and (known := rundir.all_runs()):
+            return known[0][0]
+        raise

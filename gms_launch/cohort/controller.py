@@ -1,0 +1,261 @@
+"""What comes next for the cohorts: the decisions that only the leader node takes. Pure: no I/O, no clock.
+
+`decide` takes a view of the run, the controller's memory and the time, and returns actions and the new memory. It
+keeps every slot running, starts a dead one again once it is fenced everywhere, delays starts that fail, gives up a
+slot that keeps failing, and carries out what users ask for. Who serves is not decided here: the lock does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from gms_launch.cohort.model import ENDED, CohortView, Phase, primary
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Times in seconds. `limit` failed starts in `window` give a slot up."""
+
+    cohorts: int
+    start_timeout: float
+    promotion_timeout: float
+    backoff: float
+    backoff_max: float
+    window: float
+    limit: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One cohort slot: the wanted life, what the records say of it, and when it got to its phase."""
+
+    cohort_id: int
+    incarnation: int
+    running: bool
+    given_up: bool
+    phase: Phase
+    since: float
+    exit: str = ""
+    leftovers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class KillRequest:
+    """A user's wish: kill the primary, or (scope leader, rank:N) a part of it."""
+
+    uuid: str
+    scope: str
+    force: bool
+
+
+@dataclass(frozen=True)
+class View:
+    """The run as the leader sees it. `confirmed` is the life that last served a token, as (cohort, incarnation)."""
+
+    slots: Mapping[int, Slot]
+    confirmed: tuple[int, int] | None
+    requests: tuple[KillRequest, ...] = ()
+    nodes_present: bool = True
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the controller remembers. `failures` are times of failed starts by slot.
+
+    `initial` until redundancy was full once: until then a failure ends the run, since a start that fails is a
+    mistake that somebody is there to see. `judged` are lives whose end was counted; `not_before` by slot.
+    """
+
+    initial: bool = True
+    failures: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    judged: frozenset[tuple[int, int]] = frozenset()
+    not_before: Mapping[int, float] = field(default_factory=dict)
+    best: Mapping[tuple[int, int], Phase] = field(default_factory=dict)
+    lost_primary: float | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Want the next life of a slot to run."""
+
+    cohort_id: int
+    incarnation: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Want a life dead on all nodes."""
+
+    cohort_id: int
+    incarnation: int
+    why: str
+
+
+@dataclass(frozen=True)
+class KillPart:
+    """Kill one rank only, for a drill: `node_rank` of a life."""
+
+    cohort_id: int
+    incarnation: int
+    node_rank: int
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Start a slot no more."""
+
+    cohort_id: int
+    incarnation: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer a user's request."""
+
+    uuid: str
+    ok: bool
+    detail: str
+    cohort_id: int = -1
+    incarnation: int = 0
+
+
+@dataclass(frozen=True)
+class Abort:
+    """End the run: it never came up. `late` when a deadline passed."""
+
+    cohort_id: int
+    incarnation: int
+    why: str
+    late: bool = False
+
+
+Action = Start | Kill | KillPart | GiveUp | Answer | Abort
+
+
+def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list[Action], Memory]:
+    """The next actions, and the memory to pass in next time."""
+    if not view.nodes_present:
+        return [], memory
+    actions: list[Action] = []
+    memory = _remember(view, memory, now)
+    for cohort_id in range(policy.cohorts):
+        slot = view.slots.get(cohort_id)
+        if slot is None:
+            actions.append(Start(cohort_id, 1, "first start"))
+        elif slot.running and slot.phase in ENDED:
+            if memory.initial:
+                actions.append(Abort(cohort_id, slot.incarnation, slot.exit or "it ended while it was starting"))
+                return actions, memory
+            actions.append(Kill(cohort_id, slot.incarnation, slot.exit or "a rank ended"))
+        elif slot.running and (late := _too_late(slot, view, policy, now)):
+            if memory.initial:
+                actions.append(Abort(cohort_id, slot.incarnation, late, late=True))
+                return actions, memory
+            actions.append(Kill(cohort_id, slot.incarnation, late))
+        elif not slot.running and slot.phase is Phase.FENCED and not slot.given_up:
+            memory = _judge(slot, memory, policy, now)
+            actions += _restart(slot, view, memory, policy, now)
+    for request in view.requests:
+        actions += _answer(request, view)
+    return actions, memory
+
+
+def next_look(view: View, memory: Memory, policy: Policy, now: float) -> float | None:
+    """When `decide` might say something else although nothing happened; None for never."""
+    times = [t for t in memory.not_before.values() if t > now]
+    if memory.lost_primary is not None:
+        times.append(memory.lost_primary + policy.promotion_timeout)
+    for slot in view.slots.values():
+        if slot.phase is Phase.STARTING:
+            times.append(slot.since + policy.start_timeout)
+        elif slot.phase in (Phase.WAKING, Phase.ACTIVE) and view.confirmed != (slot.cohort_id, slot.incarnation):
+            times.append(slot.since + policy.promotion_timeout)
+    return min((t for t in times if t > now), default=None)
+
+
+def _remember(view: View, memory: Memory, now: float) -> Memory:
+    best = dict(memory.best)
+    lost = memory.lost_primary
+    for slot in view.slots.values():
+        life = (slot.cohort_id, slot.incarnation)
+        if slot.phase in (Phase.PARKED, Phase.WAKING, Phase.ACTIVE):
+            best[life] = slot.phase
+        elif slot.phase in ENDED and best.get(life) in (Phase.WAKING, Phase.ACTIVE) and life not in memory.judged:
+            lost = now if lost is None else lost
+    served = view.confirmed is not None and any(
+        (s.cohort_id, s.incarnation) == view.confirmed and s.phase is Phase.ACTIVE for s in view.slots.values()
+    )
+    if served:
+        lost = None
+    return replace(memory, best=best, lost_primary=lost)
+
+
+def _too_late(slot: Slot, view: View, policy: Policy, now: float) -> str:
+    if slot.phase is Phase.STARTING and now - slot.since >= policy.start_timeout:
+        return f"not parked within {policy.start_timeout:g} s (start_timeout)"
+    waking = slot.phase in (Phase.WAKING, Phase.ACTIVE) and view.confirmed != (slot.cohort_id, slot.incarnation)
+    if waking and now - slot.since >= policy.promotion_timeout:
+        return f"no token within {policy.promotion_timeout:g} s of the lock (promotion_timeout)"
+    return ""
+
+
+def _judge(slot: Slot, memory: Memory, policy: Policy, now: float) -> Memory:
+    """Count the end of a life once: a life that never parked is a failed start, and delays the next one."""
+    life = (slot.cohort_id, slot.incarnation)
+    if life in memory.judged:
+        return memory
+    recent = tuple(t for t in memory.failures.get(slot.cohort_id, ()) if now - t < policy.window)
+    delay = 0.0
+    if life not in memory.best:
+        recent = (*recent, now)
+        delay = min(policy.backoff_max, policy.backoff * 2.0 ** min(len(recent) - 1, 30))
+    return replace(
+        memory,
+        judged=memory.judged | {life},
+        failures={**memory.failures, slot.cohort_id: recent},
+        not_before={**memory.not_before, slot.cohort_id: now + delay},
+    )
+
+
+def _restart(slot: Slot, view: View, memory: Memory, policy: Policy, now: float) -> list[Action]:
+    if slot.leftovers:
+        return []
+    failed = [t for t in memory.failures.get(slot.cohort_id, ()) if now - t < policy.window]
+    if len(failed) >= policy.limit:
+        why = f"{len(failed)} starts failed within {policy.window:g} s; the last: {slot.exit or 'it ended'}"
+        return [GiveUp(slot.cohort_id, slot.incarnation, why)]
+    if now < memory.not_before.get(slot.cohort_id, 0.0) or _promotion_under_way(view, memory, policy, now):
+        return []
+    return [Start(slot.cohort_id, slot.incarnation + 1, "re-arm")]
+
+
+def _promotion_under_way(view: View, memory: Memory, policy: Policy, now: float) -> bool:
+    """True while a shadow takes over: a start beside it would compete for the machine it needs."""
+    if memory.lost_primary is None or now - memory.lost_primary >= policy.promotion_timeout:
+        return False
+    return any(s.phase in (Phase.PARKED, Phase.WAKING, Phase.ACTIVE) for s in view.slots.values())
+
+
+def _answer(request: KillRequest, view: View) -> list[Action]:
+    cohorts = [CohortView(s.cohort_id, s.incarnation, s.phase, s.since) for s in view.slots.values()]
+    target = primary(cohorts)
+    if target is None:
+        return [Answer(request.uuid, False, "no cohort is primary now; see `gms-launch status`")]
+    parked = [c for c in cohorts if c.phase is Phase.PARKED]
+    if not parked and not request.force:
+        return [
+            Answer(
+                request.uuid,
+                False,
+                f"cohort {target.cohort_id} is primary and no shadow is parked to take over; wait for redundancy full, "
+                "or use --force and accept an outage until a cold start",
+            )
+        ]
+    done = Answer(request.uuid, True, "killed", target.cohort_id, target.incarnation)
+    if request.scope == "group":
+        return [Kill(target.cohort_id, target.incarnation, "kill-primary"), done]
+    node_rank = 0 if request.scope == "leader" else int(request.scope.partition(":")[2])
+    return [KillPart(target.cohort_id, target.incarnation, node_rank), done]

@@ -1,0 +1,180 @@
+"""This node's rank of a cohort, alive: its process, its log, its phase.
+
+A `Rank` notices (an exit, a line of the log) and tells; what follows is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gms_launch.cohort import fence, process
+from gms_launch.cohort.fence import Fenced
+from gms_launch.cohort.model import ALIVE, Phase, move
+from gms_launch.cohort.proc import flock_holders, stat
+from gms_launch.cohort.process import Child, Command
+from gms_launch.cohort.reconciler import LocalRank
+from gms_launch.control.records import RankRecord
+from gms_launch.engines import Engine
+from gms_launch.observe.follow import FileWatcher, LogFollower
+
+#: How long a rank gets to be proved dead (seconds). SIGKILL is quick; a process in the driver may not be.
+FENCE_TIMEOUT = 30.0
+
+
+@dataclass
+class Rank:
+    """One life of a cohort's rank on this node. Times are Unix seconds.
+
+    `stopping`: its end is wanted, so its exit is no news. `on_event(rank, kind, time, detail)` gets: parked, lock, awake, registered, exit, dead, fenced, unfenced.
+    """
+
+    cohort_id: int
+    incarnation: int
+    node_rank: int
+    tag: str
+    log: Path
+    engine: Engine
+    on_event: Callable[[Rank, str, float, str], None]
+    phase: Phase = Phase.PENDING
+    since: float = 0.0
+    exit: str = ""
+    leftovers: tuple[int, ...] = ()
+    leases: set[int] = field(default_factory=set)
+    role: str = ""
+    child: Child | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    stopping: bool = False
+    _follower: LogFollower | None = None
+    _watcher: FileWatcher | None = None
+    _watch: int | None = None
+    _fencing: bool = False
+
+    @property
+    def life(self) -> tuple[int, int]:
+        return self.cohort_id, self.incarnation
+
+    @property
+    def is_primary(self) -> bool:
+        return self.phase in (Phase.WAKING, Phase.ACTIVE)
+
+    def local(self) -> LocalRank:
+        gone = self.child is not None and self.child.ended
+        return LocalRank(self.cohort_id, self.incarnation, self.phase, gone)
+
+    def record(self) -> RankRecord:
+        pid = self.child.pid if self.child else 0
+        return RankRecord(
+            cohort_id=self.cohort_id,
+            node_rank=self.node_rank,
+            incarnation=self.incarnation,
+            phase=self.phase,
+            pid=pid,
+            pgid=pid,
+            start=self.child.id.start if self.child else 0,
+            since=self.since,
+            exit=self.exit,
+            leftovers=self.leftovers,
+            log=str(self.log),
+        )
+
+    def _move(self, phase: Phase, when: float) -> None:
+        if phase is not self.phase:
+            self.phase, self.since = move(self.phase, phase), when
+
+    # -- starting and watching ---------------------------------------------------------------------------------
+
+    def start(self, command: Command, watcher: FileWatcher, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the process and watch it. Call on the main thread."""
+        self.child = process.spawn(f"cohort-{self.cohort_id}", command, self.tag, self.log)
+        self._move(Phase.STARTING, time.time())
+        loop.add_reader(self.child.pidfd, self._exited, loop)
+        if self.node_rank == 0:
+            self._follower = LogFollower(self.log)
+            self._watcher = watcher
+            self._watch = watcher.add(self.log, self.read_log)
+            self.read_log()
+
+    def read_log(self) -> None:
+        """Take in what the leader rank has written, and stop listening once it serves."""
+        if self._follower is None:
+            return
+        for line in self._follower.lines():
+            if self.phase not in ALIVE:
+                break
+            if self.engine.is_awake(line):
+                self.on_event(self, "awake", time.time(), "")
+            phase = self.engine.phase_of(line)
+            if phase is not None:
+                self.reached(phase)
+
+    def reached(self, phase: Phase) -> None:
+        """The engine is in `phase` now. A signal that comes twice, or late, changes nothing."""
+        order = [Phase.STARTING, Phase.PARKED, Phase.WAKING, Phase.ACTIVE]
+        if self.phase not in order or order.index(phase) <= order.index(self.phase):
+            return
+        now = time.time()
+        self._move(phase, now)
+        self.on_event(self, {Phase.PARKED: "parked", Phase.WAKING: "lock", Phase.ACTIVE: "registered"}[phase], now, "")
+        if phase is Phase.ACTIVE:
+            self._unwatch()
+
+    def _unwatch(self) -> None:
+        if self._watcher is not None and self._watch is not None:
+            self._watcher.remove(self._watch)
+            self._watch = None
+
+    def holds(self, lock: Path) -> bool:
+        """True when the kernel says that a process of this rank's group has the lock."""
+        assert self.child is not None
+        return any((info := stat(pid)) is not None and info.pgid == self.child.pgid for pid in flock_holders(str(lock)))
+
+    def _exited(self, loop: asyncio.AbstractEventLoop) -> None:
+        assert self.child is not None
+        loop.remove_reader(self.child.pidfd)
+        now = time.time()
+        # First the rest of the group, then everything else: this is the fast path.
+        process.kill_group(self.child.id)
+        self.read_log()
+        self.exit = self.exit or str(self.child.peek())
+        self.failing()
+        self.ended.set()
+        if not self.stopping:
+            self.on_event(self, "exit", now, self.exit)
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def failing(self) -> None:
+        """From now on this life only ends. Remembers what it was."""
+        if self.phase in ALIVE:
+            self.role = "primary" if self.is_primary else "shadow" if self.phase is Phase.PARKED else "starting"
+            self._move(Phase.FAILING, time.time())
+            self._unwatch()
+
+    async def destroy(self, sockets: Sequence[Path]) -> None:
+        """Kill what is left and fence. Does nothing when that is done or under way."""
+        if self._fencing or self.child is None or self.phase is Phase.FENCED:
+            return
+        self._fencing = True
+        self.failing()
+        loop = asyncio.get_running_loop()
+        done: Fenced = await loop.run_in_executor(
+            None, fence.destroy, self.child.id, self.tag, sockets, FENCE_TIMEOUT
+        )
+        strays = f"found outside the group: {', '.join(map(str, done.strays))}" if done.strays else ""
+        self.on_event(self, "dead", done.dead_at, strays)
+        self.leftovers = done.leftovers
+        if done.proved:
+            # Reaped only now: until then nobody else can get this pid, and the group can be named by it.
+            loop.remove_reader(self.child.pidfd)
+            self.exit = self.exit or str(self.child.peek())
+            self.child.reap()
+            self._move(Phase.FENCED, done.fenced_at)
+            self.on_event(self, "fenced", done.fenced_at, "")
+        else:
+            self._fencing = False
+            left = [f"process {pid}" for pid in done.leftovers] + [f"a GMS session on {s}" for s in done.sessions]
+            self.on_event(self, "unfenced", done.fenced_at, f"still there after {FENCE_TIMEOUT:g} s: {', '.join(left)}")

@@ -1,0 +1,84 @@
+"""Read and write etcd through its JSON gateway, with nothing but the standard library.
+
+For commands that must start quickly and ask once. The agent and everything that watches use `store`.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+from gms_launch.errors import NoContactError
+
+
+class Gateway:
+    """One etcd endpoint; logs in when a user is given. Raises `NoContactError` when it does not answer."""
+
+    def __init__(self, endpoints: tuple[str, ...], user: str = "", password: str = "", timeout: float = 3.0) -> None:
+        self._endpoints, self._timeout = endpoints, timeout
+        self._user, self._password = user, password
+        self._connection: http.client.HTTPConnection | None = None
+        self._token = ""
+
+    def _open(self) -> http.client.HTTPConnection:
+        if self._connection is not None:
+            return self._connection
+        errors = []
+        for url in self._endpoints:
+            parts = urlsplit(url)
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+            connection = kind(parts.hostname or "", parts.port, timeout=self._timeout)
+            try:
+                connection.connect()
+            except OSError as exc:
+                errors.append(f"{url}: {exc.strerror or exc}")
+                continue
+            self._connection = connection
+            if self._user:
+                login = {"name": self._user, "password": self._password}
+                self._token = self._post("/v3/auth/authenticate", login).get("token", "")
+            return connection
+        raise NoContactError("etcd does not answer (" + "; ".join(errors) + ")")
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        connection = self._open()
+        headers = {"Content-Type": "application/json"}
+        if self._token:
+            headers["Authorization"] = self._token
+        try:
+            connection.request("POST", path, json.dumps(body), headers)
+            answer = connection.getresponse()
+            data: dict[str, Any] = json.loads(answer.read())
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            self._connection = None
+            raise NoContactError(f"etcd at {self._endpoints[0]} does not answer: {exc or type(exc).__name__}") from None
+        if answer.status != 200:
+            if "not enabled" in str(data.get("error", "")):
+                return {}  # passwords are not switched on (yet): go on without
+            raise NoContactError(f"etcd refused {path}: {data.get('error', answer.status)}")
+        return data
+
+    def get_prefix(self, prefix: str) -> dict[str, bytes]:
+        """Every key under `prefix` by a linearizable read."""
+        key = prefix.encode()
+        end = key[:-1] + bytes([key[-1] + 1])
+        self._open()
+        found = self._post("/v3/kv/range", {"key": _encode(key), "range_end": _encode(end)})
+        return {
+            base64.b64decode(kv["key"]).decode(): base64.b64decode(kv.get("value", "")) for kv in found.get("kvs", [])
+        }
+
+    def put(self, key: str, value: bytes) -> None:
+        self._open()
+        self._post("/v3/kv/put", {"key": _encode(key.encode()), "value": _encode(value)})
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+
+def _encode(data: bytes) -> str:
+    return base64.b64encode(data).decode()

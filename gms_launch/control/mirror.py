@@ -1,0 +1,78 @@
+"""A local copy of a run's keys, typed, fed by a watch. Pure.
+
+Records that cannot be read are left out and named in `problems`: one bad writer must not stop the reader.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from gms_launch.control.keys import Keys
+from gms_launch.control.records import (
+    CommandRecord,
+    CommandResult,
+    DesiredCohort,
+    NodeRecord,
+    RankRecord,
+    Record,
+    RecordError,
+    RunRecord,
+)
+
+R = TypeVar("R", bound=Record)
+
+
+class Mirror:
+    """What etcd holds of one run."""
+
+    def __init__(self, run: str) -> None:
+        self.keys = Keys(run)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.run: RunRecord | None = None
+        self.nodes: dict[int, NodeRecord] = {}
+        self.desired: dict[int, DesiredCohort] = {}
+        self.ranks: dict[tuple[int, int], RankRecord] = {}
+        self.commands: dict[str, CommandRecord] = {}
+        self.results: dict[str, CommandResult] = {}
+        self.problems: dict[str, str] = {}
+
+    def replace(self, snapshot: dict[str, bytes]) -> None:
+        """Forget everything and take over a snapshot."""
+        self._clear()
+        for key, value in snapshot.items():
+            self.apply(key, value)
+
+    def apply(self, key: str, value: bytes | None) -> None:
+        """Take over one change; None deletes."""
+        self.problems.pop(key, None)
+        keys = self.keys
+        try:
+            if key == keys.run:
+                self.run = RunRecord.decode(value) if value is not None else None
+            elif key.startswith(keys.nodes):
+                _set(self.nodes, int(key[len(keys.nodes) :]), NodeRecord, value)
+            elif key.startswith(keys.desired):
+                _set(self.desired, int(key[len(keys.desired) :]), DesiredCohort, value)
+            elif key.startswith(keys.ranks):
+                cohort_id, _, node_rank = key[len(keys.ranks) :].partition("/")
+                _set(self.ranks, (int(cohort_id), int(node_rank)), RankRecord, value)
+            elif key.startswith(keys.commands):
+                uuid, _, rest = key[len(keys.commands) :].partition("/")
+                if rest == "result":
+                    _set(self.results, uuid, CommandResult, value)
+                else:
+                    _set(self.commands, uuid, CommandRecord, value)
+        except (RecordError, ValueError) as exc:
+            self.problems[key] = str(exc)
+
+
+K = TypeVar("K")
+
+
+def _set(table: dict[K, R], key: K, kind: type[R], value: bytes | None) -> None:
+    if value is None:
+        table.pop(key, None)
+    else:
+        table[key] = kind.decode(value)

@@ -1,0 +1,36 @@
+"""Reach a recorded run: its etcd, its keys."""
+
+from __future__ import annotations
+
+from gms_launch.control.gateway import Gateway
+from gms_launch.control.keys import Keys
+from gms_launch.control.mirror import Mirror
+from gms_launch.errors import NoContactError
+from gms_launch.observe import snapshot
+from gms_launch.rundir import RunDir, RunFile
+
+
+def gateway(directory: RunDir, run: RunFile) -> Gateway:
+    """The run's etcd. Raises `NoContactError` when the run has ended or has none yet."""
+    if not run.live:
+        ended = "ended" if run.ended is not None else "died: its agent is gone"
+        raise NoContactError(
+            f"run {directory.run} has {ended}; its logs are in {directory.logs}"
+            + ("" if run.ended is not None else f". `gms-launch down --run {directory.run}` cleans up")
+        )
+    if not run.etcd_endpoints:
+        raise NoContactError(f"run {directory.run} is still starting its etcd; its agent's log: {directory.agent_log}")
+    if not run.etcd_auth:
+        return Gateway(run.etcd_endpoints)
+    return Gateway(run.etcd_endpoints, "root", directory.credentials().admin_password)
+
+
+def read(directory: RunDir, door: Gateway) -> tuple[Mirror, snapshot.Snapshot]:
+    """The run's keys and what they amount to. Raises `NoContactError`."""
+    mirror = Mirror(directory.run)
+    events = Keys(directory.run).events
+    found = door.get_prefix(mirror.keys.prefix)
+    mirror.replace({k: v for k, v in found.items() if not k.startswith(events)})
+    if mirror.run is None:
+        raise NoContactError(f"run {directory.run} has not written anything yet; its agent's log: {directory.agent_log}")
+    return mirror, snapshot.build(mirror)

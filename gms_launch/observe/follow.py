@@ -1,0 +1,72 @@
+"""Follow growing log files, told by the kernel when there is more.
+
+A log is watched only as long as somebody wants its lines: a serving engine writes one a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from inotify_simple import INotify, flags
+
+#: A line longer than this is cut (bytes); nothing that we look for is near it.
+LINE_MAX = 65536
+
+
+class LogFollower:
+    """Hands out the complete lines that were added to a file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+        self._rest = b""
+
+    def lines(self) -> list[str]:
+        try:
+            with open(self.path, "rb") as file:
+                size = file.seek(0, 2)
+                if size < self._offset:  # truncated by a rotation
+                    self._offset, self._rest = 0, b""
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        self._offset += len(data)
+        *complete, rest = (self._rest + data).split(b"\n")
+        self._rest = rest[-LINE_MAX:]
+        return [line.decode(errors="replace") for line in complete]
+
+
+class FileWatcher:
+    """Calls back on the event loop when a watched file was written to."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._inotify = INotify()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._loop = loop
+        loop.add_reader(self._inotify.fileno(), self._ready)
+
+    def add(self, path: Path, callback: Callable[[], None]) -> int:
+        """Watch `path`, which must exist; returns a number for `remove`."""
+        descriptor = int(self._inotify.add_watch(str(path), flags.MODIFY))
+        self._callbacks[descriptor] = callback
+        return descriptor
+
+    def remove(self, descriptor: int) -> None:
+        if self._callbacks.pop(descriptor, None) is not None:
+            try:
+                self._inotify.rm_watch(descriptor)
+            except OSError:
+                pass  # the file is gone, and the watch with it
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._inotify.fileno())
+        self._inotify.close()
+
+    def _ready(self) -> None:
+        for descriptor in {event.wd for event in self._inotify.read(timeout=0)}:
+            callback = self._callbacks.get(descriptor)
+            if callback is not None:
+                callback()

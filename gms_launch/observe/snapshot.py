@@ -1,0 +1,162 @@
+"""The state of a run at one moment, from its records: what `status` shows and `status --json` prints. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gms_launch.cohort.model import CohortView, Phase, Redundancy, cohort_phase, primary, redundancy
+from gms_launch.control.mirror import Mirror
+from gms_launch.control.records import DesiredCohort, NodeRecord, RankRecord
+
+#: Version of the --json layout: raised when a field changes its meaning or goes away.
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class CohortStatus:
+    """One slot: the life that is wanted, its phase, its role for people, and its ranks."""
+
+    cohort_id: int
+    incarnation: int
+    phase: Phase
+    since: float
+    role: str
+    why: str
+    given_up: bool
+    ranks: tuple[RankRecord, ...]
+
+    @property
+    def view(self) -> CohortView:
+        return CohortView(self.cohort_id, self.incarnation, self.phase, self.since)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment."""
+
+    run: str
+    redundancy: Redundancy
+    cohorts: tuple[CohortStatus, ...]
+    nodes: tuple[NodeRecord, ...]
+    nnodes: int
+    shadows: int
+    frontend_url: str
+    model_name: str
+    created: float
+    stopping: bool
+
+    @property
+    def primary(self) -> CohortStatus | None:
+        found = primary(c.view for c in self.cohorts)
+        return next((c for c in self.cohorts if found and c.cohort_id == found.cohort_id), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented layout (docs/reference.md)."""
+        serving = self.primary
+        return {
+            "schema": SCHEMA,
+            "run": self.run,
+            "redundancy": self.redundancy.value,
+            "primary": serving.cohort_id if serving else None,
+            "stopping": self.stopping,
+            "frontend_url": self.frontend_url,
+            "model": self.model_name,
+            "created": self.created,
+            "cohorts": [_cohort_json(c) for c in self.cohorts],
+            "nodes": [_node_json(n) for n in self.nodes],
+        }
+
+
+def build(mirror: Mirror) -> Snapshot:
+    """The snapshot that a mirror of the run's keys amounts to."""
+    run = mirror.run
+    nnodes, shadows = (run.nnodes, run.shadows) if run else (1, 0)
+    cohorts = tuple(_cohort(d, mirror.ranks.values(), nnodes) for _, d in sorted(mirror.desired.items()))
+    nodes = tuple(n for _, n in sorted(mirror.nodes.items()))
+    gms_ready = bool(nodes) and all(g.state != "DOWN" for n in nodes for g in n.gms)
+    return Snapshot(
+        run=run.run if run else "",
+        redundancy=redundancy((c.view for c in cohorts), shadows, gms_ready),
+        cohorts=cohorts,
+        nodes=nodes,
+        nnodes=nnodes,
+        shadows=shadows,
+        frontend_url=run.frontend_url if run else "",
+        model_name=run.model_name if run else "",
+        created=run.created if run else 0.0,
+        stopping=any(n.stopping for n in nodes),
+    )
+
+
+def _cohort(desired: DesiredCohort, records: Iterable[RankRecord], nnodes: int) -> CohortStatus:
+    ranks = tuple(
+        sorted(
+            (r for r in records if (r.cohort_id, r.incarnation) == (desired.cohort_id, desired.incarnation)),
+            key=lambda r: r.node_rank,
+        )
+    )
+    phase = cohort_phase({r.node_rank: r.phase for r in ranks}, nnodes)
+    roles: Mapping[Phase, str] = {Phase.ACTIVE: "primary", Phase.WAKING: "primary", Phase.PARKED: "shadow"}
+    return CohortStatus(
+        cohort_id=desired.cohort_id,
+        incarnation=desired.incarnation,
+        phase=phase,
+        since=max((r.since for r in ranks), default=0.0),
+        role=roles.get(phase, ""),
+        why=desired.why,
+        given_up=desired.given_up,
+        ranks=ranks,
+    )
+
+
+def _cohort_json(c: CohortStatus) -> dict[str, Any]:
+    return {
+        "cohort_id": c.cohort_id,
+        "incarnation": c.incarnation,
+        "phase": c.phase.value,
+        "role": c.role or None,
+        "since": c.since,
+        "why": c.why,
+        "given_up": c.given_up,
+        "ranks": [
+            {
+                "node_rank": r.node_rank,
+                "phase": r.phase.value,
+                "pid": r.pid,
+                "pgid": r.pgid,
+                "exit": r.exit or None,
+                "leftovers": list(r.leftovers),
+                "log": r.log,
+            }
+            for r in c.ranks
+        ],
+    }
+
+
+def _node_json(n: NodeRecord) -> dict[str, Any]:
+    return {
+        "node_rank": n.node_rank,
+        "host": n.host,
+        "address": n.address,
+        "agent_pid": n.agent_pid,
+        "lock_holder": n.lock_holder or None,
+        "services": [
+            {"name": s.name, "state": s.state, "pid": s.pid, "starts": s.starts, "detail": s.detail}
+            for s in n.services
+        ],
+        "gms": [
+            {
+                "device": g.device,
+                "uuid": g.uuid,
+                "tag": g.tag,
+                "state": g.state,
+                "committed": g.committed,
+                "ro_sessions": g.ro_sessions,
+                "allocations": g.allocations,
+                "loads": g.loads,
+            }
+            for g in n.gms
+        ],
+    }

@@ -1,0 +1,112 @@
+"""How a run looks on a terminal: tables for status and timelines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gms_launch.cohort.failover import STEPS, Failover
+from gms_launch.cohort.model import Redundancy
+from gms_launch.control.records import EventRecord
+from gms_launch.observe.snapshot import Snapshot
+
+_COLOURS = {
+    Redundancy.FULL: "green",
+    Redundancy.DEGRADED: "yellow",
+    Redundancy.NONE: "red",
+    Redundancy.DOWN: "bold red",
+}
+
+
+def age(since: float, now: float) -> str:
+    """How long ago, in the two largest units."""
+    seconds = max(0, int(now - since)) if since else 0
+    for size, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size}{name}{seconds % size // small}{small_name}"
+    return f"{seconds}s"
+
+
+def status(shot: Snapshot, now: float | None = None) -> RenderableType:
+    """The whole state of a run."""
+    moment = time.time() if now is None else now
+    head = Text.assemble(
+        ("run ", "dim"),
+        (shot.run, "bold"),
+        ("   redundancy ", "dim"),
+        (shot.redundancy.value, _COLOURS[shot.redundancy]),
+        ("   up ", "dim"),
+        age(shot.created, moment),
+        ("   frontend ", "dim"),
+        shot.frontend_url,
+        ("   stopping" if shot.stopping else "", "yellow"),
+    )
+    cohorts = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("COHORT", "ROLE", "PHASE", "FOR", "LIFE", "NODE", "PID", "NOTE"):
+        cohorts.add_column(name)
+    for c in shot.cohorts:
+        note = "given up: " + c.why if c.given_up else ""
+        for rank in c.ranks:
+            left = f"cannot be killed: {', '.join(map(str, rank.leftovers))}" if rank.leftovers else ""
+            cohorts.add_row(
+                str(c.cohort_id),
+                c.role or "-",
+                rank.phase.value,
+                age(rank.since, moment),
+                str(c.incarnation),
+                str(rank.node_rank),
+                str(rank.pid),
+                left or note or rank.exit,
+            )
+        if not c.ranks:
+            cohorts.add_row(str(c.cohort_id), c.role or "-", c.phase.value, "", str(c.incarnation), "", "", note)
+    parts: list[RenderableType] = [head, cohorts]
+    rest = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("NODE", "COMPONENT", "STATE", "PID", "STARTS", "NOTE"):
+        rest.add_column(name)
+    for node in shot.nodes:
+        rest.add_row(str(node.node_rank), f"agent on {node.host}", "running", str(node.agent_pid), "", node.address)
+        for s in node.services:
+            rest.add_row(str(node.node_rank), s.name, s.state, str(s.pid or ""), str(s.starts), s.detail)
+        for g in node.gms:
+            note = f"{g.ro_sessions} readers, {g.allocations} allocations, written {g.loads} times"
+            rest.add_row(str(node.node_rank), f"gpu {g.device} {g.tag}", g.state.lower(), "", "", note)
+    parts.append(rest)
+    return Group(*parts)
+
+
+def failover(found: Failover) -> RenderableType:
+    """One failover, step by step."""
+    victim = f"cohort {found.victim[0]} (life {found.victim[1]})"
+    if found.promoted is None:
+        promoted = "nobody"
+    else:
+        promoted = f"cohort {found.promoted[0]} (life {found.promoted[1]})"
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.time))
+    head = Text.assemble(
+        (when, "bold"), f"  {victim} -> {promoted}", ("  cause: ", "dim"), found.cause or "unknown"
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("STEP")
+    table.add_column("AFTER", justify="right")
+    table.add_column("MEANING")
+    for step, meaning in sorted(STEPS.items(), key=lambda item: found.steps.get(item[0], float("inf"))):
+        at = f"{found.steps[step] * 1000:.1f} ms" if step in found.steps else "-"
+        table.add_row(step, at, meaning)
+    return Group(head, table)
+
+
+def events(found: Sequence[EventRecord]) -> RenderableType:
+    """Every event, one a line."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("TIME", "NODE", "EVENT", "COHORT", "DETAIL"):
+        table.add_column(name)
+    for e in found:
+        at = time.strftime("%H:%M:%S", time.localtime(e.time)) + f"{e.time % 1:.3f}"[1:]
+        who = f"{e.cohort_id}.{e.incarnation}" if e.cohort_id >= 0 else ""
+        table.add_row(at, str(e.node_rank), e.kind, who, e.detail)
+    return table

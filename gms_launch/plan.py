@@ -1,0 +1,268 @@
+"""What will run where: every command, environment and port of a node, computed and not yet started.
+
+The agent starts what `Layout` describes, and `gms-launch plan` prints the same, so that the plan cannot differ from
+what happens. No side effects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gms_launch import engines
+from gms_launch.cohort.process import Command
+from gms_launch.config import Settings
+from gms_launch.engines import DynamoPlane, Engine, RankSpec
+from gms_launch.errors import UsageError
+from gms_launch.gms import devices
+from gms_launch.ports import Ports
+from gms_launch.rundir import Credentials, NodeDir, RunDir
+from gms_launch.services import etcd, frontend, gms, nats
+from gms_launch.services.base import Service, find_binary
+from gms_launch.topology import Topology
+
+#: What stands for a secret in a printed plan.
+HIDDEN = "<hidden>"
+_SECRET = ("PASSWORD",)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything that is decided before the first process starts."""
+
+    run: str
+    settings: Settings
+    topology: Topology
+    ports: Ports
+    credentials: Credentials
+    run_dir: RunDir
+    node_dir: NodeDir
+
+    @property
+    def engine(self) -> Engine:
+        return engines.get(self.settings.engine)
+
+    @property
+    def python(self) -> str:
+        return self.settings.python or sys.executable
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.served_model_name or self.settings.model
+
+    @property
+    def log_dir(self) -> Path:
+        return self.run_dir.logs / f"node{self.topology.node_rank}"
+
+    @property
+    def frontend_address(self) -> str:
+        return self.settings.frontend_host or self.topology.leader_address
+
+    @property
+    def frontend_url(self) -> str:
+        return f"http://{etcd.host(frontend.connect_address(self.frontend_address))}:{self.ports.frontend}"
+
+    @property
+    def own_etcd(self) -> bool:
+        return not self.settings.etcd_endpoints
+
+    @property
+    def etcd_endpoints(self) -> tuple[str, ...]:
+        if self.own_etcd:
+            return (f"http://{etcd.host(self.topology.leader_address)}:{self.ports.etcd}",)
+        return tuple(e.strip() for e in self.settings.etcd_endpoints.split(",") if e.strip())
+
+    @property
+    def own_nats(self) -> bool:
+        return self.settings.nats and not self.settings.nats_server
+
+    @property
+    def plane(self) -> DynamoPlane:
+        """How Dynamo's processes of this node reach the services."""
+        nats_url = ""
+        if self.settings.nats:
+            own = f"nats://{etcd.host(self.topology.leader_address)}:{self.ports.nats}"
+            nats_url = self.settings.nats_server or own
+        return DynamoPlane(
+            address=self.topology.address,
+            namespace=self.settings.namespace,
+            etcd_endpoints=self.etcd_endpoints,
+            etcd_user=self.credentials.dynamo_user if self.own_etcd else "",
+            etcd_password=self.credentials.dynamo_password if self.own_etcd else "",
+            lease_ttl=self.settings.dynamo_lease_ttl,
+            event_plane="zmq" if self.settings.event_plane == "auto" else self.settings.event_plane,
+            nats_url=nats_url,
+            nats_user=self.credentials.nats_user if self.own_nats else "",
+            nats_password=self.credentials.nats_password if self.own_nats else "",
+        )
+
+    # -- what runs ---------------------------------------------------------------------------------------------
+
+    @property
+    def gms_kind(self) -> str:
+        return gms.choose(self.settings.gms_server, self.settings.engine, self.settings.python)
+
+    def devices(self) -> list[devices.Device]:
+        if self.gms_kind == "upstream":
+            return devices.real_devices()
+        return devices.virtual_devices(self.settings.virtual_gpus, self.settings.virtual_gpu_mib)
+
+    def gms_services(self) -> list[Service]:
+        return gms.services(
+            self.gms_kind, self.python, self.devices(), self.node_dir.gms, self.settings.gms_timeout
+        )
+
+    def etcd_service(self) -> Service:
+        return etcd.service(
+            find_binary("etcd_bin", self.settings.etcd_bin, "etcd", "etcd-server"),
+            self.run,
+            self.topology.leader_address,
+            self.ports.etcd,
+            self.ports.etcd_peer,
+            self.node_dir.etcd_data,
+            self.credentials.admin_password,
+            self.settings.service_timeout,
+        )
+
+    @property
+    def nats_config(self) -> Path:
+        return self.node_dir.path / "nats.conf"
+
+    def nats_service(self) -> Service:
+        return nats.service(
+            find_binary("nats_bin", self.settings.nats_bin, "nats-server", "nats-server"),
+            self.nats_config,
+            self.topology.leader_address,
+            self.ports.nats,
+            self.credentials.nats_user,
+            self.credentials.nats_password,
+            self.settings.service_timeout,
+        )
+
+    def frontend_service(self) -> Service:
+        return frontend.service(
+            self.python,
+            self.plane,
+            self.frontend_address,
+            self.ports.frontend,
+            self.settings.migration_limit,
+            self.settings.service_timeout,
+        )
+
+    def rank_command(self, cohort_id: int, incarnation: int, master_port: int) -> Command:
+        return self.engine.command(
+            RankSpec(
+                cohort_id=cohort_id,
+                incarnation=incarnation,
+                node_rank=self.topology.node_rank,
+                nnodes=self.topology.nnodes,
+                tp=self.settings.tp,
+                model=self.settings.model,
+                served_model_name=self.settings.served_model_name,
+                python=self.python,
+                leader_address=self.topology.leader_address,
+                master_port=master_port,
+                system_port=self.ports.system[cohort_id],
+                nixl_port=self.ports.nixl[cohort_id],
+                vllm_port=self.ports.vllm[cohort_id],
+                gms_dir=self.node_dir.gms,
+                lock_path=self.node_dir.lock,
+                plane=self.plane,
+                engine_args=self.settings.engine_args,
+            )
+        )
+
+    # -- checks and printing -----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `UsageError` for what would stop the run, before anything is started."""
+        check_model(self.settings)
+        for problem in self.engine.problems(self.settings.python):
+            raise UsageError(problem)
+        self.node_dir.check()
+        local = self.settings.tp // self.settings.nnodes
+        found = len(self.devices())
+        if local > found:
+            raise UsageError(
+                f"tp {self.settings.tp} over {self.settings.nnodes} nodes needs {local} devices on this node and it has "
+                f"{found}" + ("; see --virtual-gpus" if self.gms_kind == "builtin" else "")
+            )
+        if self.topology.is_leader:
+            if self.own_etcd:
+                self.etcd_service()
+            if self.own_nats:
+                self.nats_service()
+            missing = gms.missing_modules(self.settings.python, ("dynamo.frontend",))
+            if missing:
+                raise UsageError(f"dynamo.frontend cannot be imported by {self.python}; pip install 'gms-launch[dynamo]'")
+
+    def processes(self) -> list[tuple[str, Command]]:
+        """Every process of this node in the order of its start."""
+        found = [(s.name, s.command) for s in self.gms_services()]
+        if self.topology.is_leader:
+            if self.own_etcd:
+                found.append(("etcd", self.etcd_service().command))
+            if self.own_nats:
+                found.append(("nats", self.nats_service().command))
+            found.append(("frontend", self.frontend_service().command))
+        for cohort_id in range(self.settings.cohorts):
+            port = self.ports.master(cohort_id, 1)
+            found.append((f"cohort {cohort_id} rank {self.topology.node_rank}", self.rank_command(cohort_id, 1, port)))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for people and tests; secrets are hidden."""
+        ports = self.ports
+        return {
+            "schema": 1,
+            "run": self.run,
+            "node_rank": self.topology.node_rank,
+            "nnodes": self.topology.nnodes,
+            "leader_address": self.topology.leader_address,
+            "engine": self.settings.engine,
+            "gms_server": self.gms_kind,
+            "frontend_url": self.frontend_url,
+            "run_dir": str(self.run_dir.path),
+            "node_dir": str(self.node_dir.path),
+            "ports": {
+                "frontend": ports.frontend,
+                "etcd": ports.etcd,
+                "etcd_peer": ports.etcd_peer,
+                "nats": ports.nats,
+                "master": [ports.master(k, 1) for k in range(self.settings.cohorts)],
+                "system": list(ports.system),
+                "nixl": list(ports.nixl),
+                "vllm": list(ports.vllm),
+            },
+            "processes": [
+                {"name": name, "argv": list(command.argv), "env": _public(command)} for name, command in self.processes()
+            ],
+        }
+
+
+def _public(command: Command) -> dict[str, str | None]:
+    return {
+        k: HIDDEN if v and any(s in k for s in _SECRET) else v for k, v in sorted(command.env.items())
+    }
+
+
+def check_model(settings: Settings) -> None:
+    """Raise `UsageError` unless the model is a directory with a config."""
+    if not settings.model:
+        raise UsageError("no model was given: --model DIRECTORY (or MODEL); `gms-launch demo-model` makes a small one")
+    if settings.engine == "reference" or settings.model.startswith(("/", ".", "~")):
+        path = Path(settings.model)
+        if not (path / "config.json").is_file():
+            raise UsageError(f"model {settings.model!r}: {path.absolute()} is not a model directory (no config.json in it)")
+
+
+def settings_digest(settings: Settings) -> str:
+    """A digest of what all nodes of a run must agree on."""
+    data = settings.to_json()
+    for own in ("node_rank", "gms_socket_dir", "etcd_bin", "nats_bin", "python"):
+        data.pop(own)
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

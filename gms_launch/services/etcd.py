@@ -1,0 +1,54 @@
+"""etcd on the leader node: command line, readiness, passwords.
+
+Its data is in the node-local directory, so that a restarted etcd knows everything it knew; it is a cluster of one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gms_launch.cohort.process import Command
+from gms_launch.errors import LaunchError
+from gms_launch.services.base import NotReadyError, Service
+
+#: Tokens of a parked engine must be good after weeks without a request (seconds); etcd's default is 300.
+TOKEN_TTL = 10 * 365 * 24 * 3600
+
+
+def service(
+    binary: str, run: str, address: str, port: int, peer_port: int, data: Path, password: str, timeout: float
+) -> Service:
+    """etcd listening on `address` only."""
+    client, peer = f"http://{host(address)}:{port}", f"http://{host(address)}:{peer_port}"
+    argv = (
+        *(binary, "--name", run, "--data-dir", str(data)),
+        *("--listen-client-urls", client, "--advertise-client-urls", client),
+        *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+        *("--initial-cluster", f"{run}={peer}", "--initial-cluster-token", run),
+        # One member elects itself: the default of a second would be the longest part of a restart.
+        *("--heartbeat-interval", "20", "--election-timeout", "200"),
+        # Passwords are random and long, so hashing need not be slow.
+        *("--bcrypt-cost", "4", "--auth-token-ttl", str(TOKEN_TTL)),
+        *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"),
+        *("--logger", "zap", "--log-level", "warn"),
+    )
+    env: dict[str, str | None] = {"ETCD_UNSUPPORTED_ARCH": None, "ETCDCTL_API": None}
+    return Service("etcd", Command(argv, env), lambda: probe(client, password), timeout)
+
+
+def probe(url: str, password: str) -> None:
+    """A linearizable read, which needs an elected leader. Raises `NotReadyError`."""
+    from gms_launch.control.store import Access, Etcd
+
+    etcd = Etcd(Access((url,), "root", password), timeout=2.0)
+    try:
+        etcd.get("/gms-launch/ready", retry=0.0)
+    except LaunchError as exc:
+        raise NotReadyError(str(exc)) from None
+    finally:
+        etcd.close()
+
+
+def host(address: str) -> str:
+    """`address` as it stands in a URL."""
+    return f"[{address}]" if ":" in address else address

@@ -1,0 +1,163 @@
+"""Bring a service to life: start it, wait until it is ready, start it again when it dies.
+
+Runs on the agent's event loop; probes run in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from gms_launch.cohort import process
+from gms_launch.cohort.process import Child
+from gms_launch.control.records import ServiceStatus
+from gms_launch.errors import LaunchError
+from gms_launch.services.base import STABLE_AFTER, NotReadyError, Service, log_tail, restart_delay
+
+
+class ServiceError(LaunchError):
+    """A service did not become ready; the message ends with its log."""
+
+
+class ServiceRunner:
+    """One service of this node. `on_change(event, detail)` is told: ready, exited, restarted, failed."""
+
+    def __init__(
+        self, service: Service, tag: str, log_dir: Path, on_change: Callable[[ServiceRunner, str, str], None]
+    ) -> None:
+        self.service = service
+        self.state = "starting"
+        self.detail = ""
+        self.starts = 0
+        self._tag, self._log_dir, self._on_change = tag, log_dir, on_change
+        self._child: Child | None = None
+        self._exited = asyncio.Event()
+        self._stopping = False
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid if self._child and not self._exited.is_set() else 0
+
+    @property
+    def log(self) -> Path:
+        return self._log_dir / f"{self.service.name}.{max(1, self.starts)}.log"
+
+    def status(self) -> ServiceStatus:
+        return ServiceStatus(self.service.name, self.state, self.pid, self.starts, self.detail)
+
+    async def start(self) -> None:
+        """Start it and wait until it is ready. Raises `ServiceError`; what was started is then dead again."""
+        self._spawn()
+        try:
+            await self._wait_ready()
+        except ServiceError as exc:
+            self.state, self.detail = "failed", str(exc).splitlines()[0]
+            await self.stop()
+            raise
+        self._became("ready")
+        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+
+    def _spawn(self) -> None:
+        self.starts += 1
+        self._exited = asyncio.Event()
+        child = process.spawn(self.service.name, self.service.command, f"{self._tag}/{self.starts}/0", self.log)
+        self._child = child
+        loop = asyncio.get_running_loop()
+        exited = self._exited
+
+        def ended() -> None:
+            loop.remove_reader(child.pidfd)
+            process.kill_group(child.id)
+            child.reap()
+            exited.set()
+
+        loop.add_reader(child.pidfd, ended)
+
+    async def _wait_ready(self) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.service.timeout
+        reason = "no answer"
+        exited = loop.create_task(self._exited.wait())
+        try:
+            while True:
+                probe = loop.run_in_executor(None, _probe, self.service.probe)
+                await asyncio.wait({probe, exited}, return_when=asyncio.FIRST_COMPLETED)
+                if self._exited.is_set():
+                    assert self._child is not None
+                    raise self._error(f"ended while it was starting ({self._child.exit})")
+                failed = await probe
+                if failed is None:
+                    return
+                reason = failed
+                if loop.time() > deadline:
+                    raise self._error(f"was not ready within {self.service.timeout:g} s ({reason})")
+                # Readiness of another process can only be asked for.
+                await asyncio.wait({exited}, timeout=0.02)
+        finally:
+            exited.cancel()
+
+    def _error(self, text: str) -> ServiceError:
+        command = " ".join(self.service.command.argv)
+        return ServiceError(f"{self.service.name} {text}\n  command: {command}\n  log: {self.log}\n{log_tail(self.log)}")
+
+    async def _keep(self) -> None:
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            since = loop.time()
+            await self._exited.wait()
+            if self._stopping:
+                return
+            assert self._child is not None
+            self._became("exited", str(self._child.exit))
+            if not self.service.restart:
+                self.state = "failed"
+                return
+            failures = 1 if loop.time() - since > STABLE_AFTER else failures + 1
+            while True:
+                self.state = "restarting"
+                await asyncio.sleep(restart_delay(failures))
+                try:
+                    self._spawn()
+                    await self._wait_ready()
+                    break
+                except ServiceError as exc:
+                    self.detail = str(exc).splitlines()[0]
+                    await self._kill()
+                    failures += 1
+            self._became("restarted", f"start {self.starts}")
+
+    def _became(self, event: str, detail: str = "") -> None:
+        self.state = {"ready": "ready", "restarted": "ready", "exited": "restarting"}.get(event, event)
+        self.detail = detail if event == "exited" else ""
+        self._on_change(self, event, detail)
+
+    async def _kill(self) -> None:
+        if self._child is not None and not self._exited.is_set():
+            process.kill_group(self._child.id)
+            await self._exited.wait()
+
+    async def stop(self, grace: float = 3.0) -> None:
+        """End it: SIGTERM, and SIGKILL after `grace` seconds."""
+        self._stopping = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+        if self._child is None or self._exited.is_set():
+            return
+        process.kill_group(self._child.id, signal.SIGTERM)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._exited.wait(), grace)
+        await self._kill()
+        self.state = "stopped"
+
+
+def _probe(probe: Callable[[], None]) -> str | None:
+    try:
+        probe()
+    except NotReadyError as exc:
+        return str(exc)
+    return None
