@@ -97,9 +97,11 @@ class BareStack:
         url, peer = f"http://127.0.0.1:{self._etcd_port}", f"http://127.0.0.1:{free_port()}"
         self._spawn(
             "etcd",
-            ["etcd", "--name", "n", "--data-dir", str(self.directory / "etcd"), "--listen-client-urls", url]
-            + ["--advertise-client-urls", url, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
-            + ["--initial-cluster", f"n={peer}"],
+            [
+                *("etcd", "--name", "n", "--data-dir", str(self.directory / "etcd"), "--listen-client-urls", url),
+                *("--advertise-client-urls", url, "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+                *("--initial-cluster", f"n={peer}"),
+            ],
         )
         self._spawn("gms", [sys.executable, "-m", "gms_launch.gms", "--device", "0"], **self._env())
         frontend = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(self.port)]
@@ -121,7 +123,15 @@ class BareStack:
             "DYN_SYSTEM_HOST": "127.0.0.1",
             "DYN_SYSTEM_STARTING_HEALTH_STATUS": "notready",
         }
-        argv = [sys.executable, "-m", "gms_launch.engines.reference", "--model", str(self.model), "--load-format", "gms"]
+        argv = [
+            sys.executable,
+            "-m",
+            "gms_launch.engines.reference",
+            "--model",
+            str(self.model),
+            "--load-format",
+            "gms",
+        ]
         argv += ["--master-port", str(free_port())]
         return engine_id, self._spawn(name, argv, **env), self.directory / f"{name}.log"
 
@@ -150,10 +160,16 @@ class BareStack:
         env = os.environ | {"ETCDCTL_API": "3"}
         ctl = ["etcdctl", "--endpoints", self._env()["ETCD_ENDPOINTS"]]
         keys = subprocess.run(
-            [*ctl, "get", "--prefix", "v1/instances/dynamo/backend/generate/"], env=env, capture_output=True, text=True, check=True
+            [*ctl, "get", "--prefix", "v1/instances/dynamo/backend/generate/"],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.splitlines()
         for key, value in zip(keys[::2], keys[1::2], strict=True):
             host, port = json.loads(value)["transport"]["tcp"].split("/")[0].rsplit(":", 1)
             with socket.socket() as probe:
                 if probe.connect_ex((host, int(port))) != 0:
-                    subprocess.run([*ctl, "lease", "revoke", key.rpartition("/")[2]], env=env, check=True, capture_output=True)
+                    subprocess.run(
+                        [*ctl, "lease", "revoke", key.rpartition("/")[2]], env=env, check=True, capture_output=True
+                    )

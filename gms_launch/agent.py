@@ -235,7 +235,7 @@ class Agent:
         now = time.time()
         local = {k: r.local() for k, r in self.ranks.items()}
         desired = {
-            k: Desire(k, d.incarnation, d.wanted is Wanted.RUNNING, d.master_port)
+            k: Desire(k, d.incarnation, d.wanted is Wanted.RUNNING, d.master_port, d.why)
             for k, d in self.mirror.desired.items()
         }
         peers = {
@@ -398,13 +398,14 @@ class Agent:
 
     async def _confirm(self, rank: Rank) -> None:
         """A promotion is done when a token comes through the frontend."""
-        layout = self.layout
+        layout, begun = self.layout, time.monotonic()
         arguments = (layout.frontend_address, layout.ports.frontend, layout.model_name)
         while rank.phase is Phase.ACTIVE and not self._stopping:
             try:
                 await self._loop.run_in_executor(None, frontend.one_token, *arguments)
             except NotReadyError:
-                await asyncio.sleep(CONFIRM_PAUSE)
+                # Quickly while it is about to come, then without getting in anybody's way.
+                await asyncio.sleep(CONFIRM_PAUSE if time.monotonic() - begun < 2.0 else 0.2)
                 continue
             if rank.phase is Phase.ACTIVE:
                 self._confirmed = rank.life

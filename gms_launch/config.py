@@ -104,9 +104,7 @@ SETTINGS: tuple[Setting, ...] = (
         "services",
         recipe="ETCD_ENDPOINTS",
     ),
-    Setting(
-        "nats_server", str, "", "use this NATS (URL) instead of starting one", "services", recipe="NATS_SERVER"
-    ),
+    Setting("nats_server", str, "", "use this NATS (URL) instead of starting one", "services", recipe="NATS_SERVER"),
     Setting("frontend_host", str, "", "address the frontend listens on; the leader's when empty", "services"),
     Setting("migration_limit", int, 0, "frontend: how often a request may move to another engine", "services"),
     _port("frontend_port", 8000, "HTTP port of the frontend", "FRONTEND_PORT"),
@@ -128,7 +126,9 @@ SETTINGS: tuple[Setting, ...] = (
     _seconds("restart_backoff", 1.0, "first delay before a cohort that failed early is started again; doubles"),
     _seconds("restart_backoff_max", 60.0, "longest delay between two starts of a cohort"),
     _seconds("restart_window", 600.0, "window in which starts are counted"),
-    Setting("restart_limit", int, 5, "failed starts in the window after which a cohort is given up", "timing", minimum=1),
+    Setting(
+        "restart_limit", int, 5, "failed starts in the window after which a cohort is given up", "timing", minimum=1
+    ),
     Setting("log_max_mib", int, 64, "size at which a log is rotated (MiB); one old part is kept", "run", minimum=1),
 )
 BY_NAME: Mapping[str, Setting] = {s.name: s for s in SETTINGS}
@@ -339,7 +339,9 @@ def _check(s: Settings) -> None:
         seen[port] = name
     bad = [a for a in s.engine_args if a.split("=")[0] in _OWNED_ENGINE_FLAGS]
     if bad:
-        raise UsageError(f"engine argument {bad[0]}: gms-launch sets it itself; {_OWNED_ENGINE_FLAGS[bad[0].split('=')[0]]}")
+        raise UsageError(
+            f"engine argument {bad[0]}: gms-launch sets it itself; {_OWNED_ENGINE_FLAGS[bad[0].split('=')[0]]}"
+        )
 
 
 #: Engine flags that the launcher owns, and what to use instead.

@@ -17,6 +17,7 @@ from gms_launch import engines
 from gms_launch.cohort.process import Command
 from gms_launch.config import Settings
 from gms_launch.engines import DynamoPlane, Engine, RankSpec
+from gms_launch.engines.dynamo import missing_modules
 from gms_launch.errors import UsageError
 from gms_launch.gms import devices
 from gms_launch.ports import Ports
@@ -89,6 +90,7 @@ class Layout:
             nats_url = self.settings.nats_server or own
         return DynamoPlane(
             address=self.topology.address,
+            interface=self.topology.interface,
             namespace=self.settings.namespace,
             etcd_endpoints=self.etcd_endpoints,
             etcd_user=self.credentials.dynamo_user if self.own_etcd else "",
@@ -112,9 +114,7 @@ class Layout:
         return devices.virtual_devices(self.settings.virtual_gpus, self.settings.virtual_gpu_mib)
 
     def gms_services(self) -> list[Service]:
-        return gms.services(
-            self.gms_kind, self.python, self.devices(), self.node_dir.gms, self.settings.gms_timeout
-        )
+        return gms.services(self.gms_kind, self.python, self.devices(), self.node_dir.gms, self.settings.gms_timeout)
 
     def etcd_service(self) -> Service:
         return etcd.service(
@@ -196,9 +196,11 @@ class Layout:
                 self.etcd_service()
             if self.own_nats:
                 self.nats_service()
-            missing = gms.missing_modules(self.settings.python, ("dynamo.frontend",))
+            missing = missing_modules(self.settings.python, ("dynamo.frontend",))
             if missing:
-                raise UsageError(f"dynamo.frontend cannot be imported by {self.python}; pip install 'gms-launch[dynamo]'")
+                raise UsageError(
+                    f"dynamo.frontend cannot be imported by {self.python}; pip install 'gms-launch[dynamo]'"
+                )
 
     def processes(self) -> list[tuple[str, Command]]:
         """Every process of this node in the order of its start."""
@@ -211,7 +213,8 @@ class Layout:
             found.append(("frontend", self.frontend_service().command))
         for cohort_id in range(self.settings.cohorts):
             port = self.ports.master(cohort_id, 1)
-            found.append((f"cohort {cohort_id} rank {self.topology.node_rank}", self.rank_command(cohort_id, 1, port)))
+            name = f"cohort {cohort_id} rank {self.topology.node_rank}"
+            found.append((name, self.rank_command(cohort_id, 1, port)))
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -239,15 +242,14 @@ class Layout:
                 "vllm": list(ports.vllm),
             },
             "processes": [
-                {"name": name, "argv": list(command.argv), "env": _public(command)} for name, command in self.processes()
+                {"name": name, "argv": list(command.argv), "env": _public(command)}
+                for name, command in self.processes()
             ],
         }
 
 
 def _public(command: Command) -> dict[str, str | None]:
-    return {
-        k: HIDDEN if v and any(s in k for s in _SECRET) else v for k, v in sorted(command.env.items())
-    }
+    return {k: HIDDEN if v and any(s in k for s in _SECRET) else v for k, v in sorted(command.env.items())}
 
 
 def check_model(settings: Settings) -> None:
@@ -257,7 +259,9 @@ def check_model(settings: Settings) -> None:
     if settings.engine == "reference" or settings.model.startswith(("/", ".", "~")):
         path = Path(settings.model)
         if not (path / "config.json").is_file():
-            raise UsageError(f"model {settings.model!r}: {path.absolute()} is not a model directory (no config.json in it)")
+            raise UsageError(
+                f"model {settings.model!r}: {path.absolute()} is not a model directory (no config.json in it)"
+            )
 
 
 def settings_digest(settings: Settings) -> str:

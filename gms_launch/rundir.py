@@ -131,7 +131,9 @@ class RunDir:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError) as exc:
-            raise NoContactError(f"{self.run_json} cannot be understood ({exc}); was it written by another version?") from None
+            raise NoContactError(
+                f"{self.run_json} cannot be understood ({exc}); was it written by another version?"
+            ) from None
 
     def write(self, run: RunFile) -> None:
         write_private(self.run_json, json.dumps(asdict(run), indent=1))
@@ -175,7 +177,8 @@ class NodeDir:
         longest = len(os.fsencode(self.gms)) + 1 + SOCKET_NAME_MAX
         if longest > SOCKET_PATH_MAX:
             raise UsageError(
-                f"GMS sockets in {self.gms} would have paths of {longest} bytes and the kernel takes {SOCKET_PATH_MAX}; "
+                f"GMS sockets in {self.gms} would have paths of {longest} bytes, and the kernel takes "
+                f"{SOCKET_PATH_MAX}; "
                 "choose a shorter --gms-socket-dir or --run-id"
             )
 
@@ -189,7 +192,9 @@ class NodeDir:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise RefusedError(f"another agent of run {self.path.name} is on this node (it holds {self.path}/agent.lock)") from None
+            raise RefusedError(
+                f"another agent of run {self.path.name} is on this node (it holds {self.path}/agent.lock)"
+            ) from None
         self._agent_lock = fd
         self.gms.mkdir(mode=0o700, parents=True, exist_ok=True)
 

@@ -12,10 +12,10 @@ from importlib import metadata
 from gms_launch import ports, topology
 from gms_launch.cli.plan import layout
 from gms_launch.config import Settings
+from gms_launch.engines.dynamo import missing_modules
 from gms_launch.errors import LaunchError
 from gms_launch.plan import check_model
 from gms_launch.rundir import LOCAL_ROOT, home, private_directory, user_root
-from gms_launch.services import gms
 from gms_launch.services.base import find_binary
 
 
@@ -44,7 +44,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
             checks.append((name, False, str(exc)))
 
     def modules(*names: str) -> str:
-        missing = gms.missing_modules(settings.python, names)
+        missing = missing_modules(settings.python, names)
         if missing:
             raise LaunchError(f"{python} cannot import {', '.join(missing)}")
         return f"{python} has {', '.join(names)}"

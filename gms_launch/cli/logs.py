@@ -20,7 +20,9 @@ def main(component: str | None, run: str | None, follow: bool, tail: int, node: 
         return
     log = names.get(component) or newest(names, component)
     if log is None:
-        raise UsageError(f"run {directory.run} has no log of {component!r} on node {node}; it has: {', '.join(sorted(names))}")
+        raise UsageError(
+            f"run {directory.run} has no log of {component!r} on node {node}; it has: {', '.join(sorted(names))}"
+        )
     text = log.read_text(errors="replace")
     lines = text.splitlines()
     print(*(lines[-tail:] if tail else lines), sep="\n")

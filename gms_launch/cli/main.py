@@ -18,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # keeps rich out of commands that do not draw
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Keep a multi-node LLM engine serving when one of its processes dies.",
 )

@@ -72,7 +72,7 @@ def with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
             default=None,
             annotation=Annotated[
                 Optional[Path],  # noqa: UP045
-                typer.Option("--config", help="TOML file with settings (GMS_LAUNCH_CONFIG)", rich_help_panel="Run"),
+                typer.Option("--config", help="TOML file with settings (GMS_LAUNCH_CONFIG)"),
             ],
         )
     )

@@ -32,7 +32,10 @@ def main(settings: Settings, as_json: bool) -> None:
     if as_json:
         print(json.dumps(data, indent=1))
         return
-    print(f"run {data['run']}, node {data['node_rank']} of {data['nnodes']}, engine {data['engine']}, GMS {data['gms_server']}")
+    print(
+        f"run {data['run']}, node {data['node_rank']} of {data['nnodes']}, "
+        f"engine {data['engine']}, GMS {data['gms_server']}"
+    )
     print(f"run directory {data['run_dir']}, node-local directory {data['node_dir']}, frontend {data['frontend_url']}")
     print("ports: " + ", ".join(f"{k} {v}" for k, v in data["ports"].items()))
     for process in data["processes"]:

@@ -19,7 +19,9 @@ def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) ->
     failovers = fold(events)
     if as_json:
         data = [dataclasses.asdict(e) for e in events] if all_events else [f.to_json() for f in failovers]
-        print(json.dumps({"schema": 1, "run": directory.run, ("events" if all_events else "failovers"): data}, indent=1))
+        print(
+            json.dumps({"schema": 1, "run": directory.run, ("events" if all_events else "failovers"): data}, indent=1)
+        )
         return
     from rich.console import Console
 

@@ -127,7 +127,9 @@ class Terminal:
         from rich.live import Live
 
         self._console = Console(stderr=True)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
+        self._live = (
+            Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
+        )
         if self._live:
             self._live.start()
 
@@ -246,5 +248,3 @@ def _as_flags(settings: Settings) -> list[str]:
         else:
             flags.append(f"{s.flag}={value}")
     return [*flags, "--", *settings.engine_args] if settings.engine_args else flags
-
-

@@ -29,7 +29,8 @@ FENCE_TIMEOUT = 30.0
 class Rank:
     """One life of a cohort's rank on this node. Times are Unix seconds.
 
-    `stopping`: its end is wanted, so its exit is no news. `on_event(rank, kind, time, detail)` gets: parked, lock, awake, registered, exit, dead, fenced, unfenced.
+    `stopping`: its end is wanted, so its exit is no news. `on_event(rank, kind, time, detail)`
+    gets: parked, lock, awake, registered, exit, dead, fenced, unfenced.
     """
 
     cohort_id: int
@@ -161,9 +162,7 @@ class Rank:
         self._fencing = True
         self.failing()
         loop = asyncio.get_running_loop()
-        done: Fenced = await loop.run_in_executor(
-            None, fence.destroy, self.child.id, self.tag, sockets, FENCE_TIMEOUT
-        )
+        done: Fenced = await loop.run_in_executor(None, fence.destroy, self.child.id, self.tag, sockets, FENCE_TIMEOUT)
         strays = f"found outside the group: {', '.join(map(str, done.strays))}" if done.strays else ""
         self.on_event(self, "dead", done.dead_at, strays)
         self.leftovers = done.leftovers

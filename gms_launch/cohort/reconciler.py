@@ -40,6 +40,7 @@ class Desire:
     incarnation: int
     running: bool
     master_port: int
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,5 +90,5 @@ def _why_kill(rank: LocalRank, desire: Desire | None, peers: Mapping[tuple[int, 
     if desire.incarnation > rank.incarnation:
         return f"life {desire.incarnation} is wanted"
     if desire.incarnation == rank.incarnation and not desire.running:
-        return "the controller wants it dead"
+        return desire.why or "the controller wants it dead"
     return ""

@@ -185,7 +185,9 @@ class Etcd:
                 error = exc
             self.drop(generation)
             if time.monotonic() + delay > deadline or self._closed:
-                raise NoContactError(f"etcd at {', '.join(self._access.endpoints)} does not answer: {describe(error)}") from error
+                raise NoContactError(
+                    f"etcd at {', '.join(self._access.endpoints)} does not answer: {describe(error)}"
+                ) from error
             time.sleep(delay * random.uniform(0.5, 1.0))  # a pause between attempts; there is no event to wait for
             delay = min(delay * 2, 1.0)
 

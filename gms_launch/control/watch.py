@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import gms_launch.control.store as door
 from gms_launch.control.store import Connection, Etcd, KeyValue, describe
 
-etcd3, grpc = door.etcd3, door.grpc
+etcd3 = door.etcd3
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,8 @@ class Watch(threading.Thread):
                 for event in message.events:
                     kv = event.kv
                     deleted = event.type == 1  # DELETE
-                    self._on_change(
-                        Change(kv.key.decode(), None if deleted else kv.value, kv.mod_revision, kv.lease)
-                    )
+                    self._on_change(Change(kv.key.decode(), None if deleted else kv.value, kv.mod_revision, kv.lease))
                 self._revision = max(self._revision, message.header.revision)
         finally:
             requests.put(None)
             call.cancel()
-
-
-#: What a failed stream raises; kept here so that callers need not import grpc.
-StreamError = grpc.RpcError

@@ -38,7 +38,8 @@ class DynamoEngine:
         missing = missing_modules(python, self.needs)
         if not missing:
             return []
-        return [f"--engine {self.name} needs {' and '.join(missing)}, which {python or sys.executable} cannot import; {self.hint}"]
+        who = python or sys.executable
+        return [f"--engine {self.name} needs {' and '.join(missing)}, which {who} cannot import; {self.hint}"]
 
     def command(self, spec: RankSpec) -> Command:
         argv = [spec.python, "-m", self.module, "--model", spec.model]

@@ -22,7 +22,9 @@ from gms_launch.gms.store import LayoutStore
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m gms_launch.gms", description=__doc__)
     parser.add_argument("--device", type=int, required=True, help="index of the device")
-    parser.add_argument("--tag", action="append", help=f"serve this tag only; may be repeated (default: {', '.join(TAGS)})")
+    parser.add_argument(
+        "--tag", action="append", help=f"serve this tag only; may be repeated (default: {', '.join(TAGS)})"
+    )
     parser.add_argument("--socket-path", type=Path, help="socket of the one tag served (default: in GMS_SOCKET_DIR)")
     parser.add_argument("--memory-mib", type=int, default=4096, help="size of the made-up device (MiB)")
     parser.add_argument("--alloc-retry-interval", type=float, default=0.5, help="seconds between attempts when full")
@@ -50,7 +52,9 @@ async def serve(options: argparse.Namespace) -> None:
         )
         server.bind()
         servers.append(server)
-        logging.info("GMS tag %s of device %d (%s, %d MiB): %s", tag, device.index, device.uuid, options.memory_mib, path)
+        logging.info(
+            "GMS tag %s of device %d (%s, %d MiB): %s", tag, device.index, device.uuid, options.memory_mib, path
+        )
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for sig in (signal.SIGTERM, signal.SIGINT):

@@ -171,7 +171,9 @@ class GmsClient:
     def _map(self, mapping: Mapping) -> Mapping:
         answer, fd = self._ask(p.ExportAllocationRequest(mapping.allocation_id))
         if isinstance(answer, p.ErrorResponse) or fd < 0:
-            raise GmsError(f"export of {mapping.allocation_id} from {self.path}: {getattr(answer, 'error', 'no descriptor')}")
+            raise GmsError(
+                f"export of {mapping.allocation_id} from {self.path}: {getattr(answer, 'error', 'no descriptor')}"
+            )
         try:
             self._mapper.map(mapping.address, mapping.aligned_size, fd, self.granted is p.LockType.RW)
         finally:

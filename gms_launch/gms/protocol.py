@@ -231,7 +231,7 @@ def _all_messages() -> Any:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Union[_all_messages()])
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(Union[_all_messages()])  # noqa: UP007 - a tuple made at run time
 
 
 def frame(message: Message) -> bytes:

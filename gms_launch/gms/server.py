@@ -280,7 +280,9 @@ class SocketServer:
         digest = self.store.seal()
         self.locks.commit(session.number)
         self.store.record("committed")
-        log.info("session %d: committed %d allocations, layout %s", session.number, len(self.store.allocations), digest[:12])
+        log.info(
+            "session %d: committed %d allocations, layout %s", session.number, len(self.store.allocations), digest[:12]
+        )
         await self._notify()
         await self._send(session, p.CommitResponse(success=True))
 
@@ -343,7 +345,9 @@ class SocketServer:
         return p.MetadataPutResponse(success=True)
 
     def _list(self, request: p.ListAllocationsRequest) -> p.ListAllocationsResponse:
-        return p.ListAllocationsResponse([p.GetAllocationResponse(**_fields(a)) for a in self.store.listed(request.tag)])
+        return p.ListAllocationsResponse(
+            [p.GetAllocationResponse(**_fields(a)) for a in self.store.listed(request.tag)]
+        )
 
 
 _SIMPLE: dict[type, Callable[[SocketServer, Any], p.Message]] = {
@@ -386,10 +390,10 @@ def _closed(sock: socket.socket) -> bool:
 async def _hung_up(sock: socket.socket) -> None:
     """Return when the peer has closed. Data it sent ahead of the answer is left in place, and watching ends."""
     loop = asyncio.get_running_loop()
-    readable = loop.create_future()
-    loop.add_reader(sock.fileno(), lambda: readable.done() or readable.set_result(None))
+    readable = asyncio.Event()
+    loop.add_reader(sock.fileno(), readable.set)
     try:
-        await readable
+        await readable.wait()
     finally:
         loop.remove_reader(sock.fileno())
     if not _closed(sock):
@@ -398,9 +402,9 @@ async def _hung_up(sock: socket.socket) -> None:
 
 async def _writable(sock: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_writer(sock.fileno(), lambda: ready.done() or ready.set_result(None))
+    ready = asyncio.Event()
+    loop.add_writer(sock.fileno(), ready.set)
     try:
-        await ready
+        await ready.wait()
     finally:
         loop.remove_writer(sock.fileno())

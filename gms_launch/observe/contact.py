@@ -32,5 +32,7 @@ def read(directory: RunDir, door: Gateway) -> tuple[Mirror, snapshot.Snapshot]:
     found = door.get_prefix(mirror.keys.prefix)
     mirror.replace({k: v for k, v in found.items() if not k.startswith(events)})
     if mirror.run is None:
-        raise NoContactError(f"run {directory.run} has not written anything yet; its agent's log: {directory.agent_log}")
+        raise NoContactError(
+            f"run {directory.run} has not written anything yet; its agent's log: {directory.agent_log}"
+        )
     return mirror, snapshot.build(mirror)

@@ -25,7 +25,9 @@ class GmsWatch:
         """A server (`gms-<device>[-<tag>]`) is gone: its sockets are down, without asking."""
         device = int(name.split("-")[1])
         self.status = tuple(
-            GmsStatus(g.device, g.uuid, g.tag, "DOWN") if g.device == device and (name.count("-") == 1 or name.endswith(g.tag)) else g
+            GmsStatus(g.device, g.uuid, g.tag, "DOWN")
+            if g.device == device and (name.count("-") == 1 or name.endswith(g.tag))
+            else g
             for g in self.status
         )
 

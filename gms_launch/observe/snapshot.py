@@ -143,8 +143,7 @@ def _node_json(n: NodeRecord) -> dict[str, Any]:
         "agent_pid": n.agent_pid,
         "lock_holder": n.lock_holder or None,
         "services": [
-            {"name": s.name, "state": s.state, "pid": s.pid, "starts": s.starts, "detail": s.detail}
-            for s in n.services
+            {"name": s.name, "state": s.state, "pid": s.pid, "starts": s.starts, "detail": s.detail} for s in n.services
         ],
         "gms": [
             {

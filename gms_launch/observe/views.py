@@ -81,15 +81,13 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
 
 def failover(found: Failover) -> RenderableType:
     """One failover, step by step."""
-    victim = f"cohort {found.victim[0]} (life {found.victim[1]})"
-    if found.promoted is None:
-        promoted = "nobody"
-    else:
-        promoted = f"cohort {found.promoted[0]} (life {found.promoted[1]})"
+
+    def name(life: tuple[int, int] | None) -> str:
+        return "nobody" if life is None else f"cohort {life[0]} (life {life[1]})"
+
+    victim, promoted = name(found.victim), name(found.promoted)
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.time))
-    head = Text.assemble(
-        (when, "bold"), f"  {victim} -> {promoted}", ("  cause: ", "dim"), found.cause or "unknown"
-    )
+    head = Text.assemble((when, "bold"), f"  {victim} -> {promoted}", ("  cause: ", "dim"), found.cause or "unknown")
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("STEP")
     table.add_column("AFTER", justify="right")

@@ -10,9 +10,7 @@ from gms_launch.engines import DynamoPlane
 from gms_launch.services.base import NotReadyError, Service
 
 
-def service(
-    python: str, plane: DynamoPlane, address: str, port: int, migration_limit: int, timeout: float
-) -> Service:
+def service(python: str, plane: DynamoPlane, address: str, port: int, migration_limit: int, timeout: float) -> Service:
     argv = (
         *(python, "-m", "dynamo.frontend", "--http-host", address, "--http-port", str(port)),
         *("--namespace", plane.namespace, "--migration-limit", str(migration_limit)),

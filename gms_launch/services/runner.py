@@ -10,6 +10,7 @@ import contextlib
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gms_launch.cohort import process
 from gms_launch.cohort.process import Child
@@ -84,8 +85,9 @@ class ServiceRunner:
         exited = loop.create_task(self._exited.wait())
         try:
             while True:
-                probe = loop.run_in_executor(None, _probe, self.service.probe)
-                await asyncio.wait({probe, exited}, return_when=asyncio.FIRST_COMPLETED)
+                probe = asyncio.ensure_future(asyncio.to_thread(_probe, self.service.probe))
+                waiting: set[asyncio.Future[Any]] = {probe, exited}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if self._exited.is_set():
                     assert self._child is not None
                     raise self._error(f"ended while it was starting ({self._child.exit})")
@@ -102,7 +104,9 @@ class ServiceRunner:
 
     def _error(self, text: str) -> ServiceError:
         command = " ".join(self.service.command.argv)
-        return ServiceError(f"{self.service.name} {text}\n  command: {command}\n  log: {self.log}\n{log_tail(self.log)}")
+        return ServiceError(
+            f"{self.service.name} {text}\n  command: {command}\n  log: {self.log}\n{log_tail(self.log)}"
+        )
 
     async def _keep(self) -> None:
         loop = asyncio.get_running_loop()

@@ -69,4 +69,4 @@ class FailoverMetrics:
         temporary.replace(self._file)
 
     def text(self) -> str:
-        return generate_latest(self._registry).decode()
+        return str(generate_latest(self._registry).decode())

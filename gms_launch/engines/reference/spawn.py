@@ -23,19 +23,19 @@ class Workers:
     async def first_exit(self) -> tuple[str, int]:
         """Wait until a worker ends; returns its name and exit code (negative: the signal)."""
         loop = asyncio.get_running_loop()
-        ended: asyncio.Future[str] = loop.create_future()
+        ended: asyncio.Queue[str] = asyncio.Queue()
         fds = []
         for name, process in self._processes.items():
             fd = os.pidfd_open(process.pid)
             fds.append(fd)
-            loop.add_reader(fd, lambda name=name: ended.done() or ended.set_result(name))
+            loop.add_reader(fd, ended.put_nowait, name)
         try:
-            name = await ended
+            first = await ended.get()
         finally:
             for fd in fds:
                 loop.remove_reader(fd)
                 os.close(fd)
-        return name, self._processes[name].wait()
+        return first, self._processes[first].wait()
 
     def stop(self) -> None:
         for process in self._processes.values():

@@ -1,0 +1,40 @@
+#!/bin/bash
+# The main job from start to end: a deployment, an answer, a kill, the same answer from the shadow, the timeline.
+set -euo pipefail
+run=demo
+model=${TMPDIR:-/tmp}/gms-launch-demo-model-$(id -u)
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+ask() {
+  curl -sS --fail --max-time 30 "$url/v1/completions" -H 'content-type: application/json' \
+    -d "{\"model\": \"demo\", \"prompt\": \"Tell me of the sea\", \"max_tokens\": 12, \"temperature\": 0}" |
+    python3 -c 'import json, sys; print(json.load(sys.stdin)["choices"][0]["text"].strip())'
+}
+
+say "a small model"
+[ -f "$model/model.safetensors" ] || gms-launch demo-model "$model"
+
+say "gms-launch up: GMS, etcd, NATS, the frontend, a primary and a shadow"
+gms-launch up -d --run-id $run --engine reference --model "$model" --served-model-name demo
+url=$(gms-launch status --run $run --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["frontend_url"])')
+
+say "an answer from the primary"
+before=$(ask); echo "$before"
+
+say "gms-launch kill-primary"
+gms-launch kill-primary --run $run
+
+say "the same question to the shadow"
+after=$(ask); echo "$after"
+[ "$before" = "$after" ] || { echo "the answers differ" >&2; exit 1; }
+
+say "redundancy is back"
+for _ in $(seq 300); do
+  state=$(gms-launch status --run $run --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["redundancy"])')
+  [ "$state" = full ] && break
+  sleep 0.2
+done
+gms-launch timeline --run $run
+gms-launch status --run $run
+[ "$state" = full ] || { echo "redundancy is $state, not full" >&2; exit 1; }
+echo
+echo "The deployment is running: $url. End it with: make demo-down"
