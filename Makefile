@@ -14,6 +14,7 @@ setup: $(STAMP)
 .PHONY: packages
 packages:
 	@missing=$$(for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	if [ -n "$$missing" ]; then tests/install-packages.sh $$missing; fi
 
 $(STAMP): pyproject.toml | packages

@@ -188,7 +188,7 @@ class Layout:
         found = len(self.devices())
         if local > found:
             raise UsageError(
-                f"tp {self.settings.tp} over {self.settings.nnodes} nodes needs {local} devices on this node and it has "
+                f"tp {self.settings.tp} over {self.settings.nnodes} nodes needs {local} devices on this node; it has "
                 f"{found}" + ("; see --virtual-gpus" if self.gms_kind == "builtin" else "")
             )
         if self.topology.is_leader:

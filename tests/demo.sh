@@ -5,9 +5,13 @@ run=demo
 model=${TMPDIR:-/tmp}/gms-launch-demo-model-$(id -u)
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 ask() {
-  curl -sS --fail --max-time 30 "$url/v1/completions" -H 'content-type: application/json' \
-    -d "{\"model\": \"demo\", \"prompt\": \"Tell me of the sea\", \"max_tokens\": 12, \"temperature\": 0}" |
-    python3 -c 'import json, sys; print(json.load(sys.stdin)["choices"][0]["text"].strip())'
+  python3 - "$url" <<'PY'
+import json, sys, urllib.request
+body = {"model": "demo", "prompt": "Tell me of the sea", "max_tokens": 12, "temperature": 0}
+request = urllib.request.Request(
+    sys.argv[1] + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+print(json.load(urllib.request.urlopen(request, timeout=30))["choices"][0]["text"].strip())
+PY
 }
 
 say "a small model"

@@ -29,6 +29,7 @@ class Knobs:
     kv_mib: int = 16
     lock_poll_seconds: float = 0.1
     crash: str = ""
+    stray: bool = False
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Knobs:
@@ -39,6 +40,7 @@ class Knobs:
             kv_mib=int(environ.get("REFERENCE_KV_MIB", "16")),
             lock_poll_seconds=float(environ.get("REFERENCE_LOCK_POLL_SECONDS", "0.1")),
             crash=environ.get("REFERENCE_CRASH", ""),
+            stray=environ.get("REFERENCE_STRAY", "") == "1",
         )
 
     def crash_here(self, point: str, tag: str) -> None:

@@ -129,6 +129,8 @@ async def run(config: EngineConfig) -> None:
     log.info("[Shadow] Engine sleeping, startup probe now passing, waiting for lock")
     config.knobs.crash_here("parked", config.tag)
     lock_fd, contended = await lock.acquire(config.lock_path, config.engine_id, config.knobs.lock_poll_seconds)
+    if config.knobs.stray:
+        lock.leave_a_stray(lock_fd)
     log.info("Failover lock acquired: engine-%d", config.engine_id)
     log.info("[Shadow] Lock acquired, waking engine")
     metrics.enter("waking")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import subprocess
+import sys
 
 
 async def acquire(path: str, engine_id: int, poll_seconds: float) -> tuple[int, bool]:
@@ -25,3 +27,9 @@ async def acquire(path: str, engine_id: int, poll_seconds: float) -> tuple[int, 
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"engine-{engine_id}".encode(), 0)
     return fd, contended
+
+
+def leave_a_stray(fd: int) -> None:
+    """For tests: a child in a session of its own that inherits the lock, as a helper forked at the wrong time would."""
+    sleep = "import time; time.sleep(3600)"
+    subprocess.Popen([sys.executable, "-c", sleep], pass_fds=(fd,), start_new_session=True, stdin=subprocess.DEVNULL)

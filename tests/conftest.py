@@ -1,0 +1,37 @@
+"""Fixtures that unit and integration tests share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import EtcdServer
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 8 MiB."""
+    from gms_launch.engines.reference.demo_model import make
+
+    directory = tmp_path_factory.mktemp("model")
+    make(directory, 8)
+    return directory
+
+
+@pytest.fixture
+def fast_dir() -> Iterator[Path]:
+    """A directory in memory with a short path, for sockets and for etcd's fsync."""
+    with tempfile.TemporaryDirectory(prefix="gl-", dir="/dev/shm") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def etcd(fast_dir: Path) -> Iterator[EtcdServer]:
+    server = EtcdServer(fast_dir).start()
+    try:
+        yield server
+    finally:
+        server.kill()

@@ -1,0 +1,317 @@
+"""The control plane against a real etcd: what happens to watches, leases and calls when etcd has trouble."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import queue
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gms_launch.control.gateway import Gateway
+from gms_launch.control.lease import LeaseKeeper
+from gms_launch.control.publisher import Publisher
+from gms_launch.control.store import Access, Etcd
+from gms_launch.control.watch import Watch
+from gms_launch.errors import NoContactError
+from tests.support import EtcdServer, eventually, free_port
+
+
+@pytest.fixture
+def store(etcd: EtcdServer) -> Iterator[Etcd]:
+    client = Etcd(Access((etcd.url,)), timeout=1.0)
+    yield client
+    client.close()
+
+
+class Seen:
+    """Collects what a watch says."""
+
+    def __init__(self) -> None:
+        self.messages: queue.Queue[tuple[str, Any]] = queue.Queue()
+
+    def watch(self, store: Etcd, prefix: str = "/a/") -> Watch:
+        watch = Watch(
+            store,
+            prefix,
+            lambda found: self.messages.put(("snapshot", {k: v.value for k, v in found.items()})),
+            lambda change: self.messages.put(("change", (change.key, change.value))),
+            lambda reason: self.messages.put(("state", reason)),
+        )
+        watch.start()
+        return watch
+
+    def wait(self, wanted: Callable[[str, Any], bool], timeout: float = 15.0) -> Any:
+        deadline = time.monotonic() + timeout
+        while True:
+            kind, value = self.messages.get(timeout=max(0.01, deadline - time.monotonic()))
+            if wanted(kind, value):
+                return value
+
+    def change(self, key: str, value: bytes | None) -> None:
+        self.wait(lambda k, v: k == "change" and v == (key, value))
+
+
+def standing(kind: str, value: Any) -> bool:
+    return kind == "state" and value is None
+
+
+def test_etcd3_leaves_no_environment_variable_and_no_public_descriptor() -> None:
+    code = (
+        "import os; before = dict(os.environ)\n"
+        "from gms_launch.control import store\n"
+        "assert dict(os.environ) == before\n"
+        "from google.protobuf import descriptor_pool\n"
+        "try: descriptor_pool.Default().FindFileByName('rpc.proto')\n"
+        "except KeyError: print('private')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "private"
+
+
+def test_put_get_create_delete(store: Etcd) -> None:
+    assert store.get("/a/1") is None
+    assert store.create("/a/1", b"x")
+    assert not store.create("/a/1", b"y")
+    assert store.get("/a/1") == b"x"
+    store.put("/a/2", b"z")
+    assert store.get_prefix("/a/") == {"/a/1": b"x", "/a/2": b"z"}
+    assert store.delete("/a/1")
+    assert store.delete_prefix("/a/") == 1
+
+
+def test_watch_resumes_after_a_kill_without_losing_a_change(store: Etcd, etcd: EtcdServer) -> None:
+    store.put("/a/1", b"1")
+    seen = Seen()
+    watch = seen.watch(store)
+    assert seen.wait(lambda k, _: k == "snapshot") == {"/a/1": b"1"}
+    seen.wait(standing)
+    etcd.kill()
+    assert seen.wait(lambda k, v: k == "state" and v is not None)
+    etcd.start()
+    # Written before the watch is back: it must come all the same.
+    other = Etcd(Access((etcd.url,)), timeout=1.0)
+    other.put("/a/2", b"2")
+    seen.change("/a/2", b"2")
+    assert watch.resyncs == 1, "it resumed, it did not start over"
+    watch.stop()
+
+
+def test_watch_costs_nothing_while_etcd_is_away(store: Etcd, etcd: EtcdServer) -> None:
+    seen = Seen()
+    watch = seen.watch(store)
+    seen.wait(standing)
+    etcd.kill()
+    seen.wait(lambda k, v: k == "state" and v is not None)
+    begun, cpu = time.monotonic(), time.process_time()
+    seen.wait(lambda k, v: k == "state" and v is not None and time.monotonic() - begun > 2.0)
+    assert time.process_time() - cpu < 0.5 * (time.monotonic() - begun), "the watch must not spin"
+    watch.stop()
+
+
+def test_watch_survives_a_frozen_etcd(store: Etcd, etcd: EtcdServer) -> None:
+    seen = Seen()
+    watch = seen.watch(store)
+    seen.wait(standing)
+    etcd.send(signal.SIGSTOP)
+    with pytest.raises(NoContactError):
+        store.put("/a/1", b"1", retry=0.0)
+    etcd.send(signal.SIGCONT)
+    store.put("/a/2", b"2")
+    seen.change("/a/2", b"2")
+    watch.stop()
+
+
+def test_watch_starts_over_after_compaction(store: Etcd, etcd: EtcdServer) -> None:
+    store.put("/a/0", b"0")
+    seen = Seen()
+    watch = seen.watch(store)
+    seen.wait(standing)
+    etcd.kill()
+    seen.wait(lambda k, v: k == "state" and v is not None)
+    store_two = Etcd(Access((etcd.url,)), timeout=1.0)
+    # Keep the watch out while history is written and forgotten.
+    watch._etcd = Etcd(Access((f"http://127.0.0.1:{free_port()}",)), timeout=0.2)
+    etcd.start()
+    for n in range(5):
+        revision = store_two.put("/a/1", b"%d" % n)
+    store_two.compact(revision)
+    watch._etcd = store_two
+    assert seen.wait(lambda k, _: k == "snapshot") == {"/a/0": b"0", "/a/1": b"4"}
+    assert watch.resyncs == 2
+    watch.stop()
+
+
+def test_watch_notices_a_wiped_store(store: Etcd, etcd: EtcdServer) -> None:
+    for n in range(5):
+        store.put("/a/1", b"%d" % n)
+    seen = Seen()
+    watch = seen.watch(store)
+    seen.wait(standing)
+    etcd.kill()
+    subprocess.run(["rm", "-rf", str(etcd.data)], check=True)
+    etcd.start()
+    assert seen.wait(lambda k, _: k == "snapshot") == {}
+    store.put("/a/9", b"9")
+    seen.change("/a/9", b"9")
+    watch.stop()
+
+
+def test_watch_notices_a_wiped_store_whose_revision_has_caught_up(store: Etcd, etcd: EtcdServer) -> None:
+    store.put("/a/1", b"old")
+    seen = Seen()
+    watch = seen.watch(store)
+    seen.wait(standing)
+    etcd.kill()
+    subprocess.run(["rm", "-rf", str(etcd.data)], check=True)
+    watch._etcd = Etcd(Access((f"http://127.0.0.1:{free_port()}",)), timeout=0.2)
+    etcd.start()
+    fresh = Etcd(Access((etcd.url,)), timeout=1.0)
+    for n in range(50):
+        fresh.put("/a/2", b"%d" % n)
+    watch._etcd = fresh
+    assert seen.wait(lambda k, _: k == "snapshot") == {"/a/2": b"49"}
+    watch.stop()
+
+
+def test_lease_is_kept_and_its_loss_is_told(store: Etcd, etcd: EtcdServer) -> None:
+    granted: queue.Queue[int] = queue.Queue()
+    lost: queue.Queue[str] = queue.Queue()
+    keeper = LeaseKeeper(store, 2.0, granted.put, lost.put)
+    keeper.start()
+    first = granted.get(timeout=10)
+    store.put("/a/node", b"here", lease=first)
+    time.sleep(3.0)  # longer than the lease: only renewal keeps the key
+    assert store.get("/a/node") == b"here"
+    assert lost.empty()
+    store.revoke(first)
+    assert "no longer knows" in lost.get(timeout=10)
+    second = granted.get(timeout=10)
+    assert second != first
+    etcd.send(signal.SIGSTOP)
+    assert "not renewed" in lost.get(timeout=15)
+    etcd.send(signal.SIGCONT)
+    assert granted.get(timeout=15)
+    keeper.stop()
+
+
+def test_publisher_writes_the_last_value_when_etcd_is_back(store: Etcd, etcd: EtcdServer) -> None:
+    publisher = Publisher(store)
+    publisher.start()
+    publisher.put("/a/1", b"before")
+    eventually(lambda: store.get("/a/1") == b"before")
+    etcd.kill()
+    for n in range(100):
+        publisher.put("/a/1", b"%d" % n)
+    etcd.start()
+    eventually(lambda: store.get("/a/1") == b"99")
+    publisher.stop(5.0)
+
+
+def test_another_endpoint_is_used_when_one_is_dead(etcd: EtcdServer) -> None:
+    client = Etcd(Access((f"http://127.0.0.1:{free_port()}", etcd.url)), timeout=1.0)
+    client.put("/a/1", b"1")
+    assert client.get("/a/1") == b"1"
+    client.close()
+
+
+def test_password(store: Etcd, etcd: EtcdServer) -> None:
+    store.enable_auth("secret", {"dynamo": ("other", ["v1/"])})
+    with pytest.raises(Exception, match=r"user name is empty|permission denied"):
+        store.put("/a/1", b"1", retry=0.0)
+    admin = Etcd(Access((etcd.url,), "root", "secret"), timeout=1.0)
+    admin.enable_auth("secret", {"dynamo": ("other", ["v1/"])})  # may be repeated
+    admin.put("/a/1", b"1")
+    limited = Etcd(Access((etcd.url,), "dynamo", "other"), timeout=1.0)
+    limited.put("v1/x", b"1")
+    with pytest.raises(Exception, match="permission denied"):
+        limited.put("/a/1", b"2", retry=0.0)
+    seen = Seen()
+    watch = seen.watch(admin)
+    seen.wait(standing)
+    etcd.kill()
+    etcd.start()  # tokens are gone; both must log in again by themselves
+    admin.put("/a/2", b"2")
+    seen.change("/a/2", b"2")
+    watch.stop()
+    assert Gateway((etcd.url,), "root", "secret").get_prefix("/a/") == {"/a/1": b"1", "/a/2": b"2"}
+
+
+def test_tokens_that_ran_out_are_renewed(fast_dir: Path) -> None:
+    server = EtcdServer(fast_dir, "--auth-token-ttl", "1").start()
+    try:
+        Etcd(Access((server.url,)), timeout=1.0).enable_auth("secret", {})
+        admin = Etcd(Access((server.url,), "root", "secret"), timeout=1.0)
+        admin.put("/a/1", b"1")
+        time.sleep(3.0)  # the token's life is the server's clock
+        admin.put("/a/1", b"2")
+        assert admin.get("/a/1") == b"2"
+    finally:
+        server.kill()
+
+
+def test_tls(fast_dir: Path) -> None:
+    ca, cert, key = make_certificates(fast_dir)
+    server = EtcdServer(
+        fast_dir,
+        *("--client-cert-auth", "--trusted-ca-file", ca, "--cert-file", cert, "--key-file", key),
+        scheme="https",
+    ).start()
+    try:
+        client = Etcd(Access((server.url,), ca=ca, cert=cert, key=key), timeout=2.0)
+        client.put("/a/1", b"1")
+        seen = Seen()
+        watch = seen.watch(client)
+        assert seen.wait(lambda k, _: k == "snapshot") == {"/a/1": b"1"}
+        watch.stop()
+        with pytest.raises(NoContactError):
+            Etcd(Access((server.url.replace("https", "http"),)), timeout=1.0).put("/a/1", b"2", retry=0.0)
+    finally:
+        server.kill()
+
+
+def make_certificates(directory: Path) -> tuple[str, str, str]:
+    """One self-made authority and one certificate for 127.0.0.1, as server and client."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    now = datetime.datetime.now(datetime.timezone.utc)
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+
+    def build(name: str, issuer: str, public: Any) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+            .public_key(public)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(hours=1))
+        )
+
+    authority = build("ca", "ca", ca_key.public_key()).add_extension(
+        x509.BasicConstraints(ca=True, path_length=None), critical=True
+    )
+    own = (
+        build("node", "ca", key.public_key())
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(
+            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+        )
+    )
+    pem = serialization.Encoding.PEM
+    (directory / "ca.pem").write_bytes(authority.sign(ca_key, hashes.SHA256()).public_bytes(pem))
+    (directory / "cert.pem").write_bytes(own.sign(ca_key, hashes.SHA256()).public_bytes(pem))
+    (directory / "key.pem").write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption())
+    )
+    return str(directory / "ca.pem"), str(directory / "cert.pem"), str(directory / "key.pem")

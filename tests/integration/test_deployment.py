@@ -1,0 +1,293 @@
+"""A whole deployment on one node with real parts: failovers, faults, and what the verbs say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gms_launch.cohort import proc
+from tests.support import GMS_LAUNCH, Deployment, eventually, gms_launch, stopped
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Iterator[Deployment]:
+    with Deployment(tmp_path / "home", model) as deployment:
+        yield deployment
+
+
+def loads(run: Deployment) -> int:
+    """How often weights were read from disk, as the engines' own loader counts it."""
+    return sum(len(f.read_text().splitlines()) for f in run.node_dir.glob("disk_loads_*"))
+
+
+def kill_from_outside(run: Deployment, cohort_id: int) -> int:
+    """SIGKILL a cohort's process group as a fault would; returns its pid, which is dead afterwards."""
+    rank = run.cohort(cohort_id)["ranks"][0]
+    who = proc.identity(rank["pid"])
+    assert who is not None
+    os.killpg(rank["pgid"], signal.SIGKILL)
+    eventually(lambda: not proc.alive(who))
+    return int(rank["pid"])
+
+
+@pytest.mark.timeout(240)
+def test_twenty_failovers_in_a_row(run: Deployment) -> None:
+    before = run.text()
+    assert before
+    inode = (run.node_dir / "failover.lock").stat().st_ino
+    for number in range(20):
+        victim = run.status()["primary"]
+        done = run.cli("kill-primary", "--json")
+        assert done.returncode == 0, done.stderr
+        failover = json.loads(done.stdout)
+        assert failover["victim"]["cohort_id"] == victim
+        assert {"detected", "dead", "lock", "awake", "registered", "first_token"} <= set(failover["steps"])
+        assert run.text() == before, f"failover {number}"
+        status = run.wait_full()
+        assert status["primary"] != victim
+        pgid = int((run.node_dir / f"engine-{victim}.pgid").read_text())
+        assert pgid == status["cohorts"][victim]["ranks"][0]["pgid"]
+    assert loads(run) == 1
+    weights = next(g for g in run.status()["nodes"][0]["gms"] if g["tag"] == "weights")
+    assert weights["loads"] == 1
+    assert (run.node_dir / "failover.lock").stat().st_ino == inode, "the lock is made once"
+    assert sum(c["incarnation"] for c in run.status()["cohorts"]) == 22
+    timeline = json.loads(run.cli("timeline", "--json").stdout)
+    assert [f["complete"] for f in timeline["failovers"]] == [True] * 20
+    node_dir = run.node_dir
+    assert run.cli("down").returncode == 0
+    assert run.alive() == []
+    assert not node_dir.exists()
+
+
+def test_a_primary_killed_from_outside_is_replaced_and_rearmed(run: Deployment) -> None:
+    before = run.text()
+    victim = run.status()["primary"]
+    kill_from_outside(run, victim)
+    eventually(lambda: run.text() == before)
+    status = run.wait_full()
+    assert status["primary"] != victim
+    assert run.events("exit")[0]["detail"] == "killed by SIGKILL"
+    assert len(run.events("lease_revoked")) == 1
+
+
+def test_a_worker_that_dies_takes_its_whole_cohort_with_it(run: Deployment) -> None:
+    before = run.text()
+    victim = run.status()["primary"]
+    leader = run.cohort(victim)["ranks"][0]["pid"]
+    (worker,) = proc.children(leader)
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: run.status()["primary"] == 1 - victim)
+    assert run.wait_full()["cohorts"][victim]["incarnation"] == 2
+    assert run.text() == before
+
+
+def test_a_shadow_that_dies_is_rearmed_and_the_primary_is_not_touched(run: Deployment) -> None:
+    primary = run.status()["primary"]
+    pid = run.cohort(primary)["ranks"][0]["pid"]
+    kill_from_outside(run, 1 - primary)
+    eventually(lambda: run.cohort(1 - primary)["incarnation"] == 2)
+    status = run.wait_full()
+    assert status["primary"] == primary
+    assert status["cohorts"][primary]["ranks"][0]["pid"] == pid
+
+
+def test_a_stray_that_holds_the_lock_is_found_and_promotion_goes_on(tmp_path: Path, model: Path) -> None:
+    # A child that left group and session and inherited the lock's descriptor keeps the flock after its parent's death.
+    with Deployment(tmp_path / "home", model, REFERENCE_STRAY="1") as run:
+        before = run.text()
+        victim = run.status()["primary"]
+        tag = f"{run.run}/{victim}/1"
+        pgid = run.cohort(victim)["ranks"][0]["pgid"]
+        stray = next(i for i, _ in proc.tagged(tag) if i.pgid != pgid)
+        assert run.cli("kill-primary").returncode == 0
+        assert not proc.alive(stray.identity)
+        assert run.text() == before
+        assert str(stray.pid) in run.events("dead")[0]["detail"]
+        run.wait_full()
+
+
+def test_kill_primary_is_refused_without_a_parked_shadow(tmp_path: Path, model: Path) -> None:
+    with Deployment(tmp_path / "home", model, "--shadows", "0") as run:
+        before = run.text()
+        pid = run.cohort(0)["ranks"][0]["pid"]
+        done = run.cli("kill-primary")
+        assert done.returncode == 3
+        assert "no shadow is parked" in done.stderr
+        assert run.cohort(0)["ranks"][0]["pid"] == pid
+        assert run.text() == before
+        # Forced, it is an outage until the only cohort has started again.
+        done = run.cli("kill-primary", "--force", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["promoted"] == {"cohort_id": 0, "incarnation": 2}
+        assert run.text() == before
+
+
+def test_agent_killed_in_the_middle_of_a_failover_leaves_nothing(run: Deployment) -> None:
+    victim = run.status()["primary"]
+    os.killpg(run.cohort(victim)["ranks"][0]["pgid"], signal.SIGKILL)
+    eventually(lambda: run.events("exit"), what="the failover has begun")
+    os.kill(run.agent.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    assert not run.events("first_token")[1:], "it was in the middle"
+    eventually(lambda: run.alive() == [], timeout=1.0)
+    assert time.monotonic() - killed < 1.0
+    assert run.cli("status").returncode == 5
+    down = run.cli("down")
+    assert down.returncode == 0, down.stderr
+    assert not run.node_dir.exists()
+
+
+def test_two_deployments_side_by_side(tmp_path: Path, model: Path) -> None:
+    home = tmp_path / "home"
+    with Deployment(home, model) as one, Deployment(home, model) as two:
+        assert one.run_file["frontend_url"] != two.run_file["frontend_url"]
+        text = one.text()
+        assert text and two.text() == text
+        ambiguous = gms_launch("status", env=one.env)
+        assert ambiguous.returncode == 2
+        assert one.run in ambiguous.stderr and two.run in ambiguous.stderr
+        untouched = two.status()["cohorts"]
+        assert one.cli("kill-primary").returncode == 0
+        assert one.cli("down").returncode == 0
+        assert two.text() == text
+        assert [c["ranks"][0]["pid"] for c in two.status()["cohorts"]] == [c["ranks"][0]["pid"] for c in untouched]
+
+
+def test_a_shadow_that_dies_while_starting_fails_up_in_seconds_with_its_log(tmp_path: Path, model: Path) -> None:
+    run = Deployment(tmp_path / "home", model, REFERENCE_CRASH="1.1:starting")
+    begun = time.monotonic()
+    done = run.up()
+    assert time.monotonic() - begun < 15.0
+    assert done.returncode == 1
+    assert "cohort 1 did not come up" in done.stderr
+    assert "crashing at starting, as REFERENCE_CRASH says" in done.stderr
+    assert run.alive() == []
+    assert not Path(run.node_dir).exists()
+
+
+def test_etcd_that_dies_is_back_before_anybody_minds(run: Deployment) -> None:
+    before = run.text()
+    etcd = next(s for s in run.status()["nodes"][0]["services"] if s["name"] == "etcd")
+    pids = [c["ranks"][0]["pid"] for c in run.status()["cohorts"]]
+    os.kill(etcd["pid"], signal.SIGKILL)
+    died = time.monotonic()
+    eventually(lambda: run.events("service_restarted"))
+    assert time.monotonic() - died < 5.0, "half of the lease of Dynamo's processes"
+    status = run.wait_full()
+    assert next(s for s in status["nodes"][0]["services"] if s["name"] == "etcd")["starts"] == 2
+    assert [c["ranks"][0]["pid"] for c in status["cohorts"]] == pids, "no engine was touched"
+    assert run.text() == before
+    assert run.cli("kill-primary").returncode == 0, "and failover still works"
+    assert run.text() == before
+
+
+def test_nats_and_frontend_are_restarted_and_cohorts_not_touched(run: Deployment) -> None:
+    before = run.text()
+    pids = [c["ranks"][0]["pid"] for c in run.status()["cohorts"]]
+    for name in ("nats", "frontend"):
+        service = next(s for s in run.status()["nodes"][0]["services"] if s["name"] == name)
+        os.kill(service["pid"], signal.SIGKILL)
+        eventually(lambda name=name: any(e["detail"].startswith(name) for e in run.events("service_restarted")))
+    eventually(lambda: run.text() == before)
+    assert [c["ranks"][0]["pid"] for c in run.status()["cohorts"]] == pids
+
+
+def test_without_nats(tmp_path: Path, model: Path) -> None:
+    with Deployment(tmp_path / "home", model, "--no-nats", NATS_SERVER="") as run:
+        assert "nats" not in [s["name"] for s in run.status()["nodes"][0]["services"]]
+        before = run.text()
+        assert before
+        assert run.cli("kill-primary").returncode == 0
+        assert run.text() == before
+
+
+def test_two_gpus_give_the_same_text_as_one(run: Deployment, tmp_path: Path, model: Path) -> None:
+    with Deployment(tmp_path / "two", model, "--tp", "2", "--virtual-gpus", "2") as two:
+        assert two.text() == run.text()
+        assert loads(two) == 2, "once a GPU"
+        assert two.cli("kill-primary").returncode == 0
+        assert two.text() == run.text()
+
+
+def test_one_wrong_byte_in_the_mapped_weights_changes_the_answer(run: Deployment) -> None:
+    before = run.text()
+    gms = next(s for s in run.status()["nodes"][0]["services"] if s["name"] == "gms-0")
+    memory = [f for f in Path(f"/proc/{gms['pid']}/fd").iterdir() if "memfd:gms" in os.readlink(f)]
+    (weights,) = [f for f in memory if f.stat().st_size == 8 * 1024 * 1024]  # the KV is twice as large
+    with open(weights, "r+b", buffering=0) as file:
+        file.seek(123_457)
+        byte = file.read(1)
+        file.seek(123_457)
+        file.write(bytes([byte[0] ^ 1]))
+        assert run.text() not in (None, before)
+        file.seek(123_457)
+        file.write(byte)
+    assert run.text() == before
+
+
+def test_down_stops_a_run_whose_agent_hangs(run: Deployment) -> None:
+    agent = run.agent
+    with stopped(agent.pid):
+        done = run.cli("down", "--timeout", "0.5")
+        assert done.returncode == 4
+        assert "did not stop within 0.5 s and was killed" in done.stderr
+        eventually(lambda: not proc.alive(agent))
+    assert run.cli("down").returncode == 0
+    assert run.alive() == []
+
+
+def test_the_run_is_found_and_its_verbs_answer(run: Deployment) -> None:
+    alone = gms_launch("status", env=run.env)
+    assert alone.returncode == 0 and run.run in alone.stdout and "redundancy full" in alone.stdout
+    assert "cohort-0.1" in run.cli("logs").stdout
+    assert "waiting for lock" in run.cli("logs", "cohort-1", "-n", "0").stdout
+    assert "first_token" in run.cli("timeline", "--events").stdout
+    assert "has had no failover" in run.cli("timeline").stdout
+    assert gms_launch("up", "-d", *run.flags, env=run.env).returncode == 3
+    assert gms_launch("status", "--run", "nobody", env=run.env).returncode == 5
+    assert run.cli("kill-primary", "--scope", "rank:7").returncode == 2
+    assert gms_launch("sweep", "--dry-run", env=run.env).stdout.count(run.run) == 0, "a live run is not swept"
+    assert (run.home / run.run / "credentials.json").stat().st_mode & 0o077 == 0
+    assert run.node_dir.stat().st_mode & 0o777 == 0o700
+    (lock,) = proc.flock_holders(str(run.node_dir / "failover.lock"))
+    assert lock == run.cohort(run.status()["primary"])["ranks"][0]["pid"]
+
+
+def test_nothing_listens_beyond_the_loopback(run: Deployment) -> None:
+    pids = {i.pid for i, _ in proc.tagged(run.run)}
+    inodes = {
+        os.readlink(f)[8:-1]
+        for pid in pids
+        for f in Path(f"/proc/{pid}/fd").iterdir()
+        if os.readlink(f).startswith("socket:")
+    }
+    listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    ours = [fields[1] for fields in listening if fields[3] == "0A" and fields[9] in inodes]
+    assert len(ours) >= 5
+    assert [a for a in ours if not a.startswith("0100007F")] == []
+
+
+def test_terminated_in_the_foreground_it_ends_in_order(tmp_path: Path, model: Path) -> None:
+    run = Deployment(tmp_path / "home", model)
+    agent = subprocess.Popen([*GMS_LAUNCH, "up", *run.flags], env=run.env, stderr=subprocess.PIPE, text=True)
+    try:
+        eventually(lambda: (run.home / run.run / "events.jsonl").exists() and run.events("redundancy"), 40.0)
+        run.wait_full()
+        agent.send_signal(signal.SIGINT)
+        _, err = agent.communicate(timeout=20)
+    finally:
+        agent.kill()
+    assert agent.returncode == 0, err
+    assert "stopping: signal SIGINT" in err
+    kinds = [(e["kind"], e["cohort_id"]) for e in run.events() if e["kind"] in ("dead", "lock")]
+    primary = next(c for k, c in kinds if k == "lock")
+    assert kinds[-2:] == [("dead", 1 - primary), ("dead", primary)], "the standby first, so that none is promoted"
+    eventually(lambda: run.alive() == [], timeout=1.0, what="the guard ends after its agent")

@@ -1,0 +1,145 @@
+"""Real processes: who dies with whom, who is found, and who must never be touched."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gms_launch.cohort import fence, proc, process
+from gms_launch.cohort.proc import ProcessId
+from gms_launch.cohort.process import Command
+from tests.support import eventually
+
+SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
+
+
+@pytest.fixture
+def run() -> Iterator[str]:
+    name = "p" + uuid.uuid4().hex[:8]
+    yield name
+    assert process.kill_tagged(name, 10.0) == []
+
+
+def start(run: str, tmp_path: Path, argv: tuple[str, ...] = SLEEP, cohort: int = 0) -> process.Child:
+    child = process.spawn("test", Command(argv, {}), f"{run}/{cohort}/1/0", tmp_path / f"{cohort}.log")
+    eventually(lambda: proc.tag_of(child.pid))
+    return child
+
+
+def test_a_child_leads_its_own_session_and_carries_the_tag(run: str, tmp_path: Path) -> None:
+    child = start(run, tmp_path)
+    info = proc.stat(child.pid)
+    assert info is not None
+    assert info.pgid == info.session == child.pid
+    assert proc.tag_of(child.pid) == f"{run}/0/1/0"
+    assert fence.destroy(child.id, child.tag, [], 10.0).proved
+    assert child.reap().signal == signal.SIGKILL
+
+
+def test_the_environment_of_a_child_is_clean() -> None:
+    base = {"GMS_LAUNCH_MODEL": "x", "GMS_LAUNCH_TAG": "old", "NATS_SERVER": "y", "PATH": "/bin"}
+    env = process.child_environment(base, Command((), {"NATS_SERVER": None, "A": "1"}), "new")
+    assert env == {"PATH": "/bin", "A": "1", "GMS_LAUNCH_TAG": "new", "PYTHONUNBUFFERED": "1"}
+
+
+def test_the_group_is_fenced_with_its_workers(run: str, tmp_path: Path) -> None:
+    code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    child = start(run, tmp_path, (sys.executable, "-c", code + "time.sleep(600)"))
+    eventually(lambda: len(proc.group(child.pid)) == 2)
+    done = fence.destroy(child.id, child.tag, [], 10.0)
+    assert done.proved and done.strays == ()
+    assert [i for i in proc.group(child.pid) if not i.dead] == []
+    child.reap()
+
+
+def test_a_process_that_left_group_and_session_is_found_and_killed(run: str, tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+        "time.sleep(600)"
+    )
+    child = start(run, tmp_path, (sys.executable, "-c", code))
+    eventually(lambda: len(proc.tagged(run)) == 2)
+    stray = next(i.pid for i, _ in proc.tagged(run) if i.pid != child.pid)
+    assert proc.stat(stray).pgid != child.pgid  # type: ignore[union-attr]
+    done = fence.destroy(child.id, child.tag, [], 10.0)
+    assert done.proved and done.strays == (stray,)
+    assert proc.tagged(run) == []
+    child.reap()
+
+
+def test_another_process_with_the_number_is_not_touched(run: str, tmp_path: Path) -> None:
+    child = start(run, tmp_path)
+    impostor = ProcessId(child.pid, child.id.start - 1)
+    assert not process.kill_group(impostor)
+    assert process.kill_process(impostor) is None
+    assert proc.alive(child.id)
+    process.kill_group(child.id)
+    eventually(lambda: child.ended)
+    child.reap()
+    assert not process.kill_group(child.id), "a reaped pid may be anybody's by now"
+
+
+@pytest.mark.parametrize("pid", [0, 1, -1])
+def test_group_zero_and_one_are_refused(pid: int) -> None:
+    with pytest.raises(ValueError, match="refusing"):
+        process.kill_group(ProcessId(pid, 0))
+    with pytest.raises(ValueError, match="refusing"):
+        process.kill_process(ProcessId(pid, 0))
+
+
+def test_neighbouring_tags_are_not_confused(run: str, tmp_path: Path) -> None:
+    one, ten = start(run, tmp_path, cohort=1), start(run, tmp_path, cohort=10)
+    fence.destroy(one.id, f"{run}/1/1/0", [], 10.0)
+    assert proc.alive(ten.id)
+    fence.destroy(ten.id, ten.tag, [], 10.0)
+    one.reap(), ten.reap()
+
+
+def test_children_and_grandchildren_die_with_a_killed_agent(run: str, tmp_path: Path) -> None:
+    agent_code = f"""
+import asyncio, os, subprocess, sys, time
+from pathlib import Path
+from gms_launch.cohort import process
+from gms_launch.cohort.process import Command
+reader, writer = os.pipe2(os.O_CLOEXEC)
+env = process.child_environment(os.environ, Command((), {{}}), "{run}/guard/1/0")
+subprocess.Popen([sys.executable, "-m", "gms_launch.cohort.guard", "{run}", str(reader)], pass_fds=(reader,), env=env,
+                 start_new_session=True)
+os.close(reader)
+code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True); time.sleep(600)"
+process.spawn("x", Command((sys.executable, "-c", code), {{}}), "{run}/0/1/0", Path({str(tmp_path)!r}) / "x.log")
+time.sleep(600)
+"""
+    agent = subprocess.Popen([sys.executable, "-c", agent_code])
+    eventually(lambda: len(proc.tagged(run)) == 3, what="child, grandchild and guard")
+    agent.kill()
+    agent.wait()
+    eventually(lambda: proc.tagged(run) == [], timeout=5.0)
+
+
+def test_a_command_that_does_not_exist_says_so(run: str, tmp_path: Path) -> None:
+    child = process.spawn("x", Command(("/no/such/thing",), {}), f"{run}/0/1/0", tmp_path / "x.log")
+    eventually(lambda: child.ended)
+    assert child.reap().code == 1
+    assert "cannot run /no/such/thing: No such file" in (tmp_path / "x.log").read_text()
+
+
+def test_flock_holder_is_read_from_the_kernel(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    assert proc.flock_holders(str(lock)) == []
+    code = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(lock)])
+    try:
+        eventually(lambda: proc.flock_holders(str(lock)) == [holder.pid])
+    finally:
+        holder.kill()
+        holder.wait()
+    assert proc.flock_holders(str(lock)) == []
