@@ -113,7 +113,11 @@ env = process.child_environment(os.environ, Command((), {{}}), "{run}/guard/1/0"
 subprocess.Popen([sys.executable, "-m", "gms_launch.cohort.guard", "{run}", str(reader)], pass_fds=(reader,), env=env,
                  start_new_session=True)
 os.close(reader)
-code = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True); time.sleep(600)"
+code = '''
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+time.sleep(600)
+'''
 process.spawn("x", Command((sys.executable, "-c", code), {{}}), "{run}/0/1/0", Path({str(tmp_path)!r}) / "x.log")
 time.sleep(600)
 """

@@ -1,0 +1,138 @@
+"""Services as real processes: readiness by a real probe, the log when it does not come, restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gms_launch.cohort import process
+from gms_launch.cohort.process import Command
+from gms_launch.gms.devices import virtual_devices
+from gms_launch.services import etcd, gms, nats
+from gms_launch.services.base import NotReadyError, Service, find_binary, restart_delay
+from gms_launch.services.runner import ServiceError, ServiceRunner
+from tests.support import free_port
+
+
+@pytest.fixture
+def run() -> Iterator[str]:
+    name = "s" + uuid.uuid4().hex[:8]
+    yield name
+    assert process.kill_tagged(name, 10.0) == []
+
+
+def etcd_service(directory: Path, timeout: float = 20.0, port: int | None = None) -> Service:
+    binary = find_binary("etcd_bin", "", "etcd", "etcd-server")
+    return etcd.service(binary, "t", "127.0.0.1", port or free_port(), free_port(), directory / "e", "pw", timeout)
+
+
+def test_delays_grow_and_end() -> None:
+    assert [restart_delay(n) for n in (1, 2, 3, 4)] == [0.0, 0.2, 0.4, 0.8]
+    assert restart_delay(50) == 5.0
+
+
+def test_etcd_and_nats_become_ready_and_come_back(run: str, fast_dir: Path) -> None:
+    port = free_port()
+    nats.configure(fast_dir / "nats.conf", "127.0.0.1", port, fast_dir / "n", "u", "p")
+    assert (fast_dir / "nats.conf").stat().st_mode & 0o077 == 0
+    binary = find_binary("nats_bin", "", "nats-server", "nats-server")
+    services = [etcd_service(fast_dir), nats.service(binary, fast_dir / "nats.conf", "127.0.0.1", port, "u", "p", 10.0)]
+
+    async def live() -> list[str]:
+        seen: list[str] = []
+        again = asyncio.Event()
+
+        def told(runner: ServiceRunner, event: str, _: str) -> None:
+            seen.append(f"{runner.service.name} {event}")
+            if event == "restarted":
+                again.set()
+
+        for service in services:
+            runner = ServiceRunner(service, f"{run}/{service.name}", fast_dir / "logs", told)
+            await runner.start()
+            assert runner.state == "ready"
+            again.clear()
+            os.kill(runner.pid, signal.SIGKILL)
+            await asyncio.wait_for(again.wait(), 20)
+            service.probe()
+            assert runner.starts == 2
+            await runner.stop()
+        return seen
+
+    seen = asyncio.run(live())
+    assert seen == [f"{name} {event}" for name in ("etcd", "nats") for event in ("ready", "exited", "restarted")]
+    with pytest.raises(NotReadyError):
+        nats.probe("127.0.0.1", port, "u", "p")
+
+
+def test_a_wrong_password_is_not_ready(run: str, fast_dir: Path) -> None:
+    port = free_port()
+    nats.configure(fast_dir / "nats.conf", "127.0.0.1", port, fast_dir / "n", "u", "p")
+    binary = find_binary("nats_bin", "", "nats-server", "nats-server")
+
+    async def live() -> None:
+        service = nats.service(binary, fast_dir / "nats.conf", "127.0.0.1", port, "u", "p", 10.0)
+        runner = ServiceRunner(service, f"{run}/nats", fast_dir / "logs", lambda *_: None)
+        await runner.start()
+        with pytest.raises(NotReadyError, match="Authorization Violation"):
+            nats.probe("127.0.0.1", port, "u", "wrong")
+        await runner.stop()
+
+    asyncio.run(live())
+
+
+def test_a_service_that_cannot_start_shows_its_log_at_once(run: str, fast_dir: Path) -> None:
+    async def live() -> None:
+        first = ServiceRunner(etcd_service(fast_dir, port=port), f"{run}/etcd", fast_dir / "a", lambda *_: None)
+        await first.start()
+        (fast_dir / "two").mkdir()
+        second = etcd_service(fast_dir / "two", timeout=60.0, port=port)
+        begun = asyncio.get_running_loop().time()
+        with pytest.raises(ServiceError, match="ended while it was starting") as caught:
+            await ServiceRunner(second, f"{run}/etcd", fast_dir / "b", lambda *_: None).start()
+        assert asyncio.get_running_loop().time() - begun < 15.0
+        assert "address already in use" in str(caught.value)
+        await first.stop()
+
+    port = free_port()
+    asyncio.run(live())
+
+
+def test_a_service_that_is_never_ready_is_ended_at_its_deadline(run: str, fast_dir: Path) -> None:
+    def probe() -> None:
+        raise NotReadyError("still thinking")
+
+    code = "print('thinking', flush=True); import time; time.sleep(600)"
+    service = Service("slow", Command((sys.executable, "-c", code), {}), probe, 0.3)
+
+    async def live() -> ServiceRunner:
+        runner = ServiceRunner(service, f"{run}/slow", fast_dir, lambda *_: None)
+        with pytest.raises(ServiceError, match=r"not ready within 0.3 s \(still thinking\)") as caught:
+            await runner.start()
+        assert "| thinking" in str(caught.value)
+        return runner
+
+    runner = asyncio.run(live())
+    assert runner.pid == 0
+
+
+def test_gms_is_ready_when_every_socket_answers(run: str, fast_dir: Path) -> None:
+    devices = virtual_devices(2, 64)
+
+    async def live() -> None:
+        for service in gms.services("builtin", sys.executable, devices, fast_dir, 20.0):
+            with pytest.raises(NotReadyError):
+                service.probe()
+            runner = ServiceRunner(service, f"{run}/{service.name}", fast_dir / "logs", lambda *_: None)
+            await runner.start()
+            service.probe()
+
+    asyncio.run(live())
+    assert len(list(fast_dir.glob("gms_*.sock"))) == 4

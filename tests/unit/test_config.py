@@ -1,0 +1,96 @@
+"""Settings: where they come from, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gms_launch.config import SETTINGS, Settings, read_toml, resolve
+from gms_launch.errors import UsageError
+
+
+def resolved(environ: dict[str, str] | None = None, toml: dict[str, Any] | None = None, **flags: Any) -> Settings:
+    return resolve(flags, environ or {}, toml)
+
+
+def test_every_setting_is_a_field_and_the_other_way_round() -> None:
+    fields = {f.name for f in dataclasses.fields(Settings)} - {"engine_args", "sources"}
+    assert fields == {s.name for s in SETTINGS}
+
+
+def test_order_of_the_sources() -> None:
+    environ = {"GMS_LAUNCH_TP": "4", "TP": "2"}
+    toml = {"tp": 8}
+    assert resolved(environ, toml, tp="16").tp == 16
+    assert resolved(environ, toml).tp == 4
+    assert resolved({"TP": "2"}, toml).tp == 2
+    assert resolved({}, toml).tp == 8
+    assert resolve({}, {}, None, scheduler={"tp": 3}).tp == 3
+    assert resolved().tp == 1
+
+
+def test_the_recipes_names() -> None:
+    s = resolved({"MODEL": "m", "TP": "2", "LEADER_ADDR": "10.0.0.1", "FRONTEND_PORT": "9000", "GMS_SOCKET_DIR": "/x"})
+    assert (s.model, s.tp, s.leader_addr, s.frontend_port, s.gms_socket_dir) == ("m", 2, "10.0.0.1", 9000, "/x")
+    assert s.sources["model"] == "MODEL"
+    assert not resolved({"MODEL": ""}).was_set("model"), "an empty variable is unset, as in the recipe"
+
+
+@pytest.mark.parametrize(
+    ("environ", "toml", "flags", "says"),
+    [
+        ({"GMS_LAUNCH_MODLE": "x"}, None, {}, "did you mean GMS_LAUNCH_MODEL"),
+        ({}, {"modle": "x"}, {}, "did you mean model"),
+        ({}, {"tp": "two"}, {}, "tp (from settings file)"),
+        ({}, {"tp": True}, {}, "expected int"),
+        ({}, None, {"tp": "0"}, "below 1"),
+        ({}, None, {"engine": "sglang"}, "not one of vllm, reference"),
+        ({}, None, {"frontend_port": "70000"}, "above 65535"),
+        ({}, None, {"system_port": "40000"}, "above 32000"),
+        ({"GMS_LAUNCH_NATS": "maybe"}, None, {}, "neither true nor false"),
+        ({}, None, {"node_rank": "2", "nnodes": "2"}, "does not exist with nnodes 2"),
+        ({}, None, {"tp": "3", "nnodes": "2"}, "cannot be spread evenly"),
+        ({}, None, {"nats": False, "event_plane": "nats"}, "needs NATS"),
+        ({}, None, {"nats": False, "nats_server": "nats://x:1"}, "switches NATS off"),
+        ({}, None, {"run_id": "no/slash"}, "1-20 letters"),
+        ({}, None, {"run_id": "a" * 21}, "1-20 letters"),
+        ({}, None, {"etcd_port": "4000", "nats_port": "4000"}, "are both 4000"),
+        ({}, None, {"lease_ttl": "1"}, "below 2 s"),
+        ({}, None, {"dynamo_lease_ttl": "2"}, "use 5 or more"),
+        ({}, None, {"restart_backoff": "90"}, "longer than restart_backoff_max"),
+    ],
+)
+def test_what_is_refused(
+    environ: dict[str, str], toml: dict[str, Any] | None, flags: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve(flags, environ, toml)
+    assert says in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["--load-format=auto", "--model", "--headless", "-tp"])
+def test_engine_arguments_that_the_launcher_owns(argument: str) -> None:
+    with pytest.raises(UsageError, match="gms-launch sets it itself"):
+        resolve({}, {}, engine_args=["--max-model-len", "8", argument])
+
+
+def test_toml(tmp_path: Path) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text('[gms-launch]\nmodel = "m"\nnats = false\nlease_ttl = 7\n')
+    settings = resolve({}, {}, read_toml(file))
+    assert (settings.model, settings.nats, settings.lease_ttl) == ("m", False, 7.0)
+    with pytest.raises(UsageError, match="does not exist"):
+        read_toml(tmp_path / "other.toml")
+    file.write_text("model = ")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        read_toml(file)
+
+
+def test_settings_survive_json() -> None:
+    settings = resolve({"tp": "2"}, {}, engine_args=["--x"])
+    assert Settings.from_json(settings.to_json()) == settings

@@ -1,0 +1,221 @@
+"""The pure core: model, reconciler, controller."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gms_launch.cohort import controller
+from gms_launch.cohort.controller import Abort, Answer, GiveUp, Kill, KillPart, KillRequest, Memory, Slot, Start, View
+from gms_launch.cohort.model import (
+    ALIVE,
+    CohortView,
+    IllegalMoveError,
+    Phase,
+    Redundancy,
+    cohort_phase,
+    move,
+    redundancy,
+)
+from gms_launch.cohort.reconciler import Desire, KillRank, LocalRank, PeerRank, StartRank, decide
+
+POLICY = controller.Policy(
+    cohorts=2, start_timeout=100, promotion_timeout=20, backoff=1, backoff_max=8, window=600, limit=3
+)
+RUNNING = Memory(initial=False)
+
+
+def test_the_life_of_a_cohort() -> None:
+    phase = Phase.PENDING
+    for name in ("starting", "parked", "waking", "active", "failing", "fenced", "pending"):
+        phase = move(phase, Phase(name))
+    for alive in ALIVE:
+        assert move(alive, Phase.FAILING) is Phase.FAILING
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [("fenced", "active"), ("failing", "parked"), ("active", "parked"), ("parked", "starting"), ("pending", "active")],
+)
+def test_illegal_moves(start: str, end: str) -> None:
+    with pytest.raises(IllegalMoveError):
+        move(Phase(start), Phase(end))
+
+
+def test_phase_of_a_cohort() -> None:
+    parked, starting, failing, fenced = Phase.PARKED, Phase.STARTING, Phase.FAILING, Phase.FENCED
+    assert cohort_phase({}, 2) is Phase.PENDING
+    assert cohort_phase({0: parked}, 2) is starting, "a rank is missing"
+    assert cohort_phase({0: parked, 1: starting}, 2) is parked, "the leader rank speaks for all"
+    assert cohort_phase({0: Phase.ACTIVE, 1: failing}, 2) is failing
+    assert cohort_phase({0: fenced, 1: failing}, 2) is failing
+    assert cohort_phase({0: fenced}, 2) is failing, "no word from node 1 is no proof"
+    assert cohort_phase({0: fenced, 1: fenced}, 2) is fenced
+
+
+def test_redundancy() -> None:
+    def of(*phases: Phase, gms: bool = True) -> Redundancy:
+        return redundancy([CohortView(k, 1, p) for k, p in enumerate(phases)], len(phases) - 1, gms)
+
+    assert of(Phase.ACTIVE, Phase.PARKED) is Redundancy.FULL
+    assert of(Phase.ACTIVE, Phase.PARKED, Phase.STARTING) is Redundancy.DEGRADED
+    assert of(Phase.ACTIVE, Phase.STARTING) is Redundancy.NONE
+    assert of(Phase.WAKING, Phase.PARKED) is Redundancy.DOWN
+    assert of(Phase.ACTIVE, Phase.PARKED, gms=False) is Redundancy.NONE
+
+
+# -- one node ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_wanted_is_started_once() -> None:
+    wanted = {0: Desire(0, 1, True, 29500)}
+    assert decide(wanted, {}, {}) == [StartRank(wanted[0])]
+    for phase in (*ALIVE, Phase.FAILING):
+        assert decide(wanted, {0: LocalRank(0, 1, phase)}, {}) == []
+
+
+def test_the_next_life_waits_for_the_fence_of_this_one() -> None:
+    wanted = {0: Desire(0, 2, True, 29501)}
+    assert decide(wanted, {0: LocalRank(0, 1, Phase.FAILING)}, {}) == []
+    assert decide(wanted, {0: LocalRank(0, 1, Phase.FENCED)}, {}) == [StartRank(wanted[0])]
+    (kill,) = decide(wanted, {0: LocalRank(0, 1, Phase.ACTIVE)}, {})
+    assert isinstance(kill, KillRank)
+
+
+def test_a_rank_dies_with_its_peer_and_nobody_else_does() -> None:
+    wanted = {0: Desire(0, 1, True, 1), 1: Desire(1, 4, True, 2)}
+    local = {0: LocalRank(0, 1, Phase.ACTIVE), 1: LocalRank(1, 4, Phase.PARKED)}
+    dead = {(0, 1): PeerRank(0, 1, 1, Phase.FAILING)}
+    (kill,) = decide(wanted, local, dead)
+    assert isinstance(kill, KillRank)
+    assert (kill.cohort_id, kill.incarnation, kill.reason) == (0, 1, "rank 1 of the same life ended")
+    assert decide(wanted, local, {(1, 1): PeerRank(1, 3, 1, Phase.FENCED)}) == [], "that was an earlier life"
+
+
+def test_a_store_that_forgot_everything_kills_nobody() -> None:
+    assert decide({}, {0: LocalRank(0, 1, Phase.ACTIVE), 1: LocalRank(1, 1, Phase.PARKED)}, {}) == []
+
+
+def test_wanted_dead() -> None:
+    (kill,) = decide({0: Desire(0, 1, False, 1, "kill-primary")}, {0: LocalRank(0, 1, Phase.ACTIVE)}, {})
+    assert kill == KillRank(0, 1, "kill-primary")
+    assert decide({0: Desire(0, 1, False, 1)}, {0: LocalRank(0, 1, Phase.FENCED)}, {}) == []
+
+
+# -- the run -------------------------------------------------------------------------------------------------------
+
+
+def slot(cohort_id: int, phase: Phase, incarnation: int = 1, running: bool = True, since: float = 0.0) -> Slot:
+    return Slot(cohort_id, incarnation, running, False, phase, since)
+
+
+def view(*slots: Slot, confirmed: tuple[int, int] | None = None, requests: tuple[KillRequest, ...] = ()) -> View:
+    return View({s.cohort_id: s for s in slots}, confirmed, requests)
+
+
+def test_nothing_happens_before_every_node_is_there() -> None:
+    assert controller.decide(replace(view(), nodes_present=False), Memory(), POLICY, 0.0)[0] == []
+    actions, _ = controller.decide(view(), Memory(), POLICY, 0.0)
+    assert [type(a) for a in actions] == [Start, Start]
+
+
+def test_while_it_first_comes_up_a_failure_ends_the_run() -> None:
+    actions, _ = controller.decide(view(slot(0, Phase.PARKED), slot(1, Phase.FAILING)), Memory(), POLICY, 1.0)
+    assert [(type(a), a.cohort_id) for a in actions] == [(Abort, 1)]  # type: ignore[union-attr]
+    late = view(slot(0, Phase.STARTING), slot(1, Phase.STARTING))
+    (abort,), _ = controller.decide(late, Memory(), POLICY, 100.0)
+    assert isinstance(abort, Abort) and abort.late
+
+
+def test_a_dead_primary_is_started_again_after_the_fence_and_after_the_promotion() -> None:
+    serving = view(slot(0, Phase.ACTIVE), slot(1, Phase.PARKED), confirmed=(0, 1))
+    actions, memory = controller.decide(serving, RUNNING, POLICY, 0.0)
+    assert actions == []
+    failing = view(slot(0, Phase.FAILING), slot(1, Phase.PARKED), confirmed=(0, 1))
+    actions, memory = controller.decide(failing, memory, POLICY, 1.0)
+    assert [(type(a), a.cohort_id) for a in actions] == [(Kill, 0)]  # type: ignore[union-attr]
+    fenced = slot(0, Phase.FENCED, running=False)
+    for other in (slot(1, Phase.PARKED), slot(1, Phase.WAKING, since=1.2), slot(1, Phase.ACTIVE, since=1.2)):
+        actions, memory = controller.decide(view(fenced, other, confirmed=(0, 1)), memory, POLICY, 1.3)
+        assert actions == [], "the promotion goes first"
+    actions, memory = controller.decide(view(fenced, slot(1, Phase.ACTIVE), confirmed=(1, 1)), memory, POLICY, 1.4)
+    assert actions == [Start(0, 2, "re-arm")]
+
+
+def test_a_dead_shadow_is_started_again_at_once() -> None:
+    serving = view(slot(0, Phase.ACTIVE), slot(1, Phase.PARKED), confirmed=(0, 1))
+    _, memory = controller.decide(serving, RUNNING, POLICY, 0.0)
+    dead = view(slot(0, Phase.ACTIVE), slot(1, Phase.FENCED, running=False), confirmed=(0, 1))
+    assert controller.decide(dead, memory, POLICY, 1.0)[0] == [Start(1, 2, "re-arm")]
+
+
+def test_starts_that_fail_are_delayed_and_then_given_up() -> None:
+    memory, now, delays = RUNNING, 0.0, []
+    active = slot(0, Phase.ACTIVE)
+    for life in range(1, 10):
+        starting = view(active, slot(1, Phase.STARTING, life, since=now), confirmed=(0, 1))
+        _, memory = controller.decide(starting, memory, POLICY, now)
+        dead = view(active, slot(1, Phase.FENCED, life, running=False), confirmed=(0, 1))
+        actions, memory = controller.decide(dead, memory, POLICY, now)
+        if not actions:
+            at = controller.next_look(dead, memory, POLICY, now)
+            assert at is not None
+            delays.append(at - now)
+            now = at
+            actions, memory = controller.decide(dead, memory, POLICY, now)
+        if isinstance(actions[0], GiveUp):
+            break
+        assert actions == [Start(1, life + 1, "re-arm")]
+    assert delays == [1.0, 2.0]
+    assert life == 3, "the limit"
+
+
+def test_the_budget_heals_with_time() -> None:
+    memory = replace(RUNNING, failures={1: (0.0, 1.0, 2.0)})
+    dead = view(slot(0, Phase.ACTIVE), slot(1, Phase.FENCED, running=False), confirmed=(0, 1))
+    assert isinstance(controller.decide(dead, memory, POLICY, 3.0)[0][0], GiveUp)
+    actions, memory = controller.decide(dead, memory, POLICY, 700.0)
+    actions, _ = controller.decide(dead, memory, POLICY, 702.0)
+    assert actions == [Start(1, 2, "re-arm")]
+
+
+def test_what_cannot_be_killed_is_not_started_again() -> None:
+    stuck = replace(slot(1, Phase.FENCED, running=False), leftovers=(4711,))
+    assert controller.decide(view(slot(0, Phase.ACTIVE), stuck, confirmed=(0, 1)), RUNNING, POLICY, 0.0)[0] == []
+
+
+def test_a_promotion_that_does_not_end_is_killed() -> None:
+    hanging = view(slot(0, Phase.FENCED, running=False), slot(1, Phase.WAKING, since=5.0), confirmed=(0, 1))
+    _, memory = controller.decide(hanging, RUNNING, POLICY, 6.0)
+    actions, _ = controller.decide(hanging, memory, POLICY, 25.0)
+    assert Kill(1, 1, "no token within 20 s of the lock (promotion_timeout)") in actions
+
+
+@pytest.mark.parametrize(
+    ("scope", "expected"),
+    [
+        ("group", Kill(0, 1, "kill-primary")),
+        ("leader", KillPart(0, 1, 0)),
+        ("rank:1", KillPart(0, 1, 1)),
+    ],
+)
+def test_kill_primary(scope: str, expected: object) -> None:
+    serving = view(
+        slot(0, Phase.ACTIVE), slot(1, Phase.PARKED), confirmed=(0, 1), requests=(KillRequest("u", scope, False),)
+    )
+    actions, _ = controller.decide(serving, RUNNING, POLICY, 0.0)
+    assert actions == [expected, Answer("u", True, "killed", 0, 1)]
+
+
+def test_kill_primary_is_refused_without_a_shadow() -> None:
+    alone = view(
+        slot(0, Phase.ACTIVE), slot(1, Phase.STARTING), confirmed=(0, 1), requests=(KillRequest("u", "group", False),)
+    )
+    (answer,), _ = controller.decide(alone, RUNNING, POLICY, 0.0)
+    assert isinstance(answer, Answer) and not answer.ok
+    forced = replace(alone, requests=(KillRequest("u", "group", True),))
+    assert Kill(0, 1, "kill-primary") in controller.decide(forced, RUNNING, POLICY, 0.0)[0]
+    nobody = view(slot(0, Phase.PARKED), slot(1, Phase.PARKED), requests=(KillRequest("u", "group", True),))
+    (answer,), _ = controller.decide(nobody, RUNNING, POLICY, 0.0)
+    assert isinstance(answer, Answer) and not answer.ok

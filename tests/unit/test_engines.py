@@ -1,0 +1,158 @@
+"""Engine command lines, log lines, and the arithmetic of the reference engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gms_launch import ports, topology
+from gms_launch.cli.plan import layout
+from gms_launch.cohort.model import Phase
+from gms_launch.config import resolve
+from gms_launch.engines import get
+from gms_launch.engines.reference import weights
+from gms_launch.engines.reference.args import Knobs
+from gms_launch.errors import UsageError
+from gms_launch.gms.devices import parse_smi, virtual_devices
+
+RECORDED = Path(__file__).with_name("plans")
+
+
+def normalised(text: str) -> str:
+    import sys
+
+    return text.replace(sys.executable, "PYTHON")
+
+
+@pytest.mark.parametrize("name", ["reference", "vllm-tp4", "no-nats"])
+def test_plans_are_as_recorded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of a command, an environment or a port shows here. To record anew: delete the file and run twice."""
+    monkeypatch.setenv("GMS_LAUNCH_HOME", "/home/user/.gms-launch")
+    monkeypatch.setattr("gms_launch.rundir.user_root", lambda: Path("/dev/shm/gms-launch-1000"))
+    monkeypatch.setattr("gms_launch.plan.find_binary", lambda _s, _c, name, _p: f"/usr/bin/{name}")
+    flags: dict[str, dict[str, object]] = {
+        "reference": {"engine": "reference", "run_id": "r1", "model": "/models/demo"},
+        "vllm-tp4": {"engine": "vllm", "run_id": "r2", "model": "/models/q", "tp": "4", "shadows": "2"},
+        "no-nats": {"engine": "reference", "run_id": "r3", "model": "/models/demo", "nats": False},
+    }
+    args = ["--max-model-len", "2048"] if name == "vllm-tp4" else []
+    found = normalised(json.dumps(layout(resolve(flags[name], {}, engine_args=args)).to_json(), indent=1)) + "\n"
+    file = RECORDED / f"{name}.json"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(found)
+        pytest.fail(f"{file} was not there and has been recorded")
+    assert found == file.read_text()
+
+
+def test_ranks_of_two_nodes_differ_as_upstream_wants() -> None:
+    from dataclasses import replace
+
+    settings = resolve({"engine": "vllm", "model": "/m", "tp": "2"}, {})
+    plan = layout(settings)
+    place = topology.Topology(1, 2, "node1", "10.0.0.2", "10.0.0.1", "eth0")
+    other = replace(plan, topology=place, ports=ports.layout(settings, lambda _: True))
+    command = other.rank_command(1, 1, 29600)
+    assert "--headless" in command.argv
+    for flag, value in {
+        "--nnodes": "2",
+        "--node-rank": "1",
+        "--master-addr": "10.0.0.1",
+        "--master-port": "29600",
+    }.items():
+        assert command.argv[command.argv.index(flag) + 1] == value
+    assert "DYN_SYSTEM_PORT" not in command.env and "ETCD_ENDPOINTS" not in command.env, "a headless rank has neither"
+    assert command.env["ENGINE_ID"] == "1"
+
+
+#: The lines of a real run, Dynamo 1.3.1 with vLLM 0.23.0 on an H200, in the order they came.
+REAL = [
+    ("[GMS] Failover enabled: will use scratch KV for initialization until engine is primary", None),
+    ("Connected with rw_or_ro lock (granted=rw), committed=False", None),
+    ("[GMS] Committed 0.55 GiB, switched to read mode with 26 mappings", None),
+    ("Sleep freed 4.91 GiB", None),
+    ("[Shadow] Engine sleeping, startup probe now passing, waiting for lock", Phase.PARKED),
+    ("Failover lock acquired: engine-1", None),
+    ("[Shadow] Lock acquired, waking engine", Phase.WAKING),
+    ("It took 0.037454 seconds to wake up tags {'weights', 'kv_cache'}", None),
+    ("[Shadow] Engine awake, registering with discovery", None),
+]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "reference"])
+def test_phases_from_log_lines(engine: str) -> None:
+    module = get(engine)
+    for line, phase in REAL:
+        assert module.phase_of(f"2026-11-23 INFO worker_factory.py:920 {line}") is phase, line
+    assert module.phase_of("[Shadow] Engine paused, startup probe now passing, waiting for lock") is Phase.PARKED
+    assert module.phase_of("[Shadow] failover_state engine=1 -> active") is Phase.ACTIVE
+    assert module.phase_of("[Shadow] failover_state engine=1 -> standby") is None
+    assert module.is_awake(REAL[-1][0]) and not module.is_awake(REAL[6][0])
+
+
+def test_an_engine_that_cannot_be_imported_is_named_and_not_replaced() -> None:
+    problems = get("vllm").problems("")
+    assert len(problems) == 1
+    assert "gpu_memory_service" in problems[0] and "--engine reference" in problems[0]
+    with pytest.raises(UsageError):
+        get("sglang")
+
+
+def test_the_sum_notices_a_changed_and_a_moved_word() -> None:
+    words = np.arange(300_000, dtype=np.uint64)
+    total = weights.weighted_sum(words, 0)
+    changed = words.copy()
+    changed[222_222] ^= np.uint64(1)
+    assert weights.weighted_sum(changed, 0) != total
+    moved = words.copy()
+    moved[[5, 6]] = moved[[6, 5]]
+    assert weights.weighted_sum(moved, 0) != total
+    exact = sum((2 * i + 1) * int(w) for i, w in enumerate(words)) & ((1 << 64) - 1)
+    assert total == exact
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_any_number_of_workers_computes_the_same(world: int) -> None:
+    rng = np.random.default_rng(0)
+    tensors = [rng.integers(0, 1 << 63, size=n, dtype=np.uint64) for n in (10_000, 333, 200_001)]
+
+    def parts(rank: int, of: int) -> list[weights.Shard]:
+        made = []
+        for index, words in enumerate(tensors):
+            first, last = weights._split(len(words), rank, of)
+            made.append(weights.Shard(index, f"t{index}", first, len(words), words[first:last]))
+        return made
+
+    mask = (1 << 64) - 1
+    whole = parts(0, 1)
+    assert sum(weights.digest(parts(r, world)) for r in range(world)) & mask == weights.digest(whole)
+    for state in (0, 1 << 20, mask, 0x123456789ABCDEF0):
+        assert sum(weights.window(parts(r, world), state) for r in range(world)) & mask == weights.window(whole, state)
+
+
+def test_crash_points_name_a_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    died: list[int] = []
+    monkeypatch.setattr("os.kill", lambda pid, sig: died.append(sig))
+    knobs = Knobs.from_environ({"REFERENCE_CRASH": "1.2:parked"})
+    knobs.crash_here("parked", "run/1/1/0")
+    knobs.crash_here("waking", "run/1/2/0")
+    knobs.crash_here("parked", "run/0/2/0")
+    assert died == []
+    knobs.crash_here("parked", "run/1/2/0")
+    Knobs(crash="1.*:waking").crash_here("waking", "run/1/9/0")
+    assert died == [9, 9]
+
+
+def test_devices() -> None:
+    one, two = virtual_devices(2, 64, "n1"), virtual_devices(2, 64, "n2")
+    assert one == virtual_devices(2, 64, "n1")
+    assert len({d.uuid for d in one + two}) == 4
+    text = "GPU-aaa, 1000\nGPU-bbb, 2000\nGPU-ccc, 3000\n"
+    assert [d.uuid for d in parse_smi(text, None)] == ["GPU-aaa", "GPU-bbb", "GPU-ccc"]
+    assert [(d.index, d.uuid) for d in parse_smi(text, "2,0")] == [(0, "GPU-ccc"), (1, "GPU-aaa")]
+    assert [d.uuid for d in parse_smi(text, "GPU-b")] == ["GPU-bbb"]
+    assert parse_smi(text, "") == []
+    assert [d.uuid for d in parse_smi(text, "1,9,0")] == ["GPU-bbb"]

@@ -1,0 +1,137 @@
+"""Records, keys, the mirror, timelines, snapshots."""
+
+from __future__ import annotations
+
+import pytest
+
+from gms_launch.cohort.failover import fold
+from gms_launch.cohort.model import Phase, Redundancy
+from gms_launch.control.keys import Keys, dynamo_lease
+from gms_launch.control.mirror import Mirror
+from gms_launch.control.records import (
+    DesiredCohort,
+    EventRecord,
+    GmsStatus,
+    NodeRecord,
+    RankRecord,
+    RecordError,
+    RunRecord,
+    Wanted,
+)
+from gms_launch.observe import snapshot
+
+NODE = NodeRecord(0, "h", "127.0.0.1", "b", 1, 2, ("GPU-x",), gms=(GmsStatus(0, "GPU-x", "weights", "RO"),))
+RANK = RankRecord(0, 0, 1, Phase.ACTIVE, 10, 10, 99, 5.0, leftovers=(7,))
+
+
+@pytest.mark.parametrize(
+    "record", [NODE, RANK, DesiredCohort(0, 1, Wanted.DEAD, 1), EventRecord(1.5, 0, "x", data={"a": 1})]
+)
+def test_records_survive_the_store(record: object) -> None:
+    assert type(record).decode(record.encode()) == record  # type: ignore[attr-defined]
+
+
+def test_a_newer_writers_fields_are_passed_over() -> None:
+    assert RankRecord.decode(RANK.encode()[:-1] + b',"colour":"red"}') == RANK
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"x", "not JSON"),
+        (b"[]", "expected an object"),
+        (b"{}", "cohort_id is missing"),
+        (b'{"cohort_id":"0","node_rank":0,"incarnation":1,"phase":"active"}', "RankRecord.cohort_id: expected int"),
+        (b'{"cohort_id":0,"node_rank":0,"incarnation":1,"phase":"flying"}', "'flying' is not a Phase"),
+    ],
+)
+def test_garbage_is_named(data: bytes, says: str) -> None:
+    with pytest.raises(RecordError, match=says):
+        RankRecord.decode(data)
+
+
+def test_keys_sort_by_time_and_leases_are_read() -> None:
+    keys = Keys("r")
+    assert keys.event(9, 0, 1) < keys.event(10, 0, 0) < keys.event(10, 0, 1)
+    assert dynamo_lease("v1/instances/dynamo/backend/generate/5b18a2") == 0x5B18A2
+    assert dynamo_lease("v1/mdc/dynamo/backend/generate/5b18a2") is None
+    assert dynamo_lease("v1/instances/dynamo/backend/generate/x") is None
+
+
+def filled() -> Mirror:
+    mirror = Mirror("r")
+    keys = mirror.keys
+    run = RunRecord("r", "d", "127.0.0.1", "0", 1.0, nnodes=1, shadows=1, frontend_url="u", model_name="m")
+    mirror.replace(
+        {
+            keys.run: run.encode(),
+            keys.node(0): NODE.encode(),
+            keys.cohort(0): DesiredCohort(0, 1, Wanted.RUNNING, 29500).encode(),
+            keys.cohort(1): DesiredCohort(1, 2, Wanted.RUNNING, 29601).encode(),
+            keys.rank(0, 0): RANK.encode(),
+            keys.rank(1, 0): RankRecord(1, 0, 2, Phase.PARKED).encode(),
+        }
+    )
+    return mirror
+
+
+def test_a_snapshot_of_the_mirror() -> None:
+    mirror = filled()
+    shot = snapshot.build(mirror)
+    assert shot.redundancy is Redundancy.FULL
+    assert shot.primary is not None and shot.primary.cohort_id == 0
+    mirror.apply(mirror.keys.rank(1, 0), RankRecord(1, 0, 1, Phase.PARKED).encode())
+    assert snapshot.build(mirror).redundancy is Redundancy.NONE, "a record of an earlier life says nothing of this one"
+    mirror.apply(mirror.keys.node(0), None)
+    assert mirror.nodes == {}
+
+
+def test_one_bad_record_does_not_hide_the_others() -> None:
+    mirror = filled()
+    mirror.apply(mirror.keys.rank(1, 0), b"garbage")
+    assert list(mirror.problems) == [mirror.keys.rank(1, 0)]
+    assert snapshot.build(mirror).redundancy is Redundancy.FULL, "the last good one stands"
+    mirror.apply(mirror.keys.rank(1, 0), RankRecord(1, 0, 2, Phase.FAILING).encode())
+    assert mirror.problems == {}
+
+
+def test_status_json_layout() -> None:
+    data = snapshot.build(filled()).to_json()
+    assert data["schema"] == 1
+    assert set(data) == {
+        *("schema", "run", "redundancy", "primary", "stopping", "frontend_url", "model", "created", "cohorts", "nodes")
+    }
+    assert data["cohorts"][0]["role"] == "primary" and data["cohorts"][1]["role"] == "shadow"
+
+
+def event(time: float, kind: str, cohort: int, life: int, node: int = 0, **data: object) -> EventRecord:
+    return EventRecord(time, node, kind, cohort, life, data=data)
+
+
+def test_a_failover_from_its_events() -> None:
+    events = [
+        event(1.0, "lock", 0, 1),
+        event(10.0, "kill", 0, 1, role="primary"),
+        event(10.01, "exit", 0, 1, role="primary"),
+        event(10.02, "dead", 0, 1),
+        event(10.1, "lock", 1, 1),
+        event(10.03, "fenced", 0, 1),
+        event(10.2, "awake", 1, 1),
+        event(10.3, "registered", 1, 1),
+        event(10.4, "first_token", 1, 1),
+        event(11.0, "parked", 0, 2),
+        event(20.0, "exit", 0, 2, role="shadow"),
+    ]
+    (found,) = fold(events)
+    assert found.victim == (0, 1) and found.promoted == (1, 1) and found.complete
+    expected = {"detected": 0.01, "dead": 0.02, "fenced": 0.03, "lock": 0.1, "awake": 0.2, "first_token": 0.4}
+    assert {k: round(found.steps[k], 6) for k in expected} == expected
+    assert round(found.steps["rearmed"], 6) == 1.0
+
+
+def test_dead_is_when_the_last_node_says_so() -> None:
+    events = [event(0.0, "exit", 0, 1, role="primary"), event(0.1, "dead", 0, 1), event(0.3, "dead", 0, 1, node=1)]
+    (found,) = fold(events, nnodes=2)
+    assert found.steps["dead"] == 0.3
+    (half,) = fold(events[:2], nnodes=2)
+    assert "dead" not in half.steps
