@@ -153,6 +153,24 @@ def flock_holders(path: str) -> list[int]:
     return holders
 
 
+def listens(pid: int, port: int) -> bool:
+    """True when `pid` itself has a listening TCP socket on `port`, in its network namespace."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/{pid}/net/{table}") as file:
+                rows = [line.split() for line in file.readlines()[1:]]
+        except OSError:
+            continue
+        # Local address as HEX:PORT in hex, state 0A = LISTEN, inode of the socket.
+        inodes |= {r[9] for r in rows if r[3] == "0A" and int(r[1].rpartition(":")[2], 16) == port}
+    try:
+        names = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:
+        return False
+    return any(name.startswith("socket:[") and name[8:-1] in inodes for name in names)
+
+
 def boot_id() -> str:
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()

@@ -26,7 +26,7 @@ class NotReadyError(Exception):
 class Service:
     """`probe` blocks for at most a second or two and raises `NotReadyError` until the service is ready.
 
-    `restart` False: when it dies it stays dead, and what follows is for the controller to say.
+    `port`: where it must be the one that listens, since another server could answer the probe. `restart` False: when it dies it stays dead, and what follows is for the controller to say.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Service:
     probe: Callable[[], None]
     timeout: float
     restart: bool = True
+    port: int | None = None
 
 
 def restart_delay(failures: int) -> float:

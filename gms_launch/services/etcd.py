@@ -33,7 +33,7 @@ def service(
         *("--logger", "zap", "--log-level", "warn"),
     )
     env: dict[str, str | None] = {"ETCD_UNSUPPORTED_ARCH": None, "ETCDCTL_API": None}
-    return Service("etcd", Command(argv, env), lambda: probe(client, password), timeout)
+    return Service("etcd", Command(argv, env), lambda: probe(client, password), timeout, port=port)
 
 
 def probe(url: str, password: str) -> None:

@@ -15,7 +15,7 @@ def service(python: str, plane: DynamoPlane, address: str, port: int, migration_
         *(python, "-m", "dynamo.frontend", "--http-host", address, "--http-port", str(port)),
         *("--namespace", plane.namespace, "--migration-limit", str(migration_limit)),
     )
-    return Service("frontend", Command(argv, plane.environment()), lambda: probe(address, port), timeout)
+    return Service("frontend", Command(argv, plane.environment()), lambda: probe(address, port), timeout, port=port)
 
 
 def connect_address(address: str) -> str:

@@ -26,7 +26,7 @@ def configure(path: Path, address: str, port: int, data: Path, user: str, passwo
 
 def service(binary: str, config: Path, address: str, port: int, user: str, password: str, timeout: float) -> Service:
     command = Command((binary, "-c", str(config)), {})
-    return Service("nats", command, lambda: probe(address, port, user, password), timeout)
+    return Service("nats", command, lambda: probe(address, port, user, password), timeout, port=port)
 
 
 def probe(address: str, port: int, user: str, password: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gms_launch.cohort import process
+from gms_launch.cohort import proc, process
 from gms_launch.cohort.process import Child
 from gms_launch.control.records import ServiceStatus
 from gms_launch.errors import LaunchError
@@ -92,9 +92,11 @@ class ServiceRunner:
                     assert self._child is not None
                     raise self._error(f"ended while it was starting ({self._child.exit})")
                 failed = await probe
-                if failed is None:
+                assert self._child is not None
+                port = self.service.port
+                if failed is None and (port is None or proc.listens(self._child.pid, port)):
                     return
-                reason = failed
+                reason = failed or f"something else answers on port {port}"
                 if loop.time() > deadline:
                     raise self._error(f"was not ready within {self.service.timeout:g} s ({reason})")
                 # Readiness of another process can only be asked for.
