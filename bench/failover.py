@@ -69,7 +69,9 @@ class Launched:
         )
 
     def run(self, *args: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "gms_launch", *args], env=self.env, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "gms_launch", *args], env=self.env, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"{args}: {done.stdout}{done.stderr}")
         return done.stdout
@@ -99,7 +101,10 @@ class Launched:
 
     def down(self) -> None:
         subprocess.run(
-            [sys.executable, "-m", "gms_launch", "down", "--run", "bench"], env=self.env, capture_output=True
+            [sys.executable, "-m", "gms_launch", "down", "--run", "bench"],
+            env=self.env,
+            capture_output=True,
+            check=False,
         )
 
 
@@ -120,7 +125,7 @@ def measure(kills: int, mib: int, block: int = 10) -> dict[str, Any]:
         finally:
             launched.down()
     steps = {s: summary([f["steps"][s] for f in failovers if s in f["steps"]]) for s in STEPS}
-    result = {
+    return {
         "command": " ".join([Path(sys.executable).name, "-m", "bench.failover", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} cores, {platform.platform()}",
         "versions": {n: metadata.version(n) for n in ("ai-dynamo", "etcd3", "protobuf", "grpcio")}
@@ -136,7 +141,6 @@ def measure(kills: int, mib: int, block: int = 10) -> dict[str, Any]:
             "steps": [f["steps"] for f in failovers],
         },
     }
-    return result
 
 
 def main() -> None:

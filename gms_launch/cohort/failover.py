@@ -56,13 +56,20 @@ def fold(events: Iterable[EventRecord], nnodes: int = 1) -> list[Failover]:
     """Every failover in `events`, oldest first."""
     ordered = sorted(events, key=lambda e: e.time)
     found: list[_Builder] = []
+    # The lock falls a moment before a death is seen, so the shadow may have it before the fault is known.
+    since_lock: list[EventRecord] = []
     for event in ordered:
         life = (event.cohort_id, event.incarnation)
+        if event.kind == "lock":
+            since_lock = []
+        since_lock.append(event)
         if event.kind in ("kill", "exit") and event.data.get("role") == "primary":
             known = next((b for b in found if b.victim == life), None)
             if known is None:
                 known = _Builder(event.time, event.detail, life, nnodes)
                 found.append(known)
+                for earlier in since_lock[:-1]:
+                    known.take(earlier)
             if event.kind == "exit":
                 known.step("detected", event.time)
             continue
@@ -82,7 +89,7 @@ class _Builder:
         self._nodes: dict[str, set[int]] = {"dead": set(), "fenced": set()}
 
     def step(self, name: str, time: float) -> None:
-        self._steps.setdefault(name, time - self.time)
+        self._steps.setdefault(name, max(0.0, time - self.time))
 
     def take(self, event: EventRecord) -> None:
         life = (event.cohort_id, event.incarnation)

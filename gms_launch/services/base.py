@@ -26,7 +26,8 @@ class NotReadyError(Exception):
 class Service:
     """`probe` blocks for at most a second or two and raises `NotReadyError` until the service is ready.
 
-    `port`: where it must be the one that listens, since another server could answer the probe. `restart` False: when it dies it stays dead, and what follows is for the controller to say.
+    `port`: where it must itself be listening, since another server could answer the probe. `restart` False: when it
+    dies it stays dead, and what follows is for the controller to say.
     """
 
     name: str

@@ -129,6 +129,23 @@ def test_a_failover_from_its_events() -> None:
     assert round(found.steps["rearmed"], 6) == 1.0
 
 
+def test_a_lock_that_was_seen_before_the_death() -> None:
+    events = [
+        event(1.0, "lock", 0, 1),
+        event(2.0, "parked", 1, 1),
+        event(9.999, "lock", 1, 1),
+        event(10.0, "exit", 0, 1, role="primary"),
+        event(10.2, "first_token", 1, 1),
+        event(10.5, "parked", 0, 2),
+        event(11.0, "exit", 1, 1, role="primary"),
+        event(11.1, "lock", 0, 2),
+    ]
+    first, second = fold(events)
+    assert first.promoted == (1, 1) and first.complete
+    assert first.steps["lock"] == 0.0
+    assert second.promoted == (0, 2)
+
+
 def test_dead_is_when_the_last_node_says_so() -> None:
     events = [event(0.0, "exit", 0, 1, role="primary"), event(0.1, "dead", 0, 1), event(0.3, "dead", 0, 1, node=1)]
     (found,) = fold(events, nnodes=2)
