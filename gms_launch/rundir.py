@@ -218,8 +218,9 @@ class NodeDir:
                     file.unlink()
 
 
-def user_root() -> Path:
-    return LOCAL_ROOT / f"gms-launch-{os.getuid()}"
+def user_root(uid: int | None = None) -> Path:
+    """The node-local directory of all runs of a user; this one unless given."""
+    return LOCAL_ROOT / f"gms-launch-{os.getuid() if uid is None else uid}"
 
 
 def private_directory(path: Path) -> None:

@@ -17,6 +17,9 @@ PY
 say "a small model"
 [ -f "$model/model.safetensors" ] || gms-launch demo-model "$model"
 
+# A demo that is still running is ended first.
+if gms-launch status --run $run >/dev/null 2>&1; then gms-launch down --run $run; fi
+
 say "gms-launch up: GMS, etcd, NATS, the frontend, a primary and a shadow"
 gms-launch up -d --run-id $run --engine reference --model "$model" --served-model-name demo
 url=$(gms-launch status --run $run --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["frontend_url"])')

@@ -61,7 +61,9 @@ class EtcdServer:
         argv += ["--initial-advertise-peer-urls", peer, "--initial-cluster", f"t={peer}", "--logger", "zap"]
         argv += ["--heartbeat-interval", "20", "--election-timeout", "200", "--bcrypt-cost", "4", *self._extra]
         with open(self.directory / "etcd.log", "ab") as log:
-            self._process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
         return self
 
     def send(self, sig: int) -> None:

@@ -1,49 +1,81 @@
-"""`gms-launch sweep`: clear this node of runs whose agent is dead. Also what a Slurm epilog calls."""
+"""`gms-launch sweep`: clear this node of runs whose agent is dead. Also what a Slurm epilog calls.
+
+As root it sweeps every user's dead runs, as anybody else one's own. A live run is told by its agent, which holds a
+lock in the run's node-local directory, looked up as the run's own processes see it: in a container /dev/shm may be
+another one.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gms_launch.cohort import proc, process
 from gms_launch.errors import LaunchError
-from gms_launch.rundir import NodeDir, user_root
+from gms_launch.rundir import LOCAL_ROOT, user_root
+
+
+@dataclass
+class DeadRun:
+    """What is left of a run: processes, and the node-local directories it used, as this process can reach them."""
+
+    run: str
+    uid: int
+    processes: list[proc.Stat] = field(default_factory=list)
+    directories: set[Path] = field(default_factory=set)
 
 
 def main(run: str | None, dry_run: bool) -> None:
-    found = dead_runs()
-    if run is not None:
-        found = {run: found[run]} if run in found else {}
+    found = [d for d in dead_runs() if run is None or d.run == run]
     if not found:
         print("nothing to sweep")
-        return
-    for name, processes in sorted(found.items()):
-        pids = ", ".join(f"{i.pid} ({i.comm})" for i in processes) or "no process"
-        print(f"run {name}: {pids}" + (", files" if (user_root() / name).exists() else ""))
+    for dead in found:
+        pids = ", ".join(f"{i.pid} ({i.comm})" for i in dead.processes) or "no process"
+        print(f"run {dead.run} of user {dead.uid}: {pids}" + (", files" if dead.directories else ""))
         if dry_run:
             continue
-        left = process.kill_tagged(name, 30.0, spare=frozenset({os.getpid()}))
+        # While the processes live: their directory may be reachable through them only.
+        for directory in dead.directories:
+            shutil.rmtree(directory, ignore_errors=True)
+        left = process.kill_tagged(dead.run, 30.0, spare=frozenset({os.getpid()}), uid=dead.uid)
         if left:
-            raise LaunchError(f"processes {', '.join(str(w.pid) for w in left)} of run {name} could not be killed")
-        NodeDir.of(name).remove()
-        print(f"run {name}: swept")
+            raise LaunchError(f"processes {', '.join(str(w.pid) for w in left)} of run {dead.run} could not be killed")
+        print(f"run {dead.run}: swept")
 
 
-def dead_runs() -> dict[str, list[proc.Stat]]:
-    """Runs on this node without a living agent, each with its processes of this user."""
-    runs: dict[str, list[proc.Stat]] = {}
+def dead_runs() -> list[DeadRun]:
+    """Runs on this node without a living agent."""
+    runs: dict[tuple[int, str], DeadRun] = {}
+    living: set[tuple[int, str]] = set()
     for pid in proc.pids():
-        tag = proc.tag_of(pid)
-        info = proc.stat(pid)
-        if tag and info and not info.dead and pid != os.getpid():
-            runs.setdefault(tag.split("/")[0], []).append(info)
-    root = user_root()
-    if root.is_dir():
+        tag, uid, info = proc.tag_of(pid), proc.owner(pid), proc.stat(pid)
+        if tag is None or uid is None or info is None or info.dead:
+            continue
+        if pid == os.getpid() or not proc.same_namespace(pid):
+            continue
+        name = tag.split("/")[0]
+        dead = runs.setdefault((uid, name), DeadRun(name, uid))
+        dead.processes.append(info)
+        seen = Path(f"/proc/{pid}/root{user_root(uid)}") / name
+        if agent_alive(seen):
+            living.add((uid, name))
+        elif seen.is_dir():
+            here = user_root(uid) / name
+            dead.directories.add(here if here.is_dir() and seen.samefile(here) else seen)
+    for root in LOCAL_ROOT.glob("gms-launch-*"):
+        owner = root.lstat().st_uid
+        if root != user_root(owner) or (os.getuid() not in (0, owner)):
+            continue
         for path in root.iterdir():
             if path.is_dir() and path.name != "ports":
-                runs.setdefault(path.name, [])
-    return {name: found for name, found in runs.items() if not agent_alive(root / name)}
+                dead = runs.setdefault((owner, path.name), DeadRun(path.name, owner))
+                dead.directories.add(path)
+                if agent_alive(path):
+                    living.add((owner, path.name))
+    return [dead for key, dead in sorted(runs.items()) if key not in living]
 
 
 def agent_alive(node_dir: Path) -> bool:

@@ -96,12 +96,34 @@ def tag_of(pid: int) -> str | None:
     return None
 
 
-def tagged(prefix: str) -> list[tuple[Stat, str]]:
-    """Every running process whose tag is `prefix` or begins with `prefix/`, with its tag. Reads all of /proc."""
+def owner(pid: int) -> int | None:
+    """The user id that `pid` runs as."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
+
+
+def same_namespace(pid: int) -> bool:
+    """True when `pid` is numbered as we number processes: another container's run is not ours to judge."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return False
+
+
+def tagged(prefix: str, uid: int | None = None) -> list[tuple[Stat, str]]:
+    """Every running process of a user whose tag is `prefix` or begins with `prefix/`, with its tag.
+
+    `uid` is this user unless given: two users may well give their runs the same name. Reads all of /proc.
+    """
+    user = os.getuid() if uid is None else uid
     found = []
     for pid in pids():
         tag = tag_of(pid)
         if tag is None or not (tag == prefix or tag.startswith(prefix + "/")):
+            continue
+        if owner(pid) != user:
             continue
         info = stat(pid)
         if info is not None and not info.dead:

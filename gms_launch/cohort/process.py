@@ -188,15 +188,17 @@ def members(leader: ProcessId, tag: str) -> list[ProcessId]:
     return sorted(found, key=lambda p: p.pid)
 
 
-def kill_tagged(prefix: str, timeout: float, spare: frozenset[int] = frozenset()) -> list[ProcessId]:
+def kill_tagged(
+    prefix: str, timeout: float, spare: frozenset[int] = frozenset(), uid: int | None = None
+) -> list[ProcessId]:
     """SIGKILL everything tagged with `prefix` until a look finds nothing; return what is left after `timeout` s.
 
-    `spare` are pids not to touch (the caller's own). Looks again after each round, since a process may have been
-    forking while it was found.
+    `uid` is the user whose processes are meant, this one unless given. `spare` are pids not to touch (the caller's own). Looks
+    again after each round, since a process may have been forking while it was found.
     """
     deadline = time.monotonic() + timeout
     while True:
-        targets = [info.identity for info, _ in proc.tagged(prefix) if info.pid not in spare]
+        targets = [info.identity for info, _ in proc.tagged(prefix, uid) if info.pid not in spare]
         if not targets or time.monotonic() > deadline:
             return targets
         fds = [fd for who in targets if (fd := kill_process(who)) is not None]

@@ -145,6 +145,31 @@ def test_agent_killed_in_the_middle_of_a_failover_leaves_nothing(run: Deployment
     assert not run.node_dir.exists()
 
 
+def test_sweep_clears_a_dead_run_and_spares_a_live_one(run: Deployment, tmp_path: Path, model: Path) -> None:
+    with Deployment(tmp_path / "other", model, REFERENCE_STRAY="1") as dead:
+        # Without its guard, so that there is something to find.
+        for info, _ in proc.tagged(f"{dead.run}/guard"):
+            os.kill(info.pid, signal.SIGKILL)
+        os.kill(dead.agent.pid, signal.SIGKILL)
+        eventually(lambda: not proc.alive(dead.agent))
+        node_dir = dead.node_dir
+        assert dead.alive(), "a process that left its session outlives its engine when nobody looks"
+        dry = gms_launch("sweep", "--dry-run", env=dead.env).stdout
+        assert dead.run in dry and run.run not in dry
+        assert gms_launch("sweep", "--run", dead.run, env=dead.env).returncode == 0
+        assert dead.alive() == [] and not node_dir.exists()
+        assert run.text() and run.status()["redundancy"] == "full"
+
+
+def test_a_dead_gms_leaves_the_primary_serving_without_redundancy(run: Deployment) -> None:
+    before = run.text()
+    gms = next(s for s in run.status()["nodes"][0]["services"] if s["name"] == "gms-0")
+    os.kill(gms["pid"], signal.SIGKILL)
+    eventually(lambda: run.status()["redundancy"] == "none")
+    assert run.text() == before
+    assert {g["state"] for g in run.status()["nodes"][0]["gms"]} == {"DOWN"}
+
+
 def test_two_deployments_side_by_side(tmp_path: Path, model: Path) -> None:
     home = tmp_path / "home"
     with Deployment(home, model) as one, Deployment(home, model) as two:
