@@ -193,8 +193,8 @@ def kill_tagged(
 ) -> list[ProcessId]:
     """SIGKILL everything tagged with `prefix` until a look finds nothing; return what is left after `timeout` s.
 
-    `uid` is the user whose processes are meant, this one unless given. `spare` are pids not to touch (the caller's own). Looks
-    again after each round, since a process may have been forking while it was found.
+    `uid` is the user whose processes are meant, this one unless given. `spare` are pids not to touch (the caller's
+    own). Looks again after each round, since a process may have been forking while it was found.
     """
     deadline = time.monotonic() + timeout
     while True:
