@@ -18,43 +18,41 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gms_launch import __version__, ports
+from gms_launch import ports
 from gms_launch.cohort import controller, proc, process, reconciler
 from gms_launch.cohort.model import Phase, Redundancy
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.reconciler import Desire, PeerRank
-from gms_launch.control.keys import DYNAMO_INSTANCES, dynamo_lease
+from gms_launch.control.keys import dynamo_lease
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import (
     CommandResult,
     DesiredCohort,
     EventRecord,
-    NodeRecord,
-    RunRecord,
     Wanted,
 )
 from gms_launch.errors import DeadlineError, LaunchError
 from gms_launch.observe import snapshot
 from gms_launch.observe.follow import FileWatcher
 from gms_launch.observe.gms import GmsWatch
-from gms_launch.observe.journal import Journal
+from gms_launch.observe.reporter import Reporter
 from gms_launch.observe.rotate import rotate
-from gms_launch.plan import Layout, settings_digest
+from gms_launch.plan import Layout
 from gms_launch.services import frontend, nats
 from gms_launch.services.base import NotReadyError, log_tail
 from gms_launch.services.runner import ServiceRunner
+
+if TYPE_CHECKING:
+    from gms_launch.control.link import ControlLink
 
 log = logging.getLogger("agent")
 
 #: How often logs are measured and GMS is asked when nothing happens (seconds).
 HOUSEKEEPING = 10.0
-#: Events of this node that stay in etcd; the journal keeps all.
-EVENTS_KEPT = 1000
 #: Pause between two attempts to get a first token (seconds); the frontend announces nothing.
 CONFIRM_PAUSE = 0.005
 #: A parked engine ignores SIGTERM, so it gets only this long (seconds).
@@ -80,7 +78,7 @@ class Agent:
         self.ready = asyncio.Event()
         self.redundancy = Redundancy.DOWN
         self._progress, self._on_change = on_progress, on_change
-        self._journal = Journal(layout.run_dir.events) if layout.topology.is_leader else None
+        self.report = Reporter(layout, self.mirror)
         self._memory = controller.Memory()
         self._policy = controller.Policy(
             cohorts=self.settings.cohorts,
@@ -93,17 +91,13 @@ class Agent:
         )
         self._confirmed: tuple[int, int] | None = None
         self._answered: set[str] = set()
-        self._started = time.time()
-        self._serial = 0
-        self._event_keys: deque[str] = deque()
-        self._lease = 0
+        self._link: ControlLink | None = None
         self._lock_holder = ""
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._failure: LaunchError | None = None
         self._stopping = False
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._last_node: NodeRecord | None = None
         self._mirrored = asyncio.Event()
         self._gms = GmsWatch(layout.devices(), layout.node_dir.gms)
 
@@ -198,7 +192,7 @@ class Agent:
             await self._start_service(layout.frontend_service(), "frontend")
             self._progress(f"frontend: {layout.frontend_url}")
         await self._mirrored.wait()
-        self._publish_run()
+        self.report.run()
         self._progress(f"starting {self.settings.cohorts} cohorts of engine {self.settings.engine}")
 
     async def _start_service(self, service: Any, kind: str) -> None:
@@ -292,7 +286,7 @@ class Agent:
         elif isinstance(action, controller.Kill):
             self._want(action.cohort_id, action.incarnation, Wanted.DEAD, action.why)
         elif isinstance(action, controller.GiveUp):
-            self.emit("given_up", action.cohort_id, action.incarnation, action.why)
+            self.report.emit("given_up", action.cohort_id, action.incarnation, action.why)
             self._progress(f"cohort {action.cohort_id} is given up: {action.why}")
             self._want(action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
         elif isinstance(action, controller.KillPart):
@@ -302,7 +296,7 @@ class Agent:
         elif isinstance(action, controller.Answer):
             self._answered.add(action.uuid)
             result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, time.time())
-            self._publisher.put(self.keys.result(action.uuid), result.encode())
+            self.report.put(self.keys.result(action.uuid), result.encode())
         else:
             self._abort(action)
 
@@ -314,7 +308,7 @@ class Agent:
             port = self._master_port(cohort_id, incarnation)
         record = DesiredCohort(cohort_id, incarnation, wanted, port, why, given_up)
         self.mirror.desired[cohort_id] = record
-        self._publisher.put(self.keys.cohort(cohort_id), record.encode())
+        self.report.put(self.keys.cohort(cohort_id), record.encode())
         self._wake.set()
 
     def _master_port(self, cohort_id: int, incarnation: int) -> int:
@@ -349,7 +343,7 @@ class Agent:
         rank.start(command, self._files, self._loop)
         assert rank.child is not None
         self.layout.node_dir.write_pgid(cohort_id, rank.child.pgid)
-        self.emit("started", cohort_id, incarnation, f"pid {rank.child.pid}")
+        self.report.emit("started", cohort_id, incarnation, f"pid {rank.child.pid}")
         self._publish_rank(rank)
 
     def _kill_rank(self, cohort_id: int, reason: str) -> None:
@@ -365,7 +359,7 @@ class Agent:
         role = "primary" if rank.is_primary else "shadow"
         now = time.time()
         process.kill_group(rank.child.id)
-        self.emit("kill", rank.cohort_id, rank.incarnation, reason, when=now, role=role)
+        self.report.emit("kill", rank.cohort_id, rank.incarnation, reason, when=now, role=role)
 
     def _fence(self, rank: Rank) -> None:
         self._revoke(rank)
@@ -379,7 +373,7 @@ class Agent:
                 detail = "its log says so, and the kernel does not show it as the holder"
             self._lock_holder = f"cohort {rank.cohort_id}"
         extra = {"role": rank.role} if kind in ("exit", "dead", "fenced") else {}
-        self.emit(kind, rank.cohort_id, rank.incarnation, detail, when=when, **extra)
+        self.report.emit(kind, rank.cohort_id, rank.incarnation, detail, when=when, **extra)
         if kind == "exit":
             self._fence(rank)
         elif kind == "registered":
@@ -394,7 +388,7 @@ class Agent:
     def _publish_rank(self, rank: Rank) -> None:
         record = rank.record()
         self.mirror.ranks[rank.cohort_id, self.node_rank] = record
-        self._publisher.put(self.keys.rank(rank.cohort_id, self.node_rank), record.encode())
+        self.report.put(self.keys.rank(rank.cohort_id, self.node_rank), record.encode())
 
     async def _confirm(self, rank: Rank) -> None:
         """A promotion is done when a token comes through the frontend."""
@@ -409,66 +403,40 @@ class Agent:
                 continue
             if rank.phase is Phase.ACTIVE:
                 self._confirmed = rank.life
-                self.emit("first_token", rank.cohort_id, rank.incarnation)
+                self.report.emit("first_token", rank.cohort_id, rank.incarnation)
                 self._wake.set()
             return
 
     # -- the control plane -------------------------------------------------------------------------------------
 
     def _open_control(self) -> None:
-        """Connect to etcd: passwords, lease, watches. In a thread; its callbacks post to the loop."""
-        from gms_launch.control.lease import LeaseKeeper
-        from gms_launch.control.publisher import Publisher
-        from gms_launch.control.store import Access, Etcd
-        from gms_launch.control.watch import Watch
+        """Connect to etcd, with passwords on if it is ours. In a thread."""
+        from gms_launch.control.link import ControlLink
+        from gms_launch.control.store import Access
 
         layout = self.layout
         access = Access(layout.etcd_endpoints)
         if layout.own_etcd:
             access = replace(access, user="root", password=layout.credentials.admin_password)
-        self._etcd = Etcd(access)
-        self._etcd.get(self.keys.run, retry=self.settings.service_timeout)
+        link = ControlLink(access, self._post)
+        self._link = self.report.link = link
+        link.connect(self.keys, self.settings.service_timeout)
         if layout.own_etcd and layout.topology.is_leader:
             self._enable_auth()
-        self._publisher = Publisher(self._etcd)
-        self._publisher.start()
-        self._keeper = LeaseKeeper(
-            self._etcd,
-            self.settings.lease_ttl,
-            lambda lease: self._post(self._lease_granted, lease),
-            lambda reason: self._post(self._lease_lost, reason),
-        )
-        self._watches = [
-            Watch(
-                self._etcd,
-                self.keys.prefix,
-                lambda found: self._post(self._take_snapshot, {k: kv.value for k, kv in found.items()}),
-                lambda change: self._post(self._take_change, change.key, change.value),
-                lambda reason: self._post(self._control_state, reason),
-            ),
-            Watch(
-                self._etcd,
-                f"{DYNAMO_INSTANCES}{self.settings.namespace}/",
-                lambda found: self._post(self._instances, list(found)),
-                lambda change: self._post(self._instances, [change.key] if change.value is not None else []),
-            ),
-        ]
-        self._keeper.start()
-        for watch in self._watches:
-            watch.start()
+        link.listen(self.keys, self.settings.namespace, self.settings.lease_ttl, self)
 
     def _enable_auth(self) -> None:
+        assert self._link is not None
         credentials = self.layout.credentials
-        self._etcd.enable_auth(
-            credentials.admin_password, {credentials.dynamo_user: (credentials.dynamo_password, ["v1/"])}
-        )
+        users = {credentials.dynamo_user: (credentials.dynamo_password, ["v1/"])}
+        self._link.enable_auth(credentials.admin_password, users)
 
     def _post(self, call: Callable[..., None], *arguments: Any) -> None:
         """Run `call` on the loop; from any thread, also while the loop is closing."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *arguments)
 
-    def _take_snapshot(self, found: dict[str, bytes]) -> None:
+    def control_snapshot(self, found: dict[str, bytes]) -> None:
         """Etcd's whole state: at the start, after compaction, or of a store that was wiped."""
         known = dict(self.mirror.desired)
         self.mirror.replace(found)
@@ -480,8 +448,8 @@ class Agent:
                 # The controller's own memory is newer than a store that lost it.
                 self.mirror.desired = {**self.mirror.desired, **known}
                 for cohort_id, record in known.items():
-                    self._publisher.put(self.keys.cohort(cohort_id), record.encode())
-                self._publish_run()
+                    self.report.put(self.keys.cohort(cohort_id), record.encode())
+                self.report.run()
             for rank in self.ranks.values():
                 self._publish_rank(rank)
             self._publish_node(force=True)
@@ -491,7 +459,7 @@ class Agent:
     async def _run_blocking(self, work: Callable[[], None]) -> None:
         await self._loop.run_in_executor(None, work)
 
-    def _take_change(self, key: str, value: bytes | None) -> None:
+    def control_change(self, key: str, value: bytes | None) -> None:
         # What we decide and report ourselves is known here before etcd says it, and may be newer than its echo.
         own_rank = key.startswith(self.keys.ranks) and key.endswith(f"/{self.node_rank}")
         own_desire = self.layout.topology.is_leader and key.startswith(self.keys.desired)
@@ -508,30 +476,27 @@ class Agent:
         self._wake.set()
 
     def _take_event(self, value: bytes | None) -> None:
-        if value is None or self._journal is None:
-            return
-        event = EventRecord.decode(value)
-        if event.node_rank != self.node_rank:
-            self._journal.add(event)
+        if value is not None:
+            self.report.take_event(EventRecord.decode(value))
 
     def _stop_if_asked(self) -> None:
         for command in self.mirror.commands.values():
-            if command.verb == "stop" and command.created >= self._started:
+            if command.verb == "stop" and command.created >= self.report.started:
                 self.stop("asked to by `gms-launch down`")
 
-    def _control_state(self, reason: str | None) -> None:
+    def control_state(self, reason: str | None) -> None:
         if reason is not None:
             log.warning("etcd: %s", reason)
 
-    def _lease_granted(self, lease: int) -> None:
-        self._lease = lease
+    def lease_granted(self, lease: int) -> None:
+        self.report.lease = lease
         self._publish_node(force=True)
 
-    def _lease_lost(self, reason: str) -> None:
+    def lease_lost(self, reason: str) -> None:
         log.warning("node lease lost: %s", reason)
-        self.emit("lease_lost", detail=reason)
+        self.report.emit("lease_lost", detail=reason)
 
-    def _instances(self, keys: list[str]) -> None:
+    def instances_seen(self, keys: list[str]) -> None:
         """Engines registered in Dynamo's discovery: only the holder of the lock does that."""
         for key in keys:
             lease = dynamo_lease(key)
@@ -549,79 +514,24 @@ class Agent:
         rank.leases = set()
 
     async def _revoke_lease(self, rank: Rank, lease: int) -> None:
+        assert self._link is not None
         try:
-            await self._loop.run_in_executor(None, self._etcd.revoke, lease)
+            await self._loop.run_in_executor(None, self._link.revoke, lease)
         except LaunchError as exc:
             log.warning("lease %x of cohort %d could not be revoked: %s", lease, rank.cohort_id, exc)
         else:
-            self.emit("lease_revoked", rank.cohort_id, rank.incarnation, f"{lease:x}")
-
-    def emit(
-        self,
-        kind: str,
-        cohort_id: int = -1,
-        incarnation: int = 0,
-        detail: str = "",
-        when: float | None = None,
-        **data: Any,
-    ) -> None:
-        """Record an event: in etcd for everybody and, on the leader, in the journal."""
-        now = time.time() if when is None else when
-        event = EventRecord(now, self.node_rank, kind, cohort_id, incarnation, detail, data)
-        self._serial += 1
-        if self._journal is not None:
-            self._journal.add(event)
-        if hasattr(self, "_publisher"):
-            key = self.keys.event(int(now * 1e9), self.node_rank, self._serial)
-            self._publisher.put(key, event.encode())
-            self._event_keys.append(key)
-            if len(self._event_keys) > EVENTS_KEPT:
-                self._publisher.delete(self._event_keys.popleft())
-        who = f"cohort {cohort_id}.{incarnation} " if cohort_id >= 0 else ""
-        log.info("%s%s %s", who, kind, detail)
+            self.report.emit("lease_revoked", rank.cohort_id, rank.incarnation, f"{lease:x}")
 
     # -- what others see ---------------------------------------------------------------------------------------
 
-    def _publish_run(self) -> None:
-        layout = self.layout
-        if not layout.topology.is_leader:
-            return
-        record = RunRecord(
-            run=layout.run,
-            settings_digest=settings_digest(self.settings),
-            leader_address=layout.topology.leader_address,
-            version=__version__,
-            created=self._started,
-            nnodes=layout.topology.nnodes,
-            shadows=self.settings.shadows,
-            frontend_url=layout.frontend_url,
-            model_name=layout.model_name,
-        )
-        self.mirror.run = record
-        self._publisher.put(self.keys.run, record.encode())
-
     def _publish_node(self, force: bool = False) -> None:
-        """Report this node, if anything changed. Without a lease there is nothing to report under."""
-        if not self._lease:
-            return
-        me = proc.identity(os.getpid())
-        record = NodeRecord(
-            node_rank=self.node_rank,
-            host=self.layout.topology.host,
-            address=self.layout.topology.address,
-            boot_id=proc.boot_id(),
-            agent_pid=os.getpid(),
-            agent_start=me.start if me else 0,
-            gpus=tuple(d.uuid for d in self._gms.devices),
-            services=tuple(s.status() for s in self.services.values()),
-            gms=self._gms.status,
-            lock_holder=self._lock_holder,
-            stopping=self._stopping,
+        self.report.node(
+            tuple(runner.status() for runner in self.services.values()),
+            self._gms.status,
+            self._lock_holder,
+            self._stopping,
+            force,
         )
-        if force or record != self._last_node:
-            self._last_node = record
-            self.mirror.nodes[self.node_rank] = record
-            self._publisher.put(self.keys.node(self.node_rank), record.encode(), self._lease)
 
     def _show(self) -> None:
         """Work out the redundancy and tell whoever looks on."""
@@ -630,7 +540,7 @@ class Agent:
         confirmed = any((c.cohort_id, c.incarnation) == self._confirmed for c in shot.cohorts)
         if shot.redundancy is not self.redundancy and (confirmed or shot.redundancy is Redundancy.DOWN):
             self.redundancy = shot.redundancy
-            self.emit("redundancy", detail=shot.redundancy.value)
+            self.report.emit("redundancy", detail=shot.redundancy.value)
             self._progress(f"redundancy {shot.redundancy.value}")
             if shot.redundancy is Redundancy.FULL:
                 self._memory = replace(self._memory, initial=False)
@@ -640,7 +550,7 @@ class Agent:
 
     def _service_changed(self, runner: ServiceRunner, event: str, detail: str) -> None:
         name = runner.service.name
-        self.emit(f"service_{event}", detail=f"{name} {detail}".strip())
+        self.report.emit(f"service_{event}", detail=f"{name} {detail}".strip())
         if event != "ready":
             self._progress(f"{name}: {event} {detail}".rstrip())
         if event == "exited" and name.startswith("gms"):
@@ -667,8 +577,7 @@ class Agent:
     async def _shut_down(self) -> None:
         """Stop everything: standbys before the primary, so that none is promoted; etcd last."""
         self._stopping = True
-        if hasattr(self, "_publisher"):
-            self._publish_node()
+        self._publish_node()
         living = [r for r in self.ranks.values() if r.child is not None and r.phase is not Phase.FENCED]
         for rank in [r for r in living if not r.is_primary] + [r for r in living if r.is_primary]:
             await self._stop_rank(rank)
@@ -677,13 +586,9 @@ class Agent:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for name in reversed([n for n in self.services if n != "etcd"]):
             await self.services[name].stop()
-        if hasattr(self, "_publisher"):
-            self.emit("stopped")
-            for watch in self._watches:
-                watch.stop()
-            self._keeper.stop()
-            await self._loop.run_in_executor(None, self._publisher.stop, 1.0)
-            self._etcd.close()
+        self.report.emit("stopped")
+        if self._link is not None:
+            await self._loop.run_in_executor(None, self._link.close, 1.0)
         if "etcd" in self.services:
             await self.services["etcd"].stop()
         self._files.close()
@@ -695,8 +600,7 @@ class Agent:
             )
         else:
             self.layout.node_dir.remove()
-        if self._journal is not None:
-            self._journal.close()
+        self.report.close()
         self._progress("stopped")
 
     async def _stop_rank(self, rank: Rank) -> None:

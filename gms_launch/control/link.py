@@ -1,0 +1,105 @@
+"""The agent's line to etcd: one client, a publisher, a lease and two watches, opened and closed together.
+
+Their threads never touch the agent: every callback goes through `post`, which runs it on the agent's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from gms_launch.control.keys import DYNAMO_INSTANCES, Keys
+from gms_launch.control.lease import LeaseKeeper
+from gms_launch.control.publisher import Publisher
+from gms_launch.control.store import Access, Etcd
+from gms_launch.control.watch import Watch
+
+
+class Listener(Protocol):
+    """What the agent is told, always on its loop."""
+
+    def control_snapshot(self, found: dict[str, bytes]) -> None:
+        """Everything etcd holds of the run: at the start, after compaction, or of a store that was wiped."""
+
+    def control_change(self, key: str, value: bytes | None) -> None:
+        """One key was put, or deleted (None)."""
+
+    def control_state(self, reason: str | None) -> None:
+        """The watch broke, and why; None when it stands again."""
+
+    def lease_granted(self, lease: int) -> None:
+        """This node has a (new) lease."""
+
+    def lease_lost(self, reason: str) -> None:
+        """This node's lease ran out or was taken."""
+
+    def instances_seen(self, keys: list[str]) -> None:
+        """Engines that registered in Dynamo's discovery, by key."""
+
+
+class ControlLink:
+    """Blocking where it says so; `put` and `delete` never are."""
+
+    def __init__(self, access: Access, post: Callable[..., None]) -> None:
+        self._etcd = Etcd(access)
+        self._post = post
+        self._publisher = Publisher(self._etcd)
+        self._keeper: LeaseKeeper | None = None
+        self._watches: list[Watch] = []
+
+    def connect(self, keys: Keys, wait: float) -> None:
+        """Make sure that etcd answers, within `wait` seconds. Blocks. Raises `NoContactError`."""
+        self._etcd.get(keys.run, retry=wait)
+
+    def listen(self, keys: Keys, namespace: str, lease_ttl: float, listener: Listener) -> None:
+        """Begin to write, to hold a lease and to watch."""
+        post = self._post
+        self._publisher.start()
+        self._keeper = LeaseKeeper(
+            self._etcd,
+            lease_ttl,
+            lambda lease: post(listener.lease_granted, lease),
+            lambda reason: post(listener.lease_lost, reason),
+        )
+        self._watches = [
+            Watch(
+                self._etcd,
+                keys.prefix,
+                lambda found: post(listener.control_snapshot, {k: kv.value for k, kv in found.items()}),
+                lambda change: post(listener.control_change, change.key, change.value),
+                lambda reason: post(listener.control_state, reason),
+            ),
+            Watch(
+                self._etcd,
+                f"{DYNAMO_INSTANCES}{namespace}/",
+                lambda found: post(listener.instances_seen, list(found)),
+                lambda change: post(listener.instances_seen, [change.key] if change.value is not None else []),
+            ),
+        ]
+        self._keeper.start()
+        for watch in self._watches:
+            watch.start()
+
+    def put(self, key: str, value: bytes, lease: int = 0) -> None:
+        self._publisher.put(key, value, lease)
+
+    def delete(self, key: str) -> None:
+        self._publisher.delete(key)
+
+    def revoke(self, lease: int) -> bool:
+        """End a lease of anybody's. Blocks."""
+        return self._etcd.revoke(lease)
+
+    def enable_auth(self, root_password: str, users: Mapping[str, tuple[str, Sequence[str]]]) -> None:
+        """See `Etcd.enable_auth`. Blocks."""
+        self._etcd.enable_auth(root_password, users)
+
+    def close(self, timeout: float) -> None:
+        """Stop listening and write what is left, for at most `timeout` seconds. Blocks."""
+        for watch in self._watches:
+            watch.stop()
+        if self._keeper is not None:
+            self._keeper.stop()
+        if self._publisher.is_alive():
+            self._publisher.stop(timeout)
+        self._etcd.close()
