@@ -13,7 +13,7 @@ setup: $(STAMP)
 # Debian's packages are installed with service start-up switched off: gms-launch runs its own etcd and NATS.
 .PHONY: packages
 packages:
-	@missing=$$(for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	if [ -n "$$missing" ]; then tests/install-packages.sh $$missing; fi
 
