@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from gms_launch import ports
 from gms_launch.cohort import controller, proc, process, reconciler
-from gms_launch.cohort.model import Phase, Redundancy
+from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.reconciler import Desire, PeerRank
 from gms_launch.control.keys import dynamo_lease
@@ -43,7 +43,7 @@ from gms_launch.observe.reporter import Reporter
 from gms_launch.observe.rotate import rotate
 from gms_launch.plan import Layout
 from gms_launch.services import frontend, nats
-from gms_launch.services.base import NotReadyError, log_tail
+from gms_launch.services.base import NotReadyError, Service, log_tail
 from gms_launch.services.runner import ServiceRunner
 
 if TYPE_CHECKING:
@@ -92,7 +92,6 @@ class Agent:
         self._confirmed: tuple[int, int] | None = None
         self._answered: set[str] = set()
         self._link: ControlLink | None = None
-        self._lock_holder = ""
         self._wake = asyncio.Event()
         self._stop = asyncio.Event()
         self._failure: LaunchError | None = None
@@ -172,10 +171,10 @@ class Agent:
         layout, leader = self.layout, self.layout.topology.is_leader
         self._progress(f"run {layout.run} on {layout.topology.host}: {layout.run_dir.path}")
         for service in layout.gms_services():
-            await self._start_service(service, "gms")
+            await self._start_service(service)
         await self._look_at_gms()
         if leader and layout.own_etcd:
-            await self._start_service(layout.etcd_service(), "etcd")
+            await self._start_service(layout.etcd_service())
         await self._loop.run_in_executor(None, self._open_control)
         if leader:
             if layout.own_nats:
@@ -188,14 +187,14 @@ class Agent:
                     credentials.nats_user,
                     credentials.nats_password,
                 )
-                await self._start_service(layout.nats_service(), "nats")
-            await self._start_service(layout.frontend_service(), "frontend")
+                await self._start_service(layout.nats_service())
+            await self._start_service(layout.frontend_service())
             self._progress(f"frontend: {layout.frontend_url}")
         await self._mirrored.wait()
         self.report.run()
         self._progress(f"starting {self.settings.cohorts} cohorts of engine {self.settings.engine}")
 
-    async def _start_service(self, service: Any, kind: str) -> None:
+    async def _start_service(self, service: Service) -> None:
         runner = ServiceRunner(service, f"{self.layout.run}/{service.name}", self.layout.log_dir, self._service_changed)
         self.services[service.name] = runner
         begun = time.monotonic()
@@ -371,7 +370,6 @@ class Agent:
             held = rank.holds(self.layout.node_dir.lock)
             if not held:
                 detail = "its log says so, and the kernel does not show it as the holder"
-            self._lock_holder = f"cohort {rank.cohort_id}"
         extra = {"role": rank.role} if kind in ("exit", "dead", "fenced") else {}
         self.report.emit(kind, rank.cohort_id, rank.incarnation, detail, when=when, **extra)
         if kind == "exit":
@@ -524,11 +522,17 @@ class Agent:
 
     # -- what others see ---------------------------------------------------------------------------------------
 
+    def _lock_holder(self) -> str:
+        """Which of this node's ranks the kernel shows as holding the lock; empty for none."""
+        lock = self.layout.node_dir.lock
+        living = [r for r in self.ranks.values() if r.child is not None and r.phase in ALIVE]
+        return next((f"cohort {r.cohort_id}" for r in living if r.holds(lock)), "")
+
     def _publish_node(self, force: bool = False) -> None:
         self.report.node(
             tuple(runner.status() for runner in self.services.values()),
             self._gms.status,
-            self._lock_holder,
+            self._lock_holder(),
             self._stopping,
             force,
         )

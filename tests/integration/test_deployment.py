@@ -74,6 +74,7 @@ def test_a_primary_killed_from_outside_is_replaced_and_rearmed(run: Deployment) 
     eventually(lambda: run.text() == before)
     status = run.wait_full()
     assert status["primary"] != victim
+    assert status["nodes"][0]["lock_holder"] == f"cohort {status['primary']}"
     assert run.events("exit")[0]["detail"] == "killed by SIGKILL"
     assert len(run.events("lease_revoked")) == 1
 
