@@ -66,7 +66,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("namespace", str, "dynamo", "Dynamo namespace the engines register in", "engine"),
     Setting("nnodes", int, 1, "nodes of the run", "topology", recipe="NNODES", minimum=1),
     Setting("node_rank", int, 0, "rank of this node, 0 is the leader", "topology", recipe="NODE_RANK", minimum=0),
-    Setting("leader_addr", str, "127.0.0.1", "address of the leader node", "topology", recipe="LEADER_ADDR"),
+    Setting("leader_addr", str, "127.0.0.1", "name or address of the leader node", "topology", recipe="LEADER_ADDR"),
+    Setting("interface", str, "", "network interface that the nodes share, where a node has several", "topology"),
+    Setting("hosts", str, "", "start an agent on each of these hosts by SSH; the first leads", "topology"),
     Setting(
         "gms_server",
         str,
@@ -121,7 +123,9 @@ SETTINGS: tuple[Setting, ...] = (
     _seconds("start_timeout", 1800.0, "deadline for an engine to be parked"),
     _seconds("promotion_timeout", 60.0, "deadline from the lock to a served token"),
     _seconds("stop_timeout", 10.0, "time an engine gets between SIGTERM and SIGKILL"),
+    _seconds("kill_wait", 30.0, "time from SIGTERM to the end of the whole stop; Slurm's KillWait"),
     _seconds("lease_ttl", 5.0, "lease of a node in etcd"),
+    _seconds("node_wait", 300.0, "how long to wait for a node that has not come yet, or was lost"),
     _seconds("dynamo_lease_ttl", 10.0, "lease of Dynamo's processes in etcd"),
     _seconds("restart_backoff", 1.0, "first delay before a cohort that failed early is started again; doubles"),
     _seconds("restart_backoff_max", 60.0, "longest delay between two starts of a cohort"),
@@ -129,6 +133,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "restart_limit", int, 5, "failed starts in the window after which a cohort is given up", "timing", minimum=1
     ),
+    Setting("group_kill", bool, True, "test switch: with --no-group-kill nothing is killed when a rank dies", "run"),
     Setting("log_max_mib", int, 64, "size at which a log is rotated (MiB); one old part is kept", "run", minimum=1),
 )
 BY_NAME: Mapping[str, Setting] = {s.name: s for s in SETTINGS}
@@ -152,6 +157,8 @@ class Settings:
     nnodes: int
     node_rank: int
     leader_addr: str
+    interface: str
+    hosts: str
     gms_server: str
     gms_socket_dir: str
     virtual_gpus: int
@@ -177,12 +184,15 @@ class Settings:
     start_timeout: float
     promotion_timeout: float
     stop_timeout: float
+    kill_wait: float
     lease_ttl: float
+    node_wait: float
     dynamo_lease_ttl: float
     restart_backoff: float
     restart_backoff_max: float
     restart_window: float
     restart_limit: int
+    group_kill: bool
     log_max_mib: int
     engine_args: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -190,6 +200,11 @@ class Settings:
     @property
     def cohorts(self) -> int:
         return self.shadows + 1
+
+    @property
+    def engine_grace(self) -> float:
+        """Seconds from SIGTERM to SIGKILL for a serving engine: the whole stop must fit into kill_wait."""
+        return min(self.stop_timeout, 0.5 * self.kill_wait)
 
     def was_set(self, name: str) -> bool:
         """True when the user gave `name` a value, so that it must not be moved silently."""
@@ -299,7 +314,13 @@ def resolve(
                 break
         else:
             values[s.name] = s.default
-    settings = Settings(**values, engine_args=tuple(engine_args), sources=sources)
+    if "tp" not in sources:
+        values["tp"] = values["nnodes"]  # a GPU on every node; Slurm says when there are more
+    return checked(Settings(**values, engine_args=tuple(engine_args), sources=sources))
+
+
+def checked(settings: Settings) -> Settings:
+    """The same settings. Raises `UsageError` for contradictions."""
     _check(settings)
     return settings
 
@@ -325,6 +346,20 @@ def _check(s: Settings) -> None:
         )
     if s.lease_ttl < 2:
         raise UsageError(f"lease_ttl {s.lease_ttl:g} s: below 2 s an ordinary pause would look like a lost node")
+    if s.kill_wait < 2:
+        raise UsageError(f"kill_wait {s.kill_wait:g} s: an orderly stop of engines, services and etcd needs 2 s")
+    if s.was_set("stop_timeout") and s.stop_timeout > 0.5 * s.kill_wait:
+        raise UsageError(
+            f"stop_timeout {s.stop_timeout:g} s is more than half of kill_wait {s.kill_wait:g} s "
+            f"(from {s.sources.get('kill_wait', 'the default')}): what follows the engines would be cut off"
+        )
+    if s.node_wait < 2 * s.lease_ttl:
+        raise UsageError(
+            f"node_wait {s.node_wait:g} s is shorter than two leases (lease_ttl {s.lease_ttl:g} s): "
+            "a node could not be back before it is given up"
+        )
+    if s.hosts and s.was_set("node_rank"):
+        raise UsageError("--hosts starts every agent itself; node_rank (from " + s.sources["node_rank"] + ") names one")
     if s.dynamo_lease_ttl < 5:
         raise UsageError(
             f"dynamo_lease_ttl {s.dynamo_lease_ttl:g} s: every Dynamo process exits when etcd is away for longer, "

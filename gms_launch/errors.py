@@ -34,3 +34,9 @@ class NoContactError(LaunchError):
     """The run cannot be found or does not answer."""
 
     exit_code = 5
+
+
+def by_code(code: int, text: str) -> LaunchError:
+    """The error whose exit code is `code`."""
+    kinds = (LaunchError, UsageError, RefusedError, DeadlineError, NoContactError)
+    return next((k for k in kinds if k.exit_code == code), LaunchError)(text)

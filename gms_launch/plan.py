@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,11 @@ _SECRET = ("PASSWORD",)
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that is decided before the first process starts."""
+    """Everything that is decided before the first process starts.
+
+    `attempt` names this run among those of the same id; `differences` and `clock_skew` say how this node compares with
+    the leader.
+    """
 
     run: str
     settings: Settings
@@ -42,6 +47,9 @@ class Layout:
     credentials: Credentials
     run_dir: RunDir
     node_dir: NodeDir
+    attempt: str = ""
+    differences: tuple[str, ...] = ()
+    clock_skew: float = 0.0
 
     @property
     def engine(self) -> Engine:
@@ -90,7 +98,6 @@ class Layout:
             nats_url = self.settings.nats_server or own
         return DynamoPlane(
             address=self.topology.address,
-            interface=self.topology.interface,
             namespace=self.settings.namespace,
             etcd_endpoints=self.etcd_endpoints,
             etcd_user=self.credentials.dynamo_user if self.own_etcd else "",
@@ -264,9 +271,23 @@ def check_model(settings: Settings) -> None:
             )
 
 
+#: Settings in which the nodes of a run may differ.
+_OWN = frozenset(
+    {"node_rank", "leader_addr", "interface", "hosts", "gms_socket_dir", "etcd_bin", "nats_bin", "python"}
+    | {"virtual_gpus", "run_id", "kill_wait"}
+)
+
+
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if k not in _OWN}
+
+
 def settings_digest(settings: Settings) -> str:
     """A digest of what all nodes of a run must agree on."""
-    data = settings.to_json()
-    for own in ("node_rank", "gms_socket_dir", "etcd_bin", "nats_bin", "python"):
-        data.pop(own)
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_shared(settings.to_json()), sort_keys=True).encode()).hexdigest()
+
+
+def settings_differences(settings: Settings, leaders: Mapping[str, Any]) -> list[str]:
+    """The settings in which this node differs from the leader's (`Settings.to_json`), for people."""
+    mine, theirs = _shared(settings.to_json()), _shared(leaders)
+    return [f"{k} is {mine[k]!r} here and {theirs[k]!r} there" for k in mine if k in theirs and mine[k] != theirs[k]]

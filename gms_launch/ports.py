@@ -10,9 +10,10 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gms_launch.config import Settings
 from gms_launch.errors import UsageError
@@ -41,25 +42,44 @@ class Ports:
         return self.master_base + COHORT_STRIDE * cohort_id + (incarnation - 1) % INCARNATION_STEPS
 
 
-def layout(settings: Settings, free: Callable[[int], bool]) -> Ports:
-    """Give every purpose a port. Raises `UsageError` if a port the user fixed is taken or none is left."""
-    taken: set[int] = set()
+class _Chooser:
+    """Hands out ports, none of them twice."""
 
-    def usable(port: int) -> bool:
-        return port not in taken and port <= 65535 and free(port)
+    def __init__(self, settings: Settings, free: Callable[[int], bool]) -> None:
+        self._settings, self._free = settings, free
+        self._taken: set[int] = set()
 
-    def one(name: str, wanted: int) -> int:
-        if settings.was_set(name) and not usable(wanted):
+    def usable(self, port: int) -> bool:
+        return port not in self._taken and port <= 65535 and self._free(port)
+
+    def one(self, name: str, wanted: int) -> int:
+        if self._settings.was_set(name) and not self.usable(wanted):
             raise UsageError(
-                f"{name} {wanted} is in use on this node (from {settings.sources[name]}); "
+                f"{name} {wanted} is in use on this node (from {self._settings.sources[name]}); "
                 "stop what listens there or choose another port"
             )
         for port in range(wanted, min(wanted + 2000, 65536)):
-            if usable(port):
-                taken.add(port)
+            if self.usable(port):
+                self._taken.add(port)
                 return port
         raise UsageError(f"{name}: no free port from {wanted} on")
 
+
+def follow(settings: Settings, leaders: Mapping[str, Any], free: Callable[[int], bool]) -> Ports:
+    """The ports of a node that is not the leader: its engines' own from this node, everything else the leader's."""
+    one = _Chooser(settings, free).one
+    cohorts = range(settings.cohorts)
+    own = {
+        "nixl": tuple(one("nixl_port", settings.nixl_port + k) for k in cohorts),
+        "vllm": tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts),
+    }
+    return Ports(**{**leaders, "system": tuple(leaders["system"]), **own})
+
+
+def layout(settings: Settings, free: Callable[[int], bool]) -> Ports:
+    """Give every purpose a port. Raises `UsageError` if a port the user fixed is taken or none is left."""
+    chooser = _Chooser(settings, free)
+    one, usable = chooser.one, chooser.usable
     frontend = one("frontend_port", settings.frontend_port)
     etcd = one("etcd_port", settings.etcd_port)
     peer = one("etcd_peer_port", settings.etcd_peer_port)
@@ -99,13 +119,15 @@ class Reservation:
         self._directory = directory
         self._address = address
         self._held: dict[int, int] = {}
+        # Another network namespace has ports of its own, and may share this directory.
+        self._network = os.stat("/proc/self/ns/net").st_ino
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def free(self, port: int) -> bool:
         """True when `port` is free and now reserved for us."""
         if port in self._held:
             return True
-        fd = os.open(self._directory / str(port), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fd = os.open(self._directory / f"{port}-{self._network}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

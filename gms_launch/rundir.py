@@ -8,7 +8,9 @@ timeline. The node-local directory, mode 0700 under /dev/shm, holds sockets, the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -19,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gms_launch.cohort import proc
 from gms_launch.config import RUN_ID
@@ -33,6 +36,24 @@ SOCKET_PATH_MAX = 107
 def home() -> Path:
     """Where runs are recorded: GMS_LAUNCH_HOME, else ~/.gms-launch."""
     return Path(os.environ.get("GMS_LAUNCH_HOME") or Path.home() / ".gms-launch")
+
+
+def slurm_run_id(environ: Mapping[str, str]) -> str:
+    """The run id of a Slurm job; empty outside of Slurm."""
+    return environ.get("SLURM_JOB_ID", "")
+
+
+def slurm_step(environ: Mapping[str, str]) -> str:
+    """job.restart.step of this process; empty outside of Slurm."""
+    job = environ.get("SLURM_JOB_ID")
+    if not job:
+        return ""
+    return f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}.{environ.get('SLURM_STEP_ID', 'batch')}"
+
+
+def shared_run_id(leader: str) -> str:
+    """The run id that agents started by hand agree on without being told: it follows from the leader they all name."""
+    return leader if RUN_ID.match(leader) else hashlib.sha256(leader.encode()).hexdigest()[:12]
 
 
 def new_run_id() -> str:
@@ -55,8 +76,21 @@ class Credentials:
 
 
 @dataclass(frozen=True)
+class NodeEnd:
+    """How a node of the run ended. `clean`: nothing of the run is alive there, proved; else `detail` says why not."""
+
+    node_rank: int
+    host: str
+    clean: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
 class RunFile:
-    """What `run.json` says: enough to find the run from another process or node."""
+    """What `run.json` says: enough to find the run, to join it, and to know how it ended.
+
+    `attempt` tells this run from an earlier one of the same name. `slurm` is "job.restart.step" under Slurm.
+    """
 
     run: str
     version: str
@@ -72,6 +106,14 @@ class RunFile:
     model_name: str = ""
     ended: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    attempt: str = ""
+    nnodes: int = 1
+    leader_address: str = ""
+    slurm: str = ""
+    ports: Mapping[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+    reason: str = ""
+    nodes: tuple[NodeEnd, ...] = ()
 
     @property
     def local(self) -> bool:
@@ -89,6 +131,18 @@ class RunFile:
             return False
         return proc.alive(self.agent) if self.local else True
 
+    def responds(self, timeout: float = 2.0) -> bool:
+        """True when something listens at the run's etcd."""
+        for url in self.etcd_endpoints:
+            parts = urlsplit(url)
+            with contextlib.suppress(OSError), socket.create_connection((parts.hostname, parts.port or 80), timeout):
+                return True
+        return False
+
+    @property
+    def slurm_job(self) -> str:
+        return self.slurm.partition(".")[0]
+
 
 class RunDir:
     """The shared directory of one run."""
@@ -100,6 +154,7 @@ class RunDir:
         self.logs = path / "logs"
         self.events = path / "events.jsonl"
         self.agent_log = path / "logs" / "agent.log"
+        self.ranks_json = path / "ranks.json"
 
     @classmethod
     def of(cls, run: str) -> RunDir:
@@ -109,24 +164,51 @@ class RunDir:
     def run(self) -> str:
         return self.path.name
 
-    def create(self) -> None:
-        """Make the directory for a new run. Raises `RefusedError` when a live run has that name."""
+    def create(self, run: RunFile, credentials: Credentials) -> None:
+        """Make the directory of a new run, complete, and put it in its place at once.
+
+        What an earlier run of that name left is moved aside. Raises `RefusedError` when somebody else is that run.
+        """
+        home().mkdir(parents=True, exist_ok=True, mode=0o700)
+        fresh = RunDir(self.path.with_name(f".{self.run}.{socket.gethostname()}.{os.getpid()}"))
+        shutil.rmtree(fresh.path, ignore_errors=True)
+        fresh.logs.mkdir(parents=True, mode=0o700)
+        fresh.path.chmod(0o700)
+        fresh.write_credentials(credentials)
+        fresh.write(run)
+        try:
+            self.refuse_live(run.slurm)
+            if self.path.exists():
+                self.path.rename(self.path.with_name(f"{self.path.name}.{time.time_ns() // 1_000_000}.old"))
+            fresh.path.rename(self.path)  # fails when another leader was quicker: theirs is not empty
+        except OSError as exc:
+            raise RefusedError(f"run {self.run} cannot be made in {self.path.parent}: {exc.strerror}") from None
+        finally:
+            shutil.rmtree(fresh.path, ignore_errors=True)
+
+    def refuse_live(self, slurm: str = "") -> None:
+        """Raise `RefusedError` when a run of this name is up, as far as can be told. `slurm` is the asker's step."""
         previous = self.read()
-        if previous is not None and previous.live:
-            raise RefusedError(
-                f"run {self.run} is already up (agent {previous.agent_pid} on {previous.leader_host}); "
-                f"stop it with `gms-launch down --run {self.run}` or choose another --run-id"
-            )
-        if self.path.exists():
-            keep = self.path.with_name(f"{self.path.name}.{int(time.time())}.old")
-            self.path.rename(keep)
-        self.logs.mkdir(parents=True, mode=0o700)
-        self.path.chmod(0o700)
+        if previous is None or not previous.live:
+            return
+        if previous.slurm and slurm and previous.slurm != slurm and previous.slurm_job == slurm.partition(".")[0]:
+            # A job that was requeued, or a later step of it: Slurm ended the earlier one.
+            if not previous.responds():
+                return
+        elif not previous.local and time.time() - previous.created > 60.0 and not previous.responds():
+            return
+        raise RefusedError(
+            f"run {self.run} is already up (agent {previous.agent_pid} on {previous.leader_host}); "
+            f"stop it with `gms-launch down --run {self.run}` or choose another --run-id"
+        )
 
     def read(self) -> RunFile | None:
         try:
             data = json.loads(self.run_json.read_text())
+            known = {f.name for f in dataclasses.fields(RunFile)}
+            data = {k: v for k, v in data.items() if k in known}
             data["etcd_endpoints"] = tuple(data["etcd_endpoints"])
+            data["nodes"] = tuple(NodeEnd(**n) for n in data.get("nodes", ()))
             return RunFile(**data)
         except FileNotFoundError:
             return None
@@ -169,8 +251,8 @@ class NodeDir:
         self._agent_lock: int | None = None
 
     @classmethod
-    def of(cls, run: str, gms_dir: str = "") -> NodeDir:
-        return cls(user_root() / run, Path(gms_dir) if gms_dir else None)
+    def of(cls, run: str, gms_dir: str = "", node_rank: int = 0) -> NodeDir:
+        return cls(user_root() / node_name(run, node_rank), Path(gms_dir) if gms_dir else None)
 
     def check(self) -> None:
         """Raise `UsageError` when a GMS socket's path would not fit, before anything is made."""
@@ -195,8 +277,20 @@ class NodeDir:
             raise RefusedError(
                 f"another agent of run {self.path.name} is on this node (it holds {self.path}/agent.lock)"
             ) from None
+        me = proc.identity(os.getpid())
+        assert me is not None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{me.pid} {me.start}\n".encode(), 0)
         self._agent_lock = fd
         self.gms.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def agent(self) -> proc.ProcessId | None:
+        """The agent that took this directory last, alive or not; None when there is none on record."""
+        try:
+            pid, start = (self.path / "agent.lock").read_text().split()
+        except (OSError, ValueError):
+            return None
+        return proc.ProcessId(int(pid), int(start))
 
     def pgid_file(self, cohort_id: int) -> Path:
         return self.path / f"engine-{cohort_id}.pgid"
@@ -216,6 +310,11 @@ class NodeDir:
             for file in [*self.gms.glob("gms_*.sock"), *self.gms.glob("failover_metrics_engine-*.json"), self.lock]:
                 with contextlib.suppress(FileNotFoundError):
                     file.unlink()
+
+
+def node_name(run: str, node_rank: int) -> str:
+    """The name of a run's node-local directory: nodes of one run may share a machine. No run id has a plus in it."""
+    return run if node_rank == 0 else f"{run}+{node_rank}"
 
 
 def user_root(uid: int | None = None) -> Path:
@@ -246,7 +345,7 @@ def find(run: str | None) -> tuple[RunDir, RunFile]:
         if found is None:
             raise NoContactError(f"there is no run {wanted}: {directory.run_json} does not exist. {_known()}")
         return directory, found
-    job = os.environ.get("SLURM_JOB_ID")
+    job = slurm_run_id(os.environ)
     if job:
         directory = RunDir.of(job)
         found = directory.read()

@@ -1,39 +1,81 @@
-"""`gms-launch down`: an orderly stop if the agent lives, and the rest by force; then the proof."""
+"""`gms-launch down`: an orderly stop from anywhere, the rest by force; then the proof, node by node.
+
+A living run is asked to stop: the leader's agent by a signal on its own machine, through etcd from elsewhere. What is
+left then, or was left by agents that died, is cleared on every node by `down --here`, run there through Slurm or SSH.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
-from dataclasses import replace
+import uuid
+from dataclasses import dataclass, replace
 
 from gms_launch import rundir
 from gms_launch.cohort import proc, process
+from gms_launch.control.keys import Keys
+from gms_launch.control.records import CommandRecord
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError
-from gms_launch.rundir import NodeDir, RunDir, RunFile
+from gms_launch.observe import contact
+from gms_launch.rundir import NodeDir, NodeEnd, RunDir, RunFile
+from gms_launch.transport import Target, gms_launch, run_on
+
+POLL = 0.05
 
 
 def main(run: str | None, timeout: float) -> None:
     directory, found = rundir.find(run)
-    if not found.local:
-        raise NoContactError(f"run {directory.run} is led by {found.leader_host}; run `gms-launch down` there")
-    stopped = stop_agent(found, timeout)
-    killed = clear(directory, found)
-    print(f"run {directory.run} is down: " + ("stopped in order" if stopped else "its agent was gone already"))
-    if killed:
-        print(f"killed {killed} processes that were left")
-    print(f"nothing of it is alive on {found.leader_host}, and {found.node_dir} is gone; logs: {directory.logs}")
+    stopped = found.ended is None and stop(directory, found, timeout)
+    found = directory.read() or found
+    proved = [clear(directory, found, node) for node in nodes(directory, found)]
+    bad = [p for p in proved if not p.clean]
+    if not bad and found.ended is None:
+        directory.write(replace(found, ended=time.time(), reason=found.reason or "its agent died"))
+    print(f"run {directory.run} is down: " + ("stopped in order" if stopped else "it had ended already"))
+    for proof in proved:
+        state = "nothing of it is alive" if proof.clean else "NOT PROVED"
+        print(f"  node {proof.node_rank} {proof.host}: {state}" + (f" ({proof.detail})" if proof.detail else ""))
+    print(f"logs: {directory.logs}")
+    if bad:
+        raise LaunchError("not proved on " + ", ".join(f"{p.host}: {p.detail}" for p in bad))
 
 
-def stop_agent(found: RunFile, timeout: float) -> bool:
-    """End the agent, orderly within `timeout` seconds; False if there was none. Raises `DeadlineError`."""
+def stop(directory: RunDir, found: RunFile, timeout: float) -> bool:
+    """End a run in order, within `timeout` seconds; False if there was nobody to ask. Raises `DeadlineError`."""
+    if found.local:
+        return stop_agent(found.agent, timeout)
     try:
-        fd = os.pidfd_open(found.agent_pid)
+        door = contact.gateway(directory, found)
+        command = CommandRecord(uuid.uuid4().hex, "stop", time.time())
+        door.put(Keys(directory.run).command(command.uuid), command.encode())
+        door.close()
+    except NoContactError:
+        return False
+    deadline = time.monotonic() + timeout
+    while (now := directory.read()) is None or now.ended is None:
+        if time.monotonic() > deadline:
+            raise DeadlineError(
+                f"run {directory.run} was asked to stop and has not ended within {timeout:g} s; "
+                f"run `gms-launch down` again on {found.leader_host}, or `gms-launch status` here"
+            )
+        time.sleep(POLL)  # the file is on the shared home: nothing announces a change there
+    return True
+
+
+def stop_agent(agent: proc.ProcessId, timeout: float) -> bool:
+    """End an agent of this machine, in order within `timeout` seconds; False if there was none.
+
+    Raises `DeadlineError` when it had to be killed.
+    """
+    try:
+        fd = os.pidfd_open(agent.pid)
     except ProcessLookupError:
         return False
     try:
         # Checked after the descriptor was opened: from here on it means this process and no other.
-        if not proc.alive(found.agent):
+        if not proc.alive(agent):
             return False
         signal.pidfd_send_signal(fd, signal.SIGTERM)
         if process.wait_gone([os.dup(fd)], timeout):
@@ -41,28 +83,76 @@ def stop_agent(found: RunFile, timeout: float) -> bool:
         signal.pidfd_send_signal(fd, signal.SIGKILL)
         process.wait_gone([os.dup(fd)], 10.0)
         raise DeadlineError(
-            f"the agent (pid {found.agent_pid}) did not stop within {timeout:g} s and was killed; "
+            f"the agent (pid {agent.pid}) did not stop within {timeout:g} s and was killed; "
             "run `gms-launch down` again to clear up what is left"
         )
     finally:
         os.close(fd)
 
 
-def clear(directory: RunDir, found: RunFile) -> int:
-    """Kill what is left of a run without an agent, remove its node-local files, mark it ended.
+@dataclass(frozen=True)
+class Node:
+    """A node of the run, and how its agent ended, as far as it said."""
+
+    node_rank: int
+    target: Target
+    end: NodeEnd | None
+
+
+def nodes(directory: RunDir, found: RunFile) -> list[Node]:
+    """Every node that the run is known to have had."""
+    targets = {0: Target(found.leader_host, found.leader_address, found.slurm_job)}
+    try:
+        listed = json.loads(directory.ranks_json.read_text())["nodes"]
+    except (OSError, ValueError, KeyError):
+        listed = []
+    for row in listed:
+        targets[row["node_rank"]] = Target(row["host"], row["address"], found.slurm_job)
+    ends = {e.node_rank: e for e in found.nodes} if found.ended is not None else {}
+    return [Node(rank, target, ends.get(rank)) for rank, target in sorted(targets.items())]
+
+
+def clear(directory: RunDir, found: RunFile, node: Node) -> NodeEnd:
+    """The proof for one node: its agent's own, or what `down --here` finds and does there."""
+    if node.end is not None and node.end.clean:
+        return node.end
+    here = node.node_rank == 0 and found.local
+    try:
+        if here:
+            killed = clear_here(directory.run, 0, str(found.settings.get("gms_socket_dir") or ""))
+            return NodeEnd(0, node.target.host, True, f"killed {killed} processes" if killed else "")
+        argv = ["env", f"GMS_LAUNCH_HOME={rundir.home().absolute()}"]
+        argv += gms_launch("down", "--run", directory.run, "--here", str(node.node_rank))
+        done = run_on(node.target, argv, timeout=60.0)
+    except LaunchError as exc:
+        return NodeEnd(node.node_rank, node.target.host, False, str(exc))
+    detail = (done.out.strip() or done.err.strip()).removeprefix("gms-launch: ")
+    return NodeEnd(node.node_rank, node.target.host, done.code == 0, detail)
+
+
+def main_here(run: str, node_rank: int, timeout: float) -> None:
+    """`down --here N`: this node's part, as the command elsewhere asks for it."""
+    directory, found = rundir.find(run)
+    place = NodeDir.of(directory.run, "", node_rank)
+    if (agent := place.agent()) is not None:
+        stop_agent(agent, timeout)
+    killed = clear_here(directory.run, node_rank, str(found.settings.get("gms_socket_dir") or ""))
+    print(f"killed {killed} processes" if killed else "nothing was left")
+
+
+def clear_here(run: str, node_rank: int, gms_dir: str) -> int:
+    """Kill what is left of a node of a run without an agent, and remove its node-local files.
 
     Returns how many processes had to be killed. Raises `LaunchError` when one would not die.
     """
     own = frozenset({os.getpid()})
-    guard = [i.identity for i, _ in proc.tagged(f"{directory.run}/guard")]
+    guard = [i.identity for i, _ in proc.tagged(f"{run}/guard", node_rank=node_rank)]
     deadline = time.monotonic() + 5.0
     while any(proc.alive(g) for g in guard) and time.monotonic() < deadline:
         time.sleep(0.01)  # the guard ends by itself once it has done the same
-    before = [i for i, _ in proc.tagged(directory.run) if i.pid not in own]
-    left = process.kill_tagged(directory.run, 30.0, spare=own)
+    before = [i for i, _ in proc.tagged(run, node_rank=node_rank) if i.pid not in own]
+    left = process.kill_tagged(run, 30.0, spare=own, node_rank=node_rank)
     if left:
-        raise LaunchError(f"processes {', '.join(str(w.pid) for w in left)} of run {directory.run} could not be killed")
-    NodeDir.of(directory.run, str(found.settings.get("gms_socket_dir") or "")).remove()
-    if found.ended is None:
-        directory.write(replace(directory.read() or found, ended=time.time()))
+        raise LaunchError(f"processes {', '.join(str(w.pid) for w in left)} of run {run} could not be killed")
+    NodeDir.of(run, gms_dir, node_rank).remove()
     return len(before)

@@ -1,4 +1,8 @@
-"""`gms-launch kill-primary`: ask the controller, then watch the failover through the run's journal."""
+"""`gms-launch kill-primary`: ask the controller, then watch the failover through the run's journal.
+
+When etcd is away there is nobody to ask: the recorded process groups are then killed directly, on every node, here,
+through Slurm or by SSH, each checked by its start time.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,20 @@ import json
 import re
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from gms_launch import rundir
+from gms_launch.cohort import proc, process
 from gms_launch.cohort.failover import Failover, fold
+from gms_launch.cohort.model import CohortView, Phase, primary
+from gms_launch.control.gateway import Gateway
+from gms_launch.control.keys import Keys
 from gms_launch.control.records import CommandRecord, CommandResult
-from gms_launch.errors import DeadlineError, NoContactError, RefusedError, UsageError
+from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
 from gms_launch.observe import contact, journal
-from gms_launch.rundir import RunDir
+from gms_launch.rundir import RunDir, RunFile
+from gms_launch.transport import Target, gms_launch, run_on
 
 POLL = 0.02
 
@@ -21,16 +32,15 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
     if not re.fullmatch(r"group|leader|rank:\d+", scope):
         raise UsageError(f"--scope {scope!r}: expected group, leader or rank:N")
     directory, found = rundir.find(run)
-    door = contact.gateway(directory, found)
-    mirror, shot = contact.read(directory, door)
-    if scope.startswith("rank:") and int(scope[5:]) >= shot.nnodes:
-        raise UsageError(f"--scope {scope}: the run has {shot.nnodes} nodes, ranks count from 0")
-    command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
-    door.put(mirror.keys.command(command.uuid), command.encode())
-    result = _result(door, mirror.keys.result(command.uuid), timeout)
-    if not result.ok:
-        raise RefusedError(result.detail)
-    failover = _follow(directory, (result.cohort_id, result.incarnation), timeout)
+    if scope.startswith("rank:") and int(scope[5:]) >= found.nnodes:
+        raise UsageError(f"--scope {scope}: the run has {found.nnodes} nodes, ranks count from 0")
+    try:
+        victim = ask(directory, contact.gateway(directory, found), scope, force, timeout)
+    except NoContactError as exc:
+        if not found.live:
+            raise
+        victim = kill_directly(directory, found, scope, force, str(exc))
+    failover = follow(directory, found, victim, timeout)
     if as_json:
         print(json.dumps(failover.to_json(), indent=1))
         return
@@ -41,21 +51,79 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
     Console().print(views.failover(failover))
 
 
-def _result(door: object, key: str, timeout: float) -> CommandResult:
+def ask(directory: RunDir, door: Gateway, scope: str, force: bool, timeout: float) -> tuple[int, int]:
+    """Let the controller kill; returns the victim's life. Raises `RefusedError` and `NoContactError`."""
+    keys = Keys(directory.run)
+    contact.read(directory, door)
+    command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
+    door.put(keys.command(command.uuid), command.encode())
+    key = keys.result(command.uuid)
     deadline = time.monotonic() + min(timeout, 10.0)
-    while time.monotonic() < deadline:
-        answer = door.get_prefix(key).get(key)  # type: ignore[attr-defined]
-        if answer is not None:
-            return CommandResult.decode(answer)
+    while (answer := door.get_prefix(key).get(key)) is None:
+        if time.monotonic() > deadline:
+            raise DeadlineError(
+                "the leader's agent did not answer within 10 s; see `gms-launch status` and the agent's log"
+            )
         time.sleep(POLL)  # etcd's JSON gateway has no watch that is worth its set-up here
-    raise NoContactError("the leader's agent did not answer within 10 s; see `gms-launch status` and the agent's log")
+    result = CommandResult.decode(answer)
+    if not result.ok:
+        raise RefusedError(result.detail)
+    return result.cohort_id, result.incarnation
 
 
-def _follow(directory: RunDir, victim: tuple[int, int], timeout: float) -> Failover:
+def kill_directly(directory: RunDir, found: RunFile, scope: str, force: bool, why: str) -> tuple[int, int]:
+    """Kill the recorded groups of the primary; returns its life. Raises `RefusedError`, and `LaunchError` by host."""
+    try:
+        listed = json.loads(directory.ranks_json.read_text())
+    except (OSError, ValueError) as exc:
+        raise NoContactError(f"{why}; and {directory.ranks_json} cannot be read: {exc}") from None
+    leaders = [r for r in listed["ranks"] if r["node_rank"] == 0]
+    views = [CohortView(r["cohort_id"], r["incarnation"], Phase(r["phase"])) for r in leaders]
+    target = primary(views)
+    if target is None:
+        raise RefusedError(f"{why}; and by {directory.ranks_json} no cohort is primary")
+    if not force and not any(v.phase is Phase.PARKED for v in views):
+        raise RefusedError(
+            f"{why}; and by {directory.ranks_json} no shadow is parked to take over: wait, or use --force"
+        )
+    wanted = None if scope == "group" else 0 if scope == "leader" else int(scope[5:])
+    ranks = [
+        r
+        for r in listed["ranks"]
+        if (r["cohort_id"], r["incarnation"]) == (target.cohort_id, target.incarnation)
+        and (wanted is None or r["node_rank"] == wanted)
+    ]
+    hosts = {n["node_rank"]: Target(n["host"], n["address"], found.slurm_job) for n in listed["nodes"]}
+    print(f"{why}; killing the recorded groups of cohort {target.cohort_id} on {len(ranks)} nodes", flush=True)
+
+    def kill(rank: dict[str, Any]) -> str:
+        host = hosts[rank["node_rank"]]
+        try:
+            done = run_on(host, gms_launch("kill-group", str(rank["pid"]), str(rank["start"])))
+        except LaunchError as exc:
+            return str(exc)
+        return "" if done.code == 0 else f"{host.host}: {done.err.strip().removeprefix('gms-launch: ')}"
+
+    with ThreadPoolExecutor(max(1, min(32, len(ranks)))) as pool:
+        errors = [e for e in pool.map(kill, ranks) if e]
+    if errors:
+        raise LaunchError("not killed everywhere: " + "; ".join(errors))
+    return target.cohort_id, target.incarnation
+
+
+def kill_group(pid: int, start: int) -> None:
+    """`kill-group PID START`: SIGKILL the group of that very process on this node."""
+    if not process.kill_group(proc.ProcessId(pid, start)):
+        raise RefusedError(
+            f"process group {pid} is not the recorded one (start time {start}), or it is gone: not touched"
+        )
+
+
+def follow(directory: RunDir, found: RunFile, victim: tuple[int, int], timeout: float) -> Failover:
     """Wait until the failover of `victim` has ended in a token from somebody else."""
     deadline = time.monotonic() + timeout
     while True:
-        for failover in fold(journal.read(directory.events)):
+        for failover in fold(journal.read(directory.events), found.nnodes):
             if failover.victim == victim and "first_token" in failover.steps:
                 return failover
         if time.monotonic() > deadline:

@@ -44,11 +44,12 @@ def _up(
         bool, typer.Option("-d", "--detach", help="run in the background; return when redundancy is full")
     ] = False,
     notify_fd: Annotated[int, typer.Option(hidden=True)] = -1,
+    until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
 ) -> None:
     """Run this node's agent: GMS, services, the primary and its shadows."""
     from gms_launch.cli import up
 
-    up.main(settings, detach, notify_fd)
+    up.main(settings, detach, notify_fd, until_eof)
 
 
 def _plan(*, settings: Settings, json: Json = False) -> None:
@@ -100,11 +101,37 @@ def status(
 def down(
     run: Run = None,
     timeout: Annotated[float, typer.Option("--timeout", help="deadline for the orderly stop (seconds)")] = 60.0,
+    here: Annotated[Optional[int], typer.Option("--here", hidden=True)] = None,  # noqa: UP045
 ) -> None:
-    """Stop a run and prove that nothing of it is left."""
+    """Stop a run from anywhere and prove that nothing of it is left on any node."""
     from gms_launch.cli import down as verb
 
+    if here is not None:
+        verb.main_here(run or "", here, timeout)
+    else:
+        verb.main(run, timeout)
+
+
+@app.command("wait")
+def wait(
+    run: Run = None,
+    timeout: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--timeout", help="give up after so many seconds"),
+    ] = None,
+) -> None:
+    """Wait until a run has ended; the exit code is the run's."""
+    from gms_launch.cli import wait as verb
+
     verb.main(run, timeout)
+
+
+@app.command("kill-group", hidden=True)
+def kill_group(pid: int, start: int) -> None:
+    """Kill one recorded process group of this node."""
+    from gms_launch.cli import kill_primary as verb
+
+    verb.kill_group(pid, start)
 
 
 @app.command("logs")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
+from gms_launch import topology
 from gms_launch.config import SETTINGS, Setting, Settings, read_toml, resolve
 
 _PANELS = {
@@ -21,6 +22,9 @@ _PANELS = {
     "ports": "Ports",
     "timing": "Timing",
 }
+
+#: Who gives a node rank or hosts runs things by hand, also inside a job.
+_BY_HAND = ("NODE_RANK", "GMS_LAUNCH_NODE_RANK", "GMS_LAUNCH_HOSTS")
 
 
 def _option(setting: Setting) -> Any:
@@ -48,7 +52,9 @@ def with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
         config: Path | None = values.pop("config") or _config_from_environ()
         engine_args: Sequence[str] = values.pop("engine_args") or ()
         toml = read_toml(config) if config else None
-        settings: Settings = resolve(flags, os.environ, toml, str(config), engine_args=engine_args)
+        by_hand = flags["node_rank"] or flags["hosts"] or any(os.environ.get(n) for n in _BY_HAND)
+        slurm = topology.from_slurm(os.environ, hands_off=bool(by_hand))
+        settings: Settings = resolve(flags, os.environ, toml, str(config), slurm, engine_args)
         return function(settings=settings, **values)
 
     # Annotations are text until evaluated where they were written; typer would look here.

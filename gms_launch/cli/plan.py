@@ -21,7 +21,7 @@ def layout(settings: Settings) -> Layout:
         ports=ports.layout(settings, lambda _: True),
         credentials=Credentials(HIDDEN, "dynamo", HIDDEN, "dynamo", HIDDEN),
         run_dir=RunDir.of(run),
-        node_dir=NodeDir.of(run, settings.gms_socket_dir),
+        node_dir=NodeDir.of(run, settings.gms_socket_dir, settings.node_rank),
     )
 
 

@@ -15,21 +15,33 @@ from pathlib import Path
 
 from gms_launch.cohort import proc, process
 from gms_launch.errors import LaunchError
-from gms_launch.rundir import LOCAL_ROOT, user_root
+from gms_launch.rundir import LOCAL_ROOT, node_name, user_root
 
 
 @dataclass
 class DeadRun:
-    """What is left of a run: processes, and the node-local directories it used, as this process can reach them."""
+    """What is left of a run: processes, and the node-local directories it used, as this process can reach them.
 
-    run: str
+    `name` is that of its node-local directory: the run, and its node rank where that is not 0.
+    """
+
+    name: str
     uid: int
     processes: list[proc.Stat] = field(default_factory=list)
     directories: set[Path] = field(default_factory=set)
 
+    @property
+    def run(self) -> str:
+        return self.name.partition("+")[0]
+
+    @property
+    def node_rank(self) -> int:
+        rank = self.name.partition("+")[2]
+        return int(rank) if rank.isdigit() else 0
+
 
 def main(run: str | None, dry_run: bool) -> None:
-    found = [d for d in dead_runs() if run is None or d.run == run]
+    found = [d for d in dead_runs() if run is None or run in (d.run, d.name)]
     if not found:
         print("nothing to sweep")
     for dead in found:
@@ -40,7 +52,9 @@ def main(run: str | None, dry_run: bool) -> None:
         # While the processes live: their directory may be reachable through them only.
         for directory in dead.directories:
             shutil.rmtree(directory, ignore_errors=True)
-        left = process.kill_tagged(dead.run, 30.0, spare=frozenset({os.getpid()}), uid=dead.uid)
+        left = process.kill_tagged(
+            dead.run, 30.0, spare=frozenset({os.getpid()}), uid=dead.uid, node_rank=dead.node_rank
+        )
         if left:
             raise LaunchError(f"processes {', '.join(str(w.pid) for w in left)} of run {dead.run} could not be killed")
         print(f"run {dead.run}: swept")
@@ -56,7 +70,8 @@ def dead_runs() -> list[DeadRun]:
             continue
         if pid == os.getpid() or not proc.same_namespace(pid):
             continue
-        name = tag.split("/")[0]
+        name, node_rank = tag.split("/")[0], tag.rpartition("/")[2]
+        name = node_name(name, int(node_rank) if node_rank.isdigit() else 0)
         dead = runs.setdefault((uid, name), DeadRun(name, uid))
         dead.processes.append(info)
         seen = Path(f"/proc/{pid}/root{user_root(uid)}") / name

@@ -16,7 +16,8 @@ from gms_launch.rundir import RunDir
 def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) -> None:
     directory = _directory(run)
     events = journal.read(directory.events)
-    failovers = fold(events)
+    run_file = directory.read()
+    failovers = fold(events, run_file.nnodes if run_file is not None else 1)
     if as_json:
         data = [dataclasses.asdict(e) for e in events] if all_events else [f.to_json() for f in failovers]
         print(

@@ -6,36 +6,77 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from gms_launch import __version__, ports, rundir, topology
 from gms_launch.cohort import proc
-from gms_launch.config import SETTINGS, Settings
-from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
+from gms_launch.config import SETTINGS, Settings, checked
+from gms_launch.errors import LaunchError, by_code
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.plan import Layout
 from gms_launch.rundir import Credentials, NodeDir, RunDir, RunFile
+from gms_launch.topology import Topology
 
-_ERRORS = {e.exit_code: e for e in (LaunchError, UsageError, RefusedError, DeadlineError, NoContactError)}
+if TYPE_CHECKING:
+    from gms_launch.agent import Agent
 
 
-def main(settings: Settings, detach: bool, notify_fd: int) -> None:
-    if not settings.run_id:
-        chosen = os.environ.get("SLURM_JOB_ID") or rundir.new_run_id()
-        settings = replace(settings, run_id=chosen, sources={**settings.sources, "run_id": "made up"})
-    reservation = ports.Reservation(_ports_dir(), topology.discover(settings).leader_address)
-    layout = prepare(settings, reservation)
+def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> None:
+    settings = named(settings)
+    if settings.hosts:
+        from gms_launch.cli import up_hosts
+
+        up_hosts.main(settings, detach, notify_fd)
+        return
+    settings = with_kill_wait(settings)
+    place = topology.discover(settings)
+    # Everything that can go wrong on this node, before the leader is looked for.
+    reservation = ports.Reservation(_ports_dir(), place.address)
+    layout = prepare(settings, place, reservation)
     if detach:
         # The background agent makes its own reservation, of the same ports.
         reservation.close()
         background(settings)
         return
-    run_agent(layout, notify_fd)
+    reporter: Notify | Terminal = Notify(notify_fd, stays=until_eof) if notify_fd >= 0 else Terminal(layout)
+    try:
+        if not place.is_leader:
+            layout = follow(layout, reservation, reporter.progress)
+        run_agent(layout, reporter, until_eof)
+    except LaunchError as exc:
+        reporter.failed(exc)
+        raise
+    finally:
+        reporter.close()
+
+
+def named(settings: Settings) -> Settings:
+    """The settings with a run id: given, Slurm's job, what the nodes agree on without being told, or made up."""
+    if settings.run_id:
+        return settings
+    chosen = rundir.slurm_run_id(os.environ)
+    if not chosen and settings.nnodes > 1 and settings.was_set("leader_addr"):
+        chosen = rundir.shared_run_id(settings.leader_addr)
+    return replace(settings, run_id=chosen or rundir.new_run_id(), sources={**settings.sources, "run_id": "made up"})
+
+
+def with_kill_wait(settings: Settings) -> Settings:
+    """Under Slurm an orderly stop must fit into its KillWait, which only Slurm knows."""
+    if settings.was_set("kill_wait") or not rundir.slurm_run_id(os.environ):
+        return settings
+    from gms_launch.transport import slurm
+
+    wait = slurm.kill_wait()
+    if wait is None:
+        return settings
+    return checked(replace(settings, kill_wait=wait, sources={**settings.sources, "kill_wait": "Slurm's KillWait"}))
 
 
 def _ports_dir() -> Any:
@@ -43,38 +84,125 @@ def _ports_dir() -> Any:
     return rundir.user_root() / "ports"
 
 
-def prepare(settings: Settings, reservation: ports.Reservation) -> Layout:
+def prepare(settings: Settings, place: Topology, reservation: ports.Reservation) -> Layout:
     """Everything that can go wrong before something is started. Raises `UsageError` and `RefusedError`."""
     run = settings.run_id
+    free = reservation.free if place.is_leader else lambda _: True
     layout = Layout(
         run=run,
         settings=settings,
-        topology=topology.discover(settings),
-        ports=ports.layout(settings, reservation.free),
+        topology=place,
+        ports=ports.layout(settings, free),
         credentials=Credentials.generate(),
         run_dir=RunDir.of(run),
-        node_dir=NodeDir.of(run, settings.gms_socket_dir),
+        node_dir=NodeDir.of(run, settings.gms_socket_dir, place.node_rank),
+        attempt=secrets.token_hex(8),
     )
     layout.check()
-    previous = layout.run_dir.read()
-    if previous is not None and previous.live:
-        raise RefusedError(
-            f"run {run} is already up (agent {previous.agent_pid} on {previous.leader_host}); "
-            f"stop it with `gms-launch down --run {run}` or choose another --run-id"
-        )
+    if place.is_leader:
+        layout.run_dir.refuse_live(rundir.slurm_step(os.environ))
     return layout
 
 
-def run_agent(layout: Layout, notify_fd: int) -> None:
+def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[str], None]) -> Layout:
+    """The layout of a node that is not the leader, completed by what the leader decided. Waits for it."""
+    from gms_launch import rendezvous
+
+    settings = layout.settings
+    found = rendezvous.find_leader(layout.run_dir, settings, progress)
+    place = topology.at_leader(layout.topology, found.run.leader_address, chosen=bool(settings.interface))
+    return replace(
+        layout,
+        topology=place,
+        ports=ports.follow(settings, found.run.ports, reservation.free),
+        credentials=layout.run_dir.credentials(),
+        attempt=found.run.attempt,
+        differences=found.differences,
+        clock_skew=found.clock_skew,
+    )
+
+
+def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> None:
     """Be the agent until the run ends. Raises what ended it early."""
     from gms_launch.agent import Agent
 
-    layout.run_dir.create()
     layout.node_dir.create()
-    layout.run_dir.write_credentials(layout.credentials)
+    record = run_file(layout)
+    leader = layout.topology.is_leader
+    if leader:
+        layout.run_dir.create(record, layout.credentials)
+    layout.log_dir.mkdir(mode=0o700, exist_ok=True)
+    logging.basicConfig(
+        filename=layout.run_dir.agent_log if leader else layout.log_dir / "agent.log",
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    agents: list[Agent] = []
+
+    async def live() -> None:
+        agent = Agent(layout, reporter.progress, reporter.changed)
+        agents.append(agent)
+        loop = asyncio.get_running_loop()
+
+        async def announce() -> None:
+            await agent.ready.wait()
+            reporter.ready(f"{layout.frontend_url}/v1/completions, model {layout.model_name}")
+
+        if until_eof:
+            loop.add_reader(0, _input_ended, agent, loop)
+        if rundir.slurm_run_id(os.environ):
+            _watch_parent(agent, loop)
+        waiting = loop.create_task(announce())
+        try:
+            await agent.run()
+        finally:
+            waiting.cancel()
+
+    failure: LaunchError | None = None
+    try:
+        asyncio.run(live())
+    except LaunchError as exc:
+        logging.error("%s", exc)
+        failure = exc
+        raise
+    finally:
+        if leader:
+            ends = agents[0].ends if agents else ()
+            code, reason = (failure.exit_code, str(failure)) if failure else (0, "")
+            layout.run_dir.write(replace(record, ended=time.time(), exit_code=code, reason=reason, nodes=ends))
+
+
+def _input_ended(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
+    if not os.read(0, 4096):
+        loop.remove_reader(0)
+        agent.stop("the command that started this agent is gone")
+
+
+def _watch_parent(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
+    """Stop when the parent goes: a slurmstepd that was killed, or an entry point that did not pass SIGTERM on.
+
+    Slurm no longer knows of us then, and nobody else would ever stop us.
+    """
+    parent = os.getppid()
+    try:
+        fd = os.pidfd_open(parent)
+    except ProcessLookupError:
+        agent.stop("its parent is gone")
+        return
+
+    def gone() -> None:
+        loop.remove_reader(fd)
+        os.close(fd)
+        agent.stop(f"its parent (pid {parent}) is gone")
+
+    loop.add_reader(fd, gone)
+
+
+def run_file(layout: Layout) -> RunFile:
+    """What run.json says of a run that begins."""
     me = proc.identity(os.getpid())
     assert me is not None
-    record = RunFile(
+    return RunFile(
         run=layout.run,
         version=__version__,
         created=time.time(),
@@ -88,44 +216,24 @@ def run_agent(layout: Layout, notify_fd: int) -> None:
         frontend_url=layout.frontend_url,
         model_name=layout.model_name,
         settings=layout.settings.to_json(),
+        attempt=layout.attempt,
+        nnodes=layout.topology.nnodes,
+        leader_address=layout.topology.leader_address,
+        slurm=rundir.slurm_step(os.environ),
+        ports=asdict(layout.ports),
     )
-    layout.run_dir.write(record)
-    logging.basicConfig(
-        filename=layout.run_dir.agent_log, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    reporter = Notify(notify_fd) if notify_fd >= 0 else Terminal()
-
-    async def live() -> None:
-        agent = Agent(layout, reporter.progress, reporter.changed)
-
-        async def announce() -> None:
-            await agent.ready.wait()
-            reporter.ready(layout)
-
-        waiting = asyncio.get_running_loop().create_task(announce())
-        try:
-            await agent.run()
-        finally:
-            waiting.cancel()
-
-    try:
-        asyncio.run(live())
-    except LaunchError as exc:
-        logging.error("%s", exc)
-        reporter.failed(exc)
-        raise
-    finally:
-        layout.run_dir.write(replace(record, ended=time.time()))
-        reporter.close()
 
 
 class Terminal:
     """Reports to the person at the terminal: lines, and a live view below them where there is a screen."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout | None = None) -> None:
         from rich.console import Console
         from rich.live import Live
 
+        # Under srun the lines of all nodes come out together.
+        place = layout.topology if layout is not None else None
+        self._prefix = f"{place.node_rank} {place.host}: " if place is not None and place.nnodes > 1 else ""
         self._console = Console(stderr=True)
         self._live = (
             Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
@@ -135,7 +243,9 @@ class Terminal:
 
     def progress(self, text: str) -> None:
         logging.info("%s", text)
-        self._console.print(f"[{time.strftime('%H:%M:%S')}] {text}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            f"[{time.strftime('%H:%M:%S')}] {self._prefix}{text}", markup=False, highlight=False, soft_wrap=True
+        )
 
     def changed(self, shot: Snapshot) -> None:
         if self._live:
@@ -143,8 +253,8 @@ class Terminal:
 
             self._live.update(views.status(shot), refresh=True)
 
-    def ready(self, layout: Layout) -> None:
-        self.progress(f"ready: {layout.frontend_url}/v1/completions, model {layout.model_name}")
+    def ready(self, text: str) -> None:
+        self.progress(f"ready: {text}")
 
     def failed(self, error: LaunchError) -> None:
         pass  # the caller prints it
@@ -155,11 +265,14 @@ class Terminal:
 
 
 class Notify:
-    """Reports to the `up -d` that waits for us, as JSON lines on a pipe; silently once that is gone."""
+    """Reports to the command that started us, as JSON lines on a pipe; silently once that is gone.
 
-    def __init__(self, fd: int) -> None:
+    `stays`: it goes on listening when we are ready.
+    """
+
+    def __init__(self, fd: int, stays: bool = False) -> None:
         os.set_inheritable(fd, False)
-        self._fd = fd
+        self._fd, self._stays = fd, stays
 
     def _send(self, **message: Any) -> None:
         if self._fd < 0:
@@ -176,9 +289,10 @@ class Notify:
     def changed(self, shot: Snapshot) -> None:
         pass
 
-    def ready(self, layout: Layout) -> None:
-        self._send(ready=f"{layout.frontend_url}/v1/completions, model {layout.model_name}")
-        self.close()
+    def ready(self, text: str) -> None:
+        self._send(ready=text)
+        if not self._stays:
+            self.close()
 
     def failed(self, error: LaunchError) -> None:
         self._send(failed=str(error), exit=error.exit_code)
@@ -192,7 +306,7 @@ class Notify:
 def background(settings: Settings) -> None:
     """Start the agent in a session of its own and wait until it is ready. Raises what it failed with."""
     reader, writer = os.pipe()
-    command = [sys.executable, "-m", "gms_launch", "up", f"--notify-fd={writer}", *_as_flags(settings)]
+    command = [sys.executable, "-m", "gms_launch", "up", f"--notify-fd={writer}", *as_flags(settings)]
     env = {k: v for k, v in os.environ.items() if not k.startswith("GMS_LAUNCH_") or k == "GMS_LAUNCH_HOME"}
     directory = RunDir.of(settings.run_id)
     agent = subprocess.Popen(
@@ -226,17 +340,17 @@ def _wait_ready(reader: int, agent: subprocess.Popen[bytes], directory: RunDir) 
                 return
             elif "failed" in message:
                 agent.wait()
-                raise _ERRORS.get(message["exit"], LaunchError)(message["failed"])
+                raise by_code(message["exit"], message["failed"])
     # The pipe closed without a verdict: the agent is gone.
     _, err = agent.communicate()
     code = agent.returncode
     text = err.decode(errors="replace").strip()
-    raise _ERRORS.get(code, LaunchError)(
-        text.removeprefix("gms-launch: ") or f"the agent ended with code {code}; its log: {directory.agent_log}"
+    raise by_code(
+        code, text.removeprefix("gms-launch: ") or f"the agent ended with code {code}; its log: {directory.agent_log}"
     )
 
 
-def _as_flags(settings: Settings) -> list[str]:
+def as_flags(settings: Settings) -> list[str]:
     """The settings that are not defaults, as flags for the background agent."""
     flags = []
     for s in SETTINGS:

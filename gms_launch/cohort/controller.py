@@ -2,7 +2,8 @@
 
 `decide` takes a view of the run, the controller's memory and the time, and returns actions and the new memory. It
 keeps every slot running, starts a dead one again once it is fenced everywhere, delays starts that fail, gives up a
-slot that keeps failing, and carries out what users ask for. Who serves is not decided here: the lock does that.
+slot that keeps failing, kills every cohort when a node is lost and starts them cold when it is back in time, and
+carries out what users ask for. Who serves is not decided here: the lock does that.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ from dataclasses import dataclass, field, replace
 
 from gms_launch.cohort.model import ENDED, CohortView, Phase, primary
 
+#: A node whose lease ended may be back with a new one at once, as after a restart of etcd (seconds).
+NODE_GRACE = 1.0
+
 
 @dataclass(frozen=True)
 class Policy:
-    """Times in seconds. `limit` failed starts in `window` give a slot up."""
+    """Times in seconds. `limit` failed starts in `window` give a slot up.
+
+    `group_kill` False: start cohorts and then watch them die, as if there were no launcher (a test switch).
+    """
 
     cohorts: int
     start_timeout: float
@@ -24,6 +31,8 @@ class Policy:
     backoff_max: float
     window: float
     limit: int
+    node_wait: float = 300.0
+    group_kill: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,16 @@ class KillRequest:
 
 @dataclass(frozen=True)
 class View:
-    """The run as the leader sees it. `confirmed` is the life that last served a token, as (cohort, incarnation)."""
+    """The run as the leader sees it. `confirmed` is the life that last served a token, as (cohort, incarnation).
+
+    `absent` are nodes without a lease now, by node rank, with a name for people; `lost` those that are taken for lost.
+    """
 
     slots: Mapping[int, Slot]
     confirmed: tuple[int, int] | None
     requests: tuple[KillRequest, ...] = ()
-    nodes_present: bool = True
+    absent: Mapping[int, str] = field(default_factory=dict)
+    lost: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ class Memory:
     not_before: Mapping[int, float] = field(default_factory=dict)
     best: Mapping[tuple[int, int], Phase] = field(default_factory=dict)
     lost_primary: float | None = None
+    absent_since: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,7 +138,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Abort:
-    """End the run: it never came up. `late` when a deadline passed."""
+    """End the run: it never came up, or a node stayed away. `late` when a deadline passed; cohort -1 for no cohort."""
 
     cohort_id: int
     incarnation: int
@@ -132,15 +146,28 @@ class Abort:
     late: bool = False
 
 
-Action = Start | Kill | KillPart | GiveUp | Answer | Abort
+@dataclass(frozen=True)
+class LoseNodes:
+    """From now on these nodes are taken for lost, and no others: what they say of their ranks does not count."""
+
+    lost: tuple[int, ...]
+
+
+Action = Start | Kill | KillPart | GiveUp | Answer | Abort | LoseNodes
 
 
 def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list[Action], Memory]:
     """The next actions, and the memory to pass in next time."""
-    if not view.nodes_present:
-        return [], memory
     actions: list[Action] = []
     memory = _remember(view, memory, now)
+    memory = replace(memory, absent_since={r: memory.absent_since.get(r, now) for r in view.absent})
+    lost = tuple(sorted(r for r, since in memory.absent_since.items() if now - since >= NODE_GRACE))
+    if lost != view.lost:
+        actions.append(LoseNodes(lost))
+    if lost:
+        return _without(lost, view, memory, policy, now, actions)
+    if not policy.group_kill and len(view.slots) == policy.cohorts:
+        return actions, memory
     for cohort_id in range(policy.cohorts):
         slot = view.slots.get(cohort_id)
         if slot is None:
@@ -163,9 +190,28 @@ def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list
     return actions, memory
 
 
+def _without(
+    lost: tuple[int, ...], view: View, memory: Memory, policy: Policy, now: float, actions: list[Action]
+) -> tuple[list[Action], Memory]:
+    """Nodes are lost, and every cohort with them, since each spans all nodes: kill, wait, give up."""
+    names = ", ".join(view.absent[r] for r in lost)
+    since = min(memory.absent_since[r] for r in lost)
+    if memory.initial or now - since >= policy.node_wait:
+        late = "" if memory.initial else f" and did not come back within {policy.node_wait:g} s (node_wait)"
+        return [*actions, Abort(-1, 0, f"{names} was lost{late}", late=not memory.initial)], memory
+    for slot in view.slots.values():
+        if slot.running:
+            actions.append(Kill(slot.cohort_id, slot.incarnation, f"{names} was lost"))
+            memory = replace(memory, judged=memory.judged | {(slot.cohort_id, slot.incarnation)})
+    actions += [Answer(r.uuid, False, f"{names} was lost, and with it every cohort") for r in view.requests]
+    return actions, memory
+
+
 def next_look(view: View, memory: Memory, policy: Policy, now: float) -> float | None:
     """When `decide` might say something else although nothing happened; None for never."""
     times = [t for t in memory.not_before.values() if t > now]
+    for since in memory.absent_since.values():
+        times += [since + NODE_GRACE, since + policy.node_wait]
     if memory.lost_primary is not None:
         times.append(memory.lost_primary + policy.promotion_timeout)
     for slot in view.slots.values():

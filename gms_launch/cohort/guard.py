@@ -2,7 +2,7 @@
 
 Children die with the agent by PR_SET_PDEATHSIG, but not their children (an engine's workers). The guard holds the
 read end of a pipe whose other end only the agent has; end of file means that the agent is gone, however it went.
-Then everything that carries the run's tag on this node is killed, and the guard ends. It runs in a session of its
+Then everything that carries the run's and the node's tag is killed, and the guard ends. It runs in a session of its
 own, does nothing until then, and survives signals meant for the agent's terminal.
 """
 
@@ -17,14 +17,14 @@ KILL_TIMEOUT = 30.0
 
 
 def main() -> None:
-    run, fd = sys.argv[1], int(sys.argv[2])
+    run, node_rank, fd = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, signal.SIG_IGN)
     while os.read(fd, 64):
         pass
     from gms_launch.cohort.process import kill_tagged
 
-    left = kill_tagged(run, KILL_TIMEOUT, spare=frozenset({os.getpid()}))
+    left = kill_tagged(run, KILL_TIMEOUT, spare=frozenset({os.getpid()}), node_rank=node_rank)
     for who in left:
         print(f"guard: process {who.pid} could not be killed", file=sys.stderr)
 

@@ -5,7 +5,7 @@ Pure: no I/O, no clock. `move` is the only function that changes a phase, and it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -72,20 +72,21 @@ class CohortView:
     since: float = 0.0
 
 
-def cohort_phase(phases: Mapping[int, Phase], nnodes: int) -> Phase:
+def cohort_phase(phases: Mapping[int, Phase], nodes: Collection[int]) -> Phase:
     """The phase of a whole cohort from its ranks' (node rank -> phase) in one incarnation.
 
-    One failing rank makes the cohort failing; it is fenced only when every node says so. Otherwise the leader rank
-    speaks for all, once every rank has been started.
+    `nodes` are those that count: a lost node has no say. One failing rank makes the cohort failing; it is fenced only
+    when every node says so. Otherwise the leader rank speaks for all, once every rank has been started.
     """
-    if any(p in ENDED for p in phases.values()):
-        fenced = len(phases) == nnodes and all(p is Phase.FENCED for p in phases.values())
+    known = {node: phase for node, phase in phases.items() if node in nodes}
+    if any(p in ENDED for p in known.values()):
+        fenced = len(known) == len(nodes) and all(p is Phase.FENCED for p in known.values())
         return Phase.FENCED if fenced else Phase.FAILING
-    if not phases:
+    if not known:
         return Phase.PENDING
-    if len(phases) < nnodes:
+    if len(known) < len(nodes):
         return Phase.STARTING
-    return phases.get(0, Phase.STARTING)
+    return known.get(0, Phase.STARTING)
 
 
 def primary(cohorts: Iterable[CohortView]) -> CohortView | None:

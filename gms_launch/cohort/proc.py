@@ -112,10 +112,11 @@ def same_namespace(pid: int) -> bool:
         return False
 
 
-def tagged(prefix: str, uid: int | None = None) -> list[tuple[Stat, str]]:
+def tagged(prefix: str, uid: int | None = None, node_rank: int | None = None) -> list[tuple[Stat, str]]:
     """Every running process of a user whose tag is `prefix` or begins with `prefix/`, with its tag.
 
-    `uid` is this user unless given: two users may well give their runs the same name. Reads all of /proc.
+    `uid` is this user unless given: two users may well give their runs the same name. `node_rank` leaves out other
+    nodes' processes, which are here too when several nodes of a run share a machine. Reads all of /proc.
     """
     user = os.getuid() if uid is None else uid
     found = []
@@ -123,7 +124,7 @@ def tagged(prefix: str, uid: int | None = None) -> list[tuple[Stat, str]]:
         tag = tag_of(pid)
         if tag is None or not (tag == prefix or tag.startswith(prefix + "/")):
             continue
-        if owner(pid) != user:
+        if owner(pid) != user or (node_rank is not None and tag.rpartition("/")[2] != str(node_rank)):
             continue
         info = stat(pid)
         if info is not None and not info.dead:

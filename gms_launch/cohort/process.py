@@ -188,17 +188,32 @@ def members(leader: ProcessId, tag: str) -> list[ProcessId]:
     return sorted(found, key=lambda p: p.pid)
 
 
+def reap_orphans(keep: frozenset[int]) -> None:
+    """Collect dead processes that became ours when their parent died. `keep` are children that are reaped elsewhere."""
+    for pid in proc.children(os.getpid()):
+        if pid not in keep and (info := proc.stat(pid)) is not None and info.dead:
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                pass
+
+
 def kill_tagged(
-    prefix: str, timeout: float, spare: frozenset[int] = frozenset(), uid: int | None = None
+    prefix: str,
+    timeout: float,
+    spare: frozenset[int] = frozenset(),
+    uid: int | None = None,
+    node_rank: int | None = None,
 ) -> list[ProcessId]:
     """SIGKILL everything tagged with `prefix` until a look finds nothing; return what is left after `timeout` s.
 
-    `uid` is the user whose processes are meant, this one unless given. `spare` are pids not to touch (the caller's
-    own). Looks again after each round, since a process may have been forking while it was found.
+    `uid` is the user whose processes are meant, this one unless given; `node_rank` means that node's only. `spare` are
+    pids not to touch (the caller's own). Looks again after each round, since a process may have been forking while it
+    was found.
     """
     deadline = time.monotonic() + timeout
     while True:
-        targets = [info.identity for info, _ in proc.tagged(prefix, uid) if info.pid not in spare]
+        targets = [info.identity for info, _ in proc.tagged(prefix, uid, node_rank) if info.pid not in spare]
         if not targets or time.monotonic() > deadline:
             return targets
         fds = [fd for who in targets if (fd := kill_process(who)) is not None]

@@ -59,32 +59,55 @@ class KillRank:
     reason: str
 
 
-Action = StartRank | KillRank
+@dataclass(frozen=True)
+class SkipRank:
+    """Never start this node's rank of a life, and say that it is dead here: the life ended before it began."""
+
+    cohort_id: int
+    incarnation: int
+
+
+Action = StartRank | KillRank | SkipRank
 
 
 def decide(
-    desired: Mapping[int, Desire], local: Mapping[int, LocalRank], peers: Mapping[tuple[int, int], PeerRank]
+    desired: Mapping[int, Desire],
+    local: Mapping[int, LocalRank],
+    peers: Mapping[tuple[int, int], PeerRank],
+    group_kill: bool = True,
 ) -> list[Action]:
-    """The actions that bring this node closer to what is wanted. `peers` is keyed by (cohort id, node rank)."""
+    """The actions that bring this node closer to what is wanted. `peers` is keyed by (cohort id, node rank).
+
+    `group_kill` False leaves a rank alone whose peers are gone: a test's view of life without a launcher.
+    """
     actions: list[Action] = []
     for cohort_id, rank in sorted(local.items()):
-        if rank.phase in ALIVE and (reason := _why_kill(rank, desired.get(cohort_id), peers)):
+        if rank.phase in ALIVE and (reason := _why_kill(rank, desired.get(cohort_id), peers if group_kill else {})):
             actions.append(KillRank(cohort_id, rank.incarnation, reason))
     for cohort_id, desire in sorted(desired.items()):
         mine = local.get(cohort_id)
-        if desire.running and (
-            mine is None or (mine.incarnation < desire.incarnation and mine.phase in (Phase.PENDING, Phase.FENCED))
+        if mine is not None and (
+            mine.incarnation >= desire.incarnation or mine.phase not in (Phase.PENDING, Phase.FENCED)
         ):
+            continue
+        if desire.running and not _ended_elsewhere(desire.cohort_id, desire.incarnation, peers):
             actions.append(StartRank(desire))
+        else:
+            actions.append(SkipRank(cohort_id, desire.incarnation))
     return actions
+
+
+def _ended_elsewhere(cohort_id: int, incarnation: int, peers: Mapping[tuple[int, int], PeerRank]) -> PeerRank | None:
+    """A peer of that life that has ended."""
+    lives = (p for p in peers.values() if (p.cohort_id, p.incarnation) == (cohort_id, incarnation))
+    return next((p for p in lives if p.phase in ENDED), None)
 
 
 def _why_kill(rank: LocalRank, desire: Desire | None, peers: Mapping[tuple[int, int], PeerRank]) -> str:
     if rank.gone:
         return "its own process exited"
-    for peer in peers.values():
-        if (peer.cohort_id, peer.incarnation) == (rank.cohort_id, rank.incarnation) and peer.phase in ENDED:
-            return f"rank {peer.node_rank} of the same life ended"
+    if peer := _ended_elsewhere(rank.cohort_id, rank.incarnation, peers):
+        return f"rank {peer.node_rank} of the same life ended"
     if desire is None:
         return ""  # the store may have been wiped: keep what runs
     if desire.incarnation > rank.incarnation:

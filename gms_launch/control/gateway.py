@@ -8,9 +8,12 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import time
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+from gms_launch.cohort.membership import clock_skew
 from gms_launch.errors import NoContactError
 
 
@@ -22,6 +25,11 @@ class Gateway:
         self._user, self._password = user, password
         self._connection: http.client.HTTPConnection | None = None
         self._token = ""
+        self._clock = (0.0, 0.0, 0.0)
+
+    def clock_skew(self) -> float:
+        """How far our clock is surely off that of the last answer's server (seconds); 0 when it need not be."""
+        return clock_skew(*self._clock) if self._clock[1] else 0.0
 
     def _open(self) -> http.client.HTTPConnection:
         if self._connection is not None:
@@ -48,10 +56,13 @@ class Gateway:
         headers = {"Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = self._token
+        before = time.time()
         try:
             connection.request("POST", path, json.dumps(body), headers)
             answer = connection.getresponse()
             data: dict[str, Any] = json.loads(answer.read())
+            if date := answer.getheader("Date"):
+                self._clock = (before, parsedate_to_datetime(date).timestamp(), time.time())
         except (OSError, http.client.HTTPException, ValueError) as exc:
             self._connection = None
             raise NoContactError(f"etcd at {self._endpoints[0]} does not answer: {exc or type(exc).__name__}") from None

@@ -16,6 +16,7 @@ class Keys:
         self.ranks = f"{self.prefix}ranks/"
         self.events = f"{self.prefix}events/"
         self.commands = f"{self.prefix}commands/"
+        self.refusals = f"{self.prefix}refusals/"
 
     def node(self, node_rank: int) -> str:
         return f"{self.nodes}{node_rank}"
@@ -35,6 +36,10 @@ class Keys:
 
     def result(self, uuid: str) -> str:
         return f"{self.commands}{uuid}/result"
+
+    def refusal(self, who: str) -> str:
+        """What an agent that may not take its place leaves for the leader."""
+        return f"{self.refusals}{who}"
 
 
 #: Where Dynamo registers a serving endpoint: v1/instances/<namespace>/<component>/<endpoint>/<lease in hex>.

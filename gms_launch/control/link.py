@@ -5,6 +5,7 @@ Their threads never touch the agent: every callback goes through `post`, which r
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from gms_launch.control.keys import DYNAMO_INSTANCES, Keys
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
 from gms_launch.control.store import Access, Etcd
-from gms_launch.control.watch import Watch
+from gms_launch.control.watch import Change, Watch
 
 
 class Listener(Protocol):
@@ -30,6 +31,9 @@ class Listener(Protocol):
     def lease_granted(self, lease: int) -> None:
         """This node has a (new) lease."""
 
+    def lease_renewed(self, sent: float) -> None:
+        """Etcd answered a renewal that was sent at `sent` (monotonic seconds)."""
+
     def lease_lost(self, reason: str) -> None:
         """This node's lease ran out or was taken."""
 
@@ -45,14 +49,37 @@ class ControlLink:
         self._post = post
         self._publisher = Publisher(self._etcd)
         self._keeper: LeaseKeeper | None = None
+        self._lease = 0
+        self._sent = 0.0
         self._watches: list[Watch] = []
 
     def connect(self, keys: Keys, wait: float) -> None:
         """Make sure that etcd answers, within `wait` seconds. Blocks. Raises `NoContactError`."""
         self._etcd.get(keys.run, retry=wait)
 
-    def listen(self, keys: Keys, namespace: str, lease_ttl: float, listener: Listener) -> None:
-        """Begin to write, to hold a lease and to watch."""
+    def forget(self, keys: Keys) -> None:
+        """Delete what an earlier run of that name left. Blocks."""
+        self._etcd.delete_prefix(keys.prefix)
+
+    def claim(self, key: str, value: bytes, lease_ttl: float) -> bytes | None:
+        """Store `value` under a new lease, which `listen` then keeps; blocks. Returns who has the key, if not we.
+
+        Waits for a lease of the last holder to run out, since that may be dead.
+        """
+        deadline = time.monotonic() + lease_ttl + 2.0
+        while True:
+            self._sent = time.monotonic()
+            self._lease = self._etcd.grant(lease_ttl)
+            if self._etcd.create(key, value, self._lease):
+                return None
+            self._etcd.revoke(self._lease)
+            holder = self._etcd.get(key)
+            if holder is not None and time.monotonic() > deadline:
+                return holder
+            time.sleep(0.2)  # the key goes when its lease does; a watch for this one moment is not worth it
+
+    def listen(self, keys: Keys, namespace: str, lease_ttl: float, listener: Listener, events: bool) -> None:
+        """Begin to write, to keep the lease and to watch. `events`: also those of all nodes."""
         post = self._post
         self._publisher.start()
         self._keeper = LeaseKeeper(
@@ -60,25 +87,41 @@ class ControlLink:
             lease_ttl,
             lambda lease: post(listener.lease_granted, lease),
             lambda reason: post(listener.lease_lost, reason),
+            lambda sent: post(listener.lease_renewed, sent),
+            self._lease,
+            self._sent,
         )
+
+        def changed(change: Change) -> None:
+            # Dropped here and not on the agent's loop: every event of every node passes by.
+            if events or not change.key.startswith(keys.events):
+                post(listener.control_change, change.key, change.value)
+
         self._watches = [
             Watch(
                 self._etcd,
                 keys.prefix,
                 lambda found: post(listener.control_snapshot, {k: kv.value for k, kv in found.items()}),
-                lambda change: post(listener.control_change, change.key, change.value),
+                changed,
                 lambda reason: post(listener.control_state, reason),
             ),
-            Watch(
-                self._etcd,
-                f"{DYNAMO_INSTANCES}{namespace}/",
-                lambda found: post(listener.instances_seen, list(found)),
-                lambda change: post(listener.instances_seen, [change.key] if change.value is not None else []),
-            ),
         ]
+        if events:
+            self._watches.append(
+                Watch(
+                    self._etcd,
+                    f"{DYNAMO_INSTANCES}{namespace}/",
+                    lambda found: post(listener.instances_seen, list(found)),
+                    lambda change: post(listener.instances_seen, [change.key] if change.value is not None else []),
+                )
+            )
         self._keeper.start()
         for watch in self._watches:
             watch.start()
+
+    def put_now(self, key: str, value: bytes) -> None:
+        """Store a value before going on. Blocks. Raises `NoContactError`."""
+        self._etcd.put(key, value)
 
     def put(self, key: str, value: bytes, lease: int = 0) -> None:
         self._publisher.put(key, value, lease)

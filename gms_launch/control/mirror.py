@@ -36,6 +36,7 @@ class Mirror:
         self.ranks: dict[tuple[int, int], RankRecord] = {}
         self.commands: dict[str, CommandRecord] = {}
         self.results: dict[str, CommandResult] = {}
+        self.refusals: dict[str, str] = {}
         self.problems: dict[str, str] = {}
 
     def replace(self, snapshot: dict[str, bytes]) -> None:
@@ -58,6 +59,8 @@ class Mirror:
             elif key.startswith(keys.ranks):
                 cohort_id, _, node_rank = key[len(keys.ranks) :].partition("/")
                 _set(self.ranks, (int(cohort_id), int(node_rank)), RankRecord, value)
+            elif key.startswith(keys.refusals):
+                self.refusals[key] = (value or b"").decode(errors="replace")
             elif key.startswith(keys.commands):
                 uuid, _, rest = key[len(keys.commands) :].partition("/")
                 if rest == "result":

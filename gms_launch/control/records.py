@@ -89,9 +89,21 @@ class Record:
         return typing.cast(R, _from_mapping(cls, parsed, cls.__name__))
 
 
+class RunState(str, Enum):
+    """How far a run is: its nodes are still coming, it runs, or it is being stopped."""
+
+    GATHERING = "gathering"
+    ADMITTED = "admitted"
+    STOPPING = "stopping"
+
+
 @dataclass(frozen=True)
 class RunRecord(Record):
-    """`run`: what everybody must agree on. `created` is Unix time in seconds."""
+    """`run`: what everybody must agree on, and the leader's word on the whole. `created` is Unix time in seconds.
+
+    `attempt` is run.json's. `lost` are node ranks that are fenced without. A run that `failed` ends everywhere with
+    that text and `exit_code`.
+    """
 
     run: str
     settings_digest: str
@@ -102,6 +114,12 @@ class RunRecord(Record):
     shadows: int = 1
     frontend_url: str = ""
     model_name: str = ""
+    attempt: str = ""
+    state: RunState = RunState.GATHERING
+    redundancy: str = ""
+    lost: tuple[int, ...] = ()
+    failed: str = ""
+    exit_code: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,12 @@ class GmsStatus(Record):
 
 @dataclass(frozen=True)
 class NodeRecord(Record):
-    """`nodes/<rank>`, on that agent's lease."""
+    """`nodes/<rank>`, on that agent's lease.
+
+    The leader judges it by `version`, `settings_digest`, `differences` (settings that are others than its own, for
+    people) and `clock_skew` (seconds ahead of its clock, 0 when not surely off). `stopping` begins the agent's end;
+    `stopped` comes last, with what it could not kill in `left`. One that `failed` says so with its `exit_code`.
+    """
 
     node_rank: int
     host: str
@@ -145,6 +168,14 @@ class NodeRecord(Record):
     gms: tuple[GmsStatus, ...] = ()
     lock_holder: str = ""
     stopping: bool = False
+    version: str = ""
+    settings_digest: str = ""
+    differences: tuple[str, ...] = ()
+    clock_skew: float = 0.0
+    stopped: bool = False
+    left: str = ""
+    failed: str = ""
+    exit_code: int = 0
 
 
 @dataclass(frozen=True)
@@ -191,7 +222,8 @@ class EventRecord(Record):
 
 @dataclass(frozen=True)
 class CommandRecord(Record):
-    """`commands/<uuid>`: something a user asks for. `verb` is kill or stop."""
+    """`commands/<uuid>`: something that is asked for. `verb` is kill or stop (of users), or kill-rank (of the leader,
+    to the agent of the node that `scope` names as rank:N)."""
 
     uuid: str
     verb: str

@@ -19,7 +19,6 @@ class DynamoPlane:
     """What every Dynamo process of a run needs to find the others. Passwords are empty where there is no login."""
 
     address: str
-    interface: str
     namespace: str
     etcd_endpoints: tuple[str, ...]
     etcd_user: str
@@ -44,8 +43,10 @@ class DynamoPlane:
             "ETCD_AUTH_PASSWORD": self.etcd_password or None,
             # Without these Dynamo listens on the machine's default address.
             "DYN_TCP_RPC_HOST": self.address,
-            # Called a host, and looked up as the name of an interface (1.4).
-            "DYN_TCP_RESPONSE_STREAM_HOST": self.interface,
+            # Called a host, and looked up as the name of an interface (1.4), whose last address is taken: on a network
+            # card that is a link-local IPv6 one, which cannot be listened on. The engines that call back to the
+            # frontend are the leader ranks, on its own node.
+            "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
             "DYN_EVENT_PLANE_HOST": self.address,
             # A NATS_SERVER that is not there blocks a start for two minutes: set only when NATS runs.
             "NATS_SERVER": self.nats_url or None,

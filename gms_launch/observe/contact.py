@@ -10,7 +10,7 @@ from gms_launch.observe import snapshot
 from gms_launch.rundir import RunDir, RunFile
 
 
-def gateway(directory: RunDir, run: RunFile) -> Gateway:
+def gateway(directory: RunDir, run: RunFile, timeout: float = 3.0) -> Gateway:
     """The run's etcd. Raises `NoContactError` when the run has ended or has none yet."""
     if not run.live:
         ended = "ended" if run.ended is not None else "died: its agent is gone"
@@ -21,8 +21,8 @@ def gateway(directory: RunDir, run: RunFile) -> Gateway:
     if not run.etcd_endpoints:
         raise NoContactError(f"run {directory.run} is still starting its etcd; its agent's log: {directory.agent_log}")
     if not run.etcd_auth:
-        return Gateway(run.etcd_endpoints)
-    return Gateway(run.etcd_endpoints, "root", directory.credentials().admin_password)
+        return Gateway(run.etcd_endpoints, timeout=timeout)
+    return Gateway(run.etcd_endpoints, "root", directory.credentials().admin_password, timeout)
 
 
 def read(directory: RunDir, door: Gateway) -> tuple[Mirror, snapshot.Snapshot]:

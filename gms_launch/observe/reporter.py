@@ -5,18 +5,21 @@ Records go to etcd through the control link; events also to the journal on the l
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from gms_launch import __version__
 from gms_launch.cohort import proc
 from gms_launch.control.mirror import Mirror
-from gms_launch.control.records import EventRecord, GmsStatus, NodeRecord, RunRecord, ServiceStatus
+from gms_launch.control.records import EventRecord, NodeRecord, RunRecord
 from gms_launch.observe.journal import Journal
 from gms_launch.plan import Layout, settings_digest
+from gms_launch.rundir import write_private
 
 if TYPE_CHECKING:
     from gms_launch.control.link import ControlLink
@@ -38,7 +41,9 @@ class Reporter:
         self._journal = Journal(layout.run_dir.events) if layout.topology.is_leader else None
         self._serial = 0
         self._event_keys: deque[str] = deque()
-        self._last_node: NodeRecord | None = None
+        self._node: NodeRecord | None = None
+        self._listed: dict[str, Any] = {}
+        self.seen: dict[int, NodeRecord] = {}
         self.link: ControlLink | None = None
         self.lease = 0
         self.started = time.time()
@@ -77,12 +82,10 @@ class Reporter:
         if self._journal is not None and event.node_rank != self._node_rank:
             self._journal.add(event)
 
-    def run(self) -> None:
-        """Say what everybody must agree on; the leader's business."""
+    def run(self, **changes: Any) -> None:
+        """Say what everybody must agree on, with `changes` from now on; the leader's business."""
         layout = self._layout
-        if not layout.topology.is_leader:
-            return
-        record = RunRecord(
+        known = self._mirror.run or RunRecord(
             run=layout.run,
             settings_digest=settings_digest(layout.settings),
             leader_address=layout.topology.leader_address,
@@ -92,39 +95,65 @@ class Reporter:
             shadows=layout.settings.shadows,
             frontend_url=layout.frontend_url,
             model_name=layout.model_name,
+            attempt=layout.attempt,
         )
+        record = replace(known, **changes)
         self._mirror.run = record
         self.put(self._keys.run, record.encode())
 
-    def node(
-        self,
-        services: tuple[ServiceStatus, ...],
-        gms: tuple[GmsStatus, ...],
-        lock_holder: str,
-        stopping: bool,
-        force: bool,
-    ) -> None:
-        """Report this node if anything changed, or in any case. Without a lease there is nothing to report under."""
-        if not self.lease:
-            return
+    def record(self) -> NodeRecord:
+        """This node as it comes to the run."""
         me = proc.identity(os.getpid())
-        record = NodeRecord(
+        layout = self._layout
+        return NodeRecord(
             node_rank=self._node_rank,
-            host=self._layout.topology.host,
-            address=self._layout.topology.address,
+            host=layout.topology.host,
+            address=layout.topology.address,
             boot_id=proc.boot_id(),
             agent_pid=os.getpid(),
             agent_start=me.start if me else 0,
-            gpus=tuple(dict.fromkeys(g.uuid for g in gms)),
-            services=services,
-            gms=gms,
-            lock_holder=lock_holder,
-            stopping=stopping,
+            gpus=tuple(d.uuid for d in layout.devices()),
+            version=__version__,
+            settings_digest=settings_digest(layout.settings),
+            differences=layout.differences,
+            clock_skew=layout.clock_skew,
         )
-        if force or record != self._last_node:
-            self._last_node = record
+
+    def lease_known(self) -> None:
+        """This node's place is taken: from now on its record is kept up to date."""
+        self._node = self.record()
+        self._mirror.nodes[self._node_rank] = self._node
+
+    def node(self, force: bool = False, **news: Any) -> None:
+        """Report this node if anything changed, or in any case. Without a lease there is nothing to report under."""
+        if self._node is None or not self.lease:
+            return
+        record = replace(self._node, **news)
+        if force or record != self._node:
+            self._node = record
             self._mirror.nodes[self._node_rank] = record
             self.put(self._keys.node(self._node_rank), record.encode(), self.lease)
+
+    def ranks(self) -> None:
+        """Keep the list of all nodes and ranks in the run directory, for whoever must act while etcd is away."""
+        for node in self._mirror.nodes.values():
+            self.seen[node.node_rank] = node
+        ranks = [
+            {
+                "cohort_id": r.cohort_id,
+                "incarnation": r.incarnation,
+                "node_rank": r.node_rank,
+                "phase": r.phase.value,
+                "pid": r.pid,
+                "start": r.start,
+            }
+            for _, r in sorted(self._mirror.ranks.items())
+        ]
+        nodes = [{"node_rank": n.node_rank, "host": n.host, "address": n.address} for _, n in sorted(self.seen.items())]
+        listed = {"nodes": nodes, "ranks": ranks}
+        if listed != self._listed:
+            self._listed = listed
+            write_private(self._layout.run_dir.ranks_json, json.dumps(listed, indent=1))
 
     def close(self) -> None:
         if self._journal is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gms_launch.cohort.model import CohortView, Phase, Redundancy, cohort_phase, primary, redundancy
 from gms_launch.control.mirror import Mirror
-from gms_launch.control.records import DesiredCohort, NodeRecord, RankRecord
+from gms_launch.control.records import DesiredCohort, NodeRecord, RankRecord, RunState
 
 #: Version of the --json layout: raised when a field changes its meaning or goes away.
 SCHEMA = 1
@@ -46,6 +46,7 @@ class Snapshot:
     model_name: str
     created: float
     stopping: bool
+    lost: tuple[int, ...] = ()
 
     @property
     def primary(self) -> CohortStatus | None:
@@ -64,6 +65,8 @@ class Snapshot:
             "frontend_url": self.frontend_url,
             "model": self.model_name,
             "created": self.created,
+            "nnodes": self.nnodes,
+            "lost_nodes": list(self.lost),
             "cohorts": [_cohort_json(c) for c in self.cohorts],
             "nodes": [_node_json(n) for n in self.nodes],
         }
@@ -73,7 +76,8 @@ def build(mirror: Mirror) -> Snapshot:
     """The snapshot that a mirror of the run's keys amounts to."""
     run = mirror.run
     nnodes, shadows = (run.nnodes, run.shadows) if run else (1, 0)
-    cohorts = tuple(_cohort(d, mirror.ranks.values(), nnodes) for _, d in sorted(mirror.desired.items()))
+    counting = set(range(nnodes)) - set(run.lost if run else ())
+    cohorts = tuple(_cohort(d, mirror.ranks.values(), counting) for _, d in sorted(mirror.desired.items()))
     nodes = tuple(n for _, n in sorted(mirror.nodes.items()))
     gms_ready = bool(nodes) and all(g.state != "DOWN" for n in nodes for g in n.gms)
     return Snapshot(
@@ -86,18 +90,19 @@ def build(mirror: Mirror) -> Snapshot:
         frontend_url=run.frontend_url if run else "",
         model_name=run.model_name if run else "",
         created=run.created if run else 0.0,
-        stopping=any(n.stopping for n in nodes),
+        stopping=any(n.stopping for n in nodes) or (run is not None and run.state is RunState.STOPPING),
+        lost=run.lost if run else (),
     )
 
 
-def _cohort(desired: DesiredCohort, records: Iterable[RankRecord], nnodes: int) -> CohortStatus:
+def _cohort(desired: DesiredCohort, records: Iterable[RankRecord], nodes: Collection[int]) -> CohortStatus:
     ranks = tuple(
         sorted(
             (r for r in records if (r.cohort_id, r.incarnation) == (desired.cohort_id, desired.incarnation)),
             key=lambda r: r.node_rank,
         )
     )
-    phase = cohort_phase({r.node_rank: r.phase for r in ranks}, nnodes)
+    phase = cohort_phase({r.node_rank: r.phase for r in ranks}, nodes)
     roles: Mapping[Phase, str] = {Phase.ACTIVE: "primary", Phase.WAKING: "primary", Phase.PARKED: "shadow"}
     return CohortStatus(
         cohort_id=desired.cohort_id,

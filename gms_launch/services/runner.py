@@ -27,13 +27,18 @@ class ServiceRunner:
     """One service of this node. `on_change(event, detail)` is told: ready, exited, restarted, failed."""
 
     def __init__(
-        self, service: Service, tag: str, log_dir: Path, on_change: Callable[[ServiceRunner, str, str], None]
+        self,
+        service: Service,
+        tag: str,
+        node_rank: int,
+        log_dir: Path,
+        on_change: Callable[[ServiceRunner, str, str], None],
     ) -> None:
         self.service = service
         self.state = "starting"
         self.detail = ""
         self.starts = 0
-        self._tag, self._log_dir, self._on_change = tag, log_dir, on_change
+        self._tag, self._node_rank, self._log_dir, self._on_change = tag, node_rank, log_dir, on_change
         self._child: Child | None = None
         self._exited = asyncio.Event()
         self._stopping = False
@@ -65,7 +70,9 @@ class ServiceRunner:
     def _spawn(self) -> None:
         self.starts += 1
         self._exited = asyncio.Event()
-        child = process.spawn(self.service.name, self.service.command, f"{self._tag}/{self.starts}/0", self.log)
+        child = process.spawn(
+            self.service.name, self.service.command, f"{self._tag}/{self.starts}/{self._node_rank}", self.log
+        )
         self._child = child
         loop = asyncio.get_running_loop()
         exited = self._exited

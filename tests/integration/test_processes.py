@@ -110,8 +110,8 @@ from gms_launch.cohort import process
 from gms_launch.cohort.process import Command
 reader, writer = os.pipe2(os.O_CLOEXEC)
 env = process.child_environment(os.environ, Command((), {{}}), "{run}/guard/1/0")
-subprocess.Popen([sys.executable, "-m", "gms_launch.cohort.guard", "{run}", str(reader)], pass_fds=(reader,), env=env,
-                 start_new_session=True)
+guard = [sys.executable, "-m", "gms_launch.cohort.guard", "{run}", "0", str(reader)]
+subprocess.Popen(guard, pass_fds=(reader,), env=env, start_new_session=True)
 os.close(reader)
 code = '''
 import subprocess, sys, time

@@ -7,7 +7,19 @@ from dataclasses import replace
 import pytest
 
 from gms_launch.cohort import controller
-from gms_launch.cohort.controller import Abort, Answer, GiveUp, Kill, KillPart, KillRequest, Memory, Slot, Start, View
+from gms_launch.cohort.controller import (
+    Abort,
+    Answer,
+    GiveUp,
+    Kill,
+    KillPart,
+    KillRequest,
+    LoseNodes,
+    Memory,
+    Slot,
+    Start,
+    View,
+)
 from gms_launch.cohort.model import (
     ALIVE,
     CohortView,
@@ -18,7 +30,7 @@ from gms_launch.cohort.model import (
     move,
     redundancy,
 )
-from gms_launch.cohort.reconciler import Desire, KillRank, LocalRank, PeerRank, StartRank, decide
+from gms_launch.cohort.reconciler import Desire, KillRank, LocalRank, PeerRank, SkipRank, StartRank, decide
 
 POLICY = controller.Policy(
     cohorts=2, start_timeout=100, promotion_timeout=20, backoff=1, backoff_max=8, window=600, limit=3
@@ -45,13 +57,15 @@ def test_illegal_moves(start: str, end: str) -> None:
 
 def test_phase_of_a_cohort() -> None:
     parked, starting, failing, fenced = Phase.PARKED, Phase.STARTING, Phase.FAILING, Phase.FENCED
-    assert cohort_phase({}, 2) is Phase.PENDING
-    assert cohort_phase({0: parked}, 2) is starting, "a rank is missing"
-    assert cohort_phase({0: parked, 1: starting}, 2) is parked, "the leader rank speaks for all"
-    assert cohort_phase({0: Phase.ACTIVE, 1: failing}, 2) is failing
-    assert cohort_phase({0: fenced, 1: failing}, 2) is failing
-    assert cohort_phase({0: fenced}, 2) is failing, "no word from node 1 is no proof"
-    assert cohort_phase({0: fenced, 1: fenced}, 2) is fenced
+    both = {0, 1}
+    assert cohort_phase({}, both) is Phase.PENDING
+    assert cohort_phase({0: parked}, both) is starting, "a rank is missing"
+    assert cohort_phase({0: parked, 1: starting}, both) is parked, "the leader rank speaks for all"
+    assert cohort_phase({0: Phase.ACTIVE, 1: failing}, both) is failing
+    assert cohort_phase({0: fenced, 1: failing}, both) is failing
+    assert cohort_phase({0: fenced}, both) is failing, "no word from node 1 is no proof"
+    assert cohort_phase({0: fenced, 1: fenced}, both) is fenced
+    assert cohort_phase({0: fenced, 1: starting}, {0}) is fenced, "a lost node has no say"
 
 
 def test_redundancy() -> None:
@@ -103,6 +117,20 @@ def test_wanted_dead() -> None:
     assert decide({0: Desire(0, 1, False, 1)}, {0: LocalRank(0, 1, Phase.FENCED)}, {}) == []
 
 
+def test_a_life_that_ended_before_it_began_here_is_reported_dead_and_never_started() -> None:
+    assert decide({0: Desire(0, 2, False, 1)}, {0: LocalRank(0, 1, Phase.FENCED)}, {}) == [SkipRank(0, 2)]
+    assert decide({0: Desire(0, 1, False, 1)}, {}, {}) == [SkipRank(0, 1)]
+    ended = {(0, 1): PeerRank(0, 1, 1, Phase.FAILING)}
+    assert decide({0: Desire(0, 1, True, 1)}, {}, ended) == [SkipRank(0, 1)]
+    assert decide({0: Desire(0, 2, False, 1)}, {0: LocalRank(0, 1, Phase.FAILING)}, {}) == [], "the last one first"
+
+
+def test_without_group_kill_a_rank_outlives_its_peers() -> None:
+    wanted = {0: Desire(0, 1, True, 1)}
+    ended = {(0, 1): PeerRank(0, 1, 1, Phase.FAILING)}
+    assert decide(wanted, {0: LocalRank(0, 1, Phase.ACTIVE)}, ended, group_kill=False) == []
+
+
 # -- the run -------------------------------------------------------------------------------------------------------
 
 
@@ -114,10 +142,44 @@ def view(*slots: Slot, confirmed: tuple[int, int] | None = None, requests: tuple
     return View({s.cohort_id: s for s in slots}, confirmed, requests)
 
 
-def test_nothing_happens_before_every_node_is_there() -> None:
-    assert controller.decide(replace(view(), nodes_present=False), Memory(), POLICY, 0.0)[0] == []
+def test_every_slot_is_started() -> None:
     actions, _ = controller.decide(view(), Memory(), POLICY, 0.0)
     assert [type(a) for a in actions] == [Start, Start]
+
+
+def test_a_lost_node_takes_every_cohort_with_it_and_is_waited_for() -> None:
+    policy = replace(POLICY, node_wait=30.0)
+    serving = replace(view(slot(0, Phase.ACTIVE), slot(1, Phase.PARKED), confirmed=(0, 1)), absent={1: "node 1 (b)"})
+    actions, memory = controller.decide(serving, RUNNING, policy, 100.0)
+    assert actions == [], "its lease may be renewed in a moment"
+    assert controller.next_look(serving, memory, policy, 100.0) == 100.0 + controller.NODE_GRACE
+    actions, memory = controller.decide(serving, memory, policy, 101.0)
+    assert actions == [LoseNodes((1,)), Kill(0, 1, "node 1 (b) was lost"), Kill(1, 1, "node 1 (b) was lost")]
+    dead = [slot(k, Phase.FENCED, running=False) for k in (0, 1)]
+    waiting = replace(view(*dead), absent={1: "node 1 (b)"}, lost=(1,))
+    actions, memory = controller.decide(waiting, memory, policy, 110.0)
+    assert actions == []
+    late, _ = controller.decide(waiting, memory, policy, 130.0)
+    assert late == [Abort(-1, 0, "node 1 (b) was lost and did not come back within 30 s (node_wait)", late=True)]
+    back, memory = controller.decide(replace(view(*dead), lost=(1,)), memory, policy, 120.0)
+    assert back == [LoseNodes(()), Start(0, 2, "re-arm"), Start(1, 2, "re-arm")], (
+        "cold, and counted as nobody's failure"
+    )
+    assert memory.failures == {}
+
+
+def test_a_node_lost_while_the_run_comes_up_ends_it() -> None:
+    coming = replace(view(slot(0, Phase.STARTING)), absent={1: "node 1 (b)"})
+    _, memory = controller.decide(coming, Memory(), POLICY, 0.0)
+    actions, _ = controller.decide(coming, memory, POLICY, 2.0)
+    assert actions == [LoseNodes((1,)), Abort(-1, 0, "node 1 (b) was lost")]
+
+
+def test_a_lease_that_was_renewed_late_is_no_loss() -> None:
+    serving = view(slot(0, Phase.ACTIVE), slot(1, Phase.PARKED), confirmed=(0, 1))
+    _, memory = controller.decide(replace(serving, absent={1: "b"}), RUNNING, POLICY, 100.0)
+    actions, memory = controller.decide(serving, memory, POLICY, 100.5)
+    assert actions == [] and memory.absent_since == {}
 
 
 def test_while_it_first_comes_up_a_failure_ends_the_run() -> None:

@@ -99,7 +99,8 @@ def test_status_json_layout() -> None:
     data = snapshot.build(filled()).to_json()
     assert data["schema"] == 1
     assert set(data) == {
-        *("schema", "run", "redundancy", "primary", "stopping", "frontend_url", "model", "created", "cohorts", "nodes")
+        *("schema", "run", "redundancy", "primary", "stopping", "frontend_url", "model", "created", "cohorts", "nodes"),
+        *("nnodes", "lost_nodes"),
     }
     assert data["cohorts"][0]["role"] == "primary" and data["cohorts"][1]["role"] == "shadow"
 

@@ -1,0 +1,192 @@
+"""`gms-launch up --hosts a,b,c`: an agent on each host by SSH; it lives as long as this command.
+
+Every agent is told to stop by the end of its standard input, so nothing outlives this command, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import FrameType
+
+from gms_launch import rundir, topology
+from gms_launch.cli import up
+from gms_launch.config import Settings
+from gms_launch.errors import LaunchError, NoContactError, UsageError, by_code
+from gms_launch.transport import gms_launch, ssh
+
+#: What a stop may take beyond kill_wait before the connections are closed under it (seconds).
+PATIENCE = 10.0
+
+
+def main(settings: Settings, detach: bool, notify_fd: int) -> None:
+    hosts = expand(settings.hosts)
+    if settings.was_set("nnodes") and settings.nnodes != len(hosts):
+        raise UsageError(f"--hosts names {len(hosts)} hosts, and nnodes is {settings.nnodes}")
+    if settings.tp % len(hosts) and settings.was_set("tp"):
+        raise UsageError(f"tp {settings.tp} cannot be spread evenly over {len(hosts)} hosts")
+    if detach:
+        up.background(settings)
+        return
+    reporter: up.Notify | up.Terminal = up.Notify(notify_fd) if notify_fd >= 0 else up.Terminal()
+    try:
+        Hosts(hosts, settings, reporter).run()
+    except LaunchError as exc:
+        reporter.failed(exc)
+        raise
+    finally:
+        reporter.close()
+
+
+def expand(hosts: str) -> list[str]:
+    """The hosts of `--hosts`: separated by commas, each [user@]host[:port], with ranges as in node[1-3].
+
+    Raises `UsageError`, also for a host named twice.
+    """
+    found: list[str] = []
+    for part in re.split(r",(?![^\[]*\])", hosts):
+        if not part.strip():
+            raise UsageError(f"--hosts {hosts!r}: there is an empty name in it")
+        names = topology.expand(part.strip()) if "[" in part else [part.strip()]
+        found += names
+    for host in found:
+        ssh.split(host)
+        if found.count(host) > 1:
+            raise UsageError(f"--hosts names {host} twice; one agent runs on each host")
+    return found
+
+
+class Hosts:
+    """The agents of a run, each behind its connection."""
+
+    def __init__(self, hosts: list[str], settings: Settings, reporter: up.Notify | up.Terminal) -> None:
+        self._hosts, self._settings, self._reporter = hosts, settings, reporter
+        self._news: queue.Queue[tuple[int, str, str]] = queue.Queue()
+        self._failures: dict[int, LaunchError] = {}
+
+    def run(self) -> None:
+        """Until the last agent has ended. Raises what the run failed with."""
+        connections = self._connect()
+        try:
+            remotes = [c.start(self._argv(k)) for k, c in enumerate(connections)]
+            for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(sig, self._signalled)
+            for rank, remote in enumerate(remotes):
+                threading.Thread(target=self._read, args=(rank, remote), daemon=True).start()
+            self._follow(remotes)
+        finally:
+            for connection in connections:
+                connection.close()
+        if self._failures:
+            # Two agents may fail for one reason; the one that failed by itself says it best.
+            raise min(self._failures.values(), key=lambda e: e.exit_code not in (2, 3, 4))
+
+    def _connect(self) -> list[ssh.Connection]:
+        """All connections, or none and an error that names every host that could not be reached."""
+
+        def one(host: str) -> ssh.Connection | NoContactError:
+            try:
+                return ssh.connect(host)
+            except NoContactError as exc:
+                return exc
+
+        with ThreadPoolExecutor(min(32, len(self._hosts))) as pool:
+            found = list(pool.map(one, self._hosts))
+        errors = [f for f in found if isinstance(f, NoContactError)]
+        connections = [f for f in found if isinstance(f, ssh.Connection)]
+        if errors:
+            for connection in connections:
+                connection.close()
+            raise NoContactError("nothing was started: " + "; ".join(map(str, errors)))
+        return connections
+
+    def _argv(self, rank: int) -> list[str]:
+        settings, nnodes = self._settings, len(self._hosts)
+        named = {"hosts", "nnodes", "node_rank", "run_id", "leader_addr"}
+        own = replace(settings, sources={k: v for k, v in settings.sources.items() if k not in named})
+        flags = [f"--run-id={settings.run_id}", f"--nnodes={nnodes}", f"--node-rank={rank}"]
+        if nnodes > 1:
+            flags.append(f"--leader-addr={self._leader_addr()}")
+        home = ["env", f"GMS_LAUNCH_HOME={rundir.home().absolute()}"]
+        return [*home, *gms_launch("up", "--until-eof", "--notify-fd=1", *flags, *up.as_flags(own))]
+
+    def _leader_addr(self) -> str:
+        """How the hosts reach the first of them: as said, else by the name that leads there from here."""
+        if self._settings.was_set("leader_addr"):
+            return self._settings.leader_addr
+        _, name, _ = ssh.split(self._hosts[0])
+        return str(ssh.options(name).get("hostname", name))
+
+    def _read(self, rank: int, remote: ssh.Remote) -> None:
+        """In a thread: pass on what one agent says, and how it ended."""
+        said = ""
+        try:
+            for line in remote.lines():
+                try:
+                    message = json.loads(line)
+                except ValueError:
+                    self._news.put((rank, "progress", line))
+                    continue
+                for kind in ("progress", "ready"):
+                    if kind in message:
+                        self._news.put((rank, kind, message[kind]))
+                said = message.get("failed", said)
+            code, errors = remote.exit_code(), remote.errors()
+        except OSError as exc:
+            code, errors = -1, str(exc)
+        if code == -1:
+            said = said or "the connection broke; its agent stops by itself when it notices"
+        self._news.put((rank, "ended", json.dumps([code, said or errors.removeprefix("gms-launch: ")])))
+
+    def _signalled(self, number: int, _: FrameType | None) -> None:
+        self._news.put((-1, "stop", f"signal {signal.Signals(number).name}"))
+
+    def _follow(self, remotes: list[ssh.Remote]) -> None:
+        running = set(range(len(remotes)))
+        deadline: float | None = None
+
+        def stop(why: str) -> None:
+            nonlocal deadline
+            if deadline is None:
+                self._reporter.progress(f"stopping: {why}")
+                deadline = time.monotonic() + self._settings.kill_wait + PATIENCE
+                for remote in remotes:
+                    remote.end_input()
+
+        while running:
+            try:
+                # Python runs a signal's handler only between waits that end.
+                rank, kind, text = self._news.get(
+                    timeout=0.5 if deadline is None else max(0.01, deadline - time.monotonic())
+                )
+            except queue.Empty:
+                if deadline is not None and time.monotonic() > deadline:
+                    left = ", ".join(self._hosts[r] for r in sorted(running))
+                    self._failures[-1] = NoContactError(
+                        f"no word of their end came from {left}; look with `gms-launch down`"
+                    )
+                    return
+                continue
+            if kind == "stop":
+                stop(text)
+            elif kind == "progress":
+                self._reporter.progress(f"{self._hosts[rank]}: {text}")
+            elif kind == "ready" and rank == 0:
+                self._reporter.ready(text)
+            elif kind == "ended":
+                running.discard(rank)
+                code, said = json.loads(text)
+                if code:
+                    self._failures[rank] = by_code(code, f"{self._hosts[rank]}: {said or f'ended with code {code}'}")
+                # One agent is missing: the cohorts, which span all hosts, are broken.
+                stop(f"the agent on {self._hosts[rank]} has ended" + (f" with code {code}" if code else ""))
+        logging.info("all agents have ended")
+        sys.stderr.flush()

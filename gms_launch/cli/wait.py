@@ -1,0 +1,48 @@
+"""`gms-launch wait`: until the run has ended; the exit code is the run's.
+
+For batch scripts: srun may hang for ever after a lost node, and its own exit code may be 0 for a run that failed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from gms_launch import rundir
+from gms_launch.config import RUN_ID
+from gms_launch.errors import DeadlineError, by_code
+from gms_launch.rundir import RunDir, RunFile
+
+POLL = 0.2
+
+
+def main(run: str | None, timeout: float | None) -> None:
+    deadline = None if timeout is None else time.monotonic() + timeout
+    directory = _directory(run)
+    while True:
+        found = directory.read()
+        if found is not None and _over(found):
+            if found.ended is None:
+                raise by_code(
+                    1, f"run {directory.run}: its agent died; `gms-launch down --run {directory.run}` clears up"
+                )
+            if found.exit_code:
+                raise by_code(found.exit_code, f"run {directory.run} failed: {found.reason}")
+            print(f"run {directory.run} has ended")
+            return
+        if deadline is not None and time.monotonic() > deadline:
+            raise DeadlineError(f"run {directory.run} has not ended within {timeout:g} s")
+        time.sleep(POLL)  # the file is on the shared home: nothing announces a change there
+
+
+def _directory(run: str | None) -> RunDir:
+    """The run meant, which need not exist yet when it is named."""
+    wanted = run or os.environ.get("GMS_LAUNCH_RUN") or rundir.slurm_run_id(os.environ)
+    return RunDir.of(wanted) if wanted and RUN_ID.match(wanted) else rundir.find(run)[0]
+
+
+def _over(found: RunFile) -> bool:
+    """True when this run has ended. Under Slurm the file may be that of the job's last attempt, before a requeue."""
+    step = rundir.slurm_step(os.environ)
+    earlier = found.slurm and step and found.slurm.split(".")[:2] != step.split(".")[:2]
+    return not found.live and not earlier

@@ -1,0 +1,214 @@
+"""This node's ranks of all cohorts: started, killed, fenced and reported as the agent's decisions say.
+
+The carrying out and nothing else: what to do is decided in `reconciler`, when to look again in `agent`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from gms_launch.cohort import process
+from gms_launch.cohort.model import ALIVE, Phase
+from gms_launch.cohort.ranks import Rank
+from gms_launch.cohort.reconciler import Desire, LocalRank
+from gms_launch.control.keys import dynamo_lease
+from gms_launch.control.mirror import Mirror
+from gms_launch.control.records import RankRecord
+from gms_launch.errors import LaunchError
+from gms_launch.observe.follow import FileWatcher
+from gms_launch.observe.gms import GmsWatch
+from gms_launch.observe.reporter import Reporter
+from gms_launch.plan import Layout
+
+log = logging.getLogger("agent")
+
+#: A parked engine ignores SIGTERM, so it gets only this long (seconds).
+PARKED_GRACE = 0.1
+
+
+class RankSet:
+    """The ranks of one node. `on_event(rank, kind, detail)` hears what `Rank` noticed, after it was reported."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        mirror: Mirror,
+        report: Reporter,
+        gms: GmsWatch,
+        spawn: Callable[[Coroutine[Any, Any, Any]], None],
+        on_event: Callable[[Rank, str, str], None],
+    ) -> None:
+        self._layout, self._mirror, self._report, self._gms = layout, mirror, report, gms
+        self._spawn, self._on_event = spawn, on_event
+        self._node_rank = layout.topology.node_rank
+        self._skipped: dict[int, RankRecord] = {}
+        self._by_slot: dict[int, Rank] = {}
+
+    def __iter__(self) -> Any:
+        return iter(self._by_slot.values())
+
+    def find(self, cohort_id: int, incarnation: int) -> Rank | None:
+        rank = self._by_slot.get(cohort_id)
+        return rank if rank is not None and rank.incarnation == incarnation else None
+
+    def newest(self, cohort_id: int) -> Rank | None:
+        return self._by_slot.get(cohort_id)
+
+    def local(self) -> dict[int, LocalRank]:
+        """What the reconciler is told: the newest life of every slot here, run or skipped."""
+        found = {k: r.local() for k, r in self._by_slot.items()}
+        for cohort_id, skipped in self._skipped.items():
+            if cohort_id not in found or found[cohort_id].incarnation < skipped.incarnation:
+                found[cohort_id] = LocalRank(cohort_id, skipped.incarnation, Phase.FENCED, gone=True)
+        return found
+
+    # -- acting --------------------------------------------------------------------------------------------------
+
+    def start(self, desire: Desire, files: FileWatcher, loop: asyncio.AbstractEventLoop) -> None:
+        cohort_id, incarnation = desire.cohort_id, desire.incarnation
+        rank = Rank(
+            cohort_id=cohort_id,
+            incarnation=incarnation,
+            node_rank=self._node_rank,
+            tag=f"{self._layout.run}/{cohort_id}/{incarnation}/{self._node_rank}",
+            log=self._layout.log_dir / f"cohort-{cohort_id}.{incarnation}.log",
+            engine=self._layout.engine,
+            on_event=self._noticed,
+        )
+        self._by_slot[cohort_id] = rank
+        rank.start(self._layout.rank_command(cohort_id, incarnation, desire.master_port), files, loop)
+        assert rank.child is not None
+        self._layout.node_dir.write_pgid(cohort_id, rank.child.pgid)
+        self._report.emit("started", cohort_id, incarnation, f"pid {rank.child.pid}")
+        self.publish(rank)
+
+    def skip(self, cohort_id: int, incarnation: int, why: str) -> None:
+        """Say that a life is dead on this node, where it never ran or ended with an earlier agent."""
+        record = RankRecord(cohort_id, self._node_rank, incarnation, Phase.FENCED, since=time.time(), exit=why)
+        self._skipped[cohort_id] = record
+        self._put(record)
+
+    def kill(self, cohort_id: int, reason: str) -> None:
+        """Kill and fence this node's rank of a slot."""
+        rank = self._by_slot[cohort_id]
+        now, role = time.time(), self._role(rank)
+        gone = rank.local().gone
+        if not gone:
+            assert rank.child is not None
+            process.kill_group(rank.child.id)
+        rank.failing()
+        rank.role = role
+        self.publish(rank)
+        if not gone:
+            self._report.emit("kill", rank.cohort_id, rank.incarnation, reason, when=now, role=role)
+        self.fence(rank)
+
+    def kill_group_only(self, rank: Rank, reason: str) -> None:
+        """SIGKILL a rank as a fault would, and leave it at that: a drill."""
+        assert rank.child is not None
+        now, role = time.time(), self._role(rank)
+        process.kill_group(rank.child.id)
+        self._report.emit("kill", rank.cohort_id, rank.incarnation, reason, when=now, role=role)
+
+    def fence(self, rank: Rank) -> None:
+        for lease in rank.leases:
+            self._spawn(self._revoke_lease(rank, lease))
+        rank.leases = set()
+        self._spawn(rank.destroy(self._gms.sockets))
+
+    def fence_again(self) -> None:
+        """Another try at what would not die."""
+        for rank in self._by_slot.values():
+            if rank.phase is Phase.FAILING:
+                self._spawn(rank.destroy(self._gms.sockets))
+
+    async def stop(self, rank: Rank, grace: float) -> None:
+        """End a rank: SIGTERM, and after `grace` seconds whatever it takes."""
+        assert rank.child is not None
+        if not rank.local().gone:
+            rank.stopping = True
+            process.kill_group(rank.child.id, signal.SIGTERM)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(rank.ended.wait(), grace)
+        await rank.destroy(self._gms.sockets)
+
+    def reap(self, keep: frozenset[int]) -> None:
+        """Collect the orphans of dead ranks. `keep` are pids of the agent's other children."""
+        own = {r.child.pid for r in self._by_slot.values() if r.child is not None}
+        process.reap_orphans(keep | own)
+
+    async def _revoke_lease(self, rank: Rank, lease: int) -> None:
+        """End a dead engine's lease, so that the router forgets it now and not when the lease runs out."""
+        link = self._report.link
+        assert link is not None
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, link.revoke, lease)
+        except LaunchError as exc:
+            log.warning("lease %x of cohort %d could not be revoked: %s", lease, rank.cohort_id, exc)
+        else:
+            self._report.emit("lease_revoked", rank.cohort_id, rank.incarnation, f"{lease:x}")
+
+    # -- seeing and telling --------------------------------------------------------------------------------------
+
+    def _noticed(self, rank: Rank, kind: str, when: float, detail: str) -> None:
+        """Something a rank noticed about itself."""
+        if kind == "lock" and not rank.holds(self._layout.node_dir.lock):
+            detail = "its log says so, and the kernel does not show it as the holder"
+        # The record first: other nodes kill their ranks when they read it.
+        self.publish(rank)
+        if kind == "exit" and self._node_rank > 0:
+            rank.role = self._role(rank)
+        extra = {"role": rank.role} if kind in ("exit", "dead", "fenced") else {}
+        self._report.emit(kind, rank.cohort_id, rank.incarnation, detail, when=when, **extra)
+        if kind == "exit":
+            self.fence(rank)
+        elif kind == "fenced":
+            self._layout.node_dir.clear_pgid(rank.cohort_id)
+        self._on_event(rank, kind, detail)
+
+    def instances_seen(self, keys: list[str]) -> None:
+        """Engines registered in Dynamo's discovery: only the holder of the lock does that."""
+        for key in keys:
+            lease = dynamo_lease(key)
+            if lease is None or any(lease in r.leases for r in self._by_slot.values()):
+                continue
+            for rank in self._by_slot.values():
+                if rank.node_rank == 0 and rank.phase in (Phase.WAKING, Phase.ACTIVE):
+                    rank.leases.add(lease)
+                    rank.reached(Phase.ACTIVE)
+
+    def lock_holder(self) -> str:
+        """Which of this node's ranks the kernel shows as holding the lock; empty for none."""
+        lock = self._layout.node_dir.lock
+        living = [r for r in self._by_slot.values() if r.child is not None and r.phase in ALIVE]
+        return next((f"cohort {r.cohort_id}" for r in living if r.holds(lock)), "")
+
+    def publish(self, rank: Rank) -> None:
+        self._put(rank.record())
+
+    def publish_all(self) -> None:
+        for record in self._skipped.values():
+            self._put(record)
+        for rank in self._by_slot.values():
+            if rank.incarnation >= getattr(self._skipped.get(rank.cohort_id), "incarnation", 0):
+                self._put(rank.record())
+
+    def _put(self, record: RankRecord) -> None:
+        self._mirror.ranks[record.cohort_id, self._node_rank] = record
+        self._report.put(self._mirror.keys.rank(record.cohort_id, self._node_rank), record.encode())
+
+    def _role(self, rank: Rank) -> str:
+        """What the cohort is for, as its leader rank shows it; a headless rank has no signs of its own."""
+        phase = rank.phase
+        if self._node_rank > 0:
+            leader = self._mirror.ranks.get((rank.cohort_id, 0))
+            phase = leader.phase if leader is not None and leader.incarnation == rank.incarnation else Phase.STARTING
+        if phase in (Phase.WAKING, Phase.ACTIVE):
+            return "primary"
+        return "shadow" if phase is Phase.PARKED else "starting" if phase is Phase.STARTING else ""

@@ -1,0 +1,56 @@
+"""Run a command of ours on a node of a run: here, through Slurm, or by SSH. `run_on` picks the way."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gms_launch.errors import NoContactError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A node as its run recorded it. `slurm_job` is empty outside of Slurm."""
+
+    host: str
+    address: str
+    slurm_job: str = ""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command on a node came to. `by` is the way it was reached: local, srun or ssh."""
+
+    code: int
+    out: str
+    err: str
+    by: str
+
+
+def gms_launch(*args: str) -> list[str]:
+    """Our own command line, as it runs here; a run's nodes share the installation."""
+    return [sys.executable, "-m", "gms_launch", *args]
+
+
+def run_on(target: Target, argv: Sequence[str], timeout: float = 30.0) -> Done:
+    """Run a command on a node. Raises `NoContactError` when no way leads there."""
+    if target.host == socket.gethostname().partition(".")[0]:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False)
+        return Done(done.returncode, done.stdout, done.stderr, "local")
+    if target.slurm_job and shutil.which("srun"):
+        import gms_launch.transport.slurm as slurm
+
+        return slurm.run(target.slurm_job, target.host, argv, timeout)
+    import gms_launch.transport.ssh as ssh
+
+    with ssh.connect(target.address or target.host, timeout=min(timeout, 10.0)) as connection:
+        return connection.run(argv, timeout)
+
+
+def unreachable(target: Target, reason: str) -> NoContactError:
+    """The error of a node that cannot be reached."""
+    return NoContactError(f"{target.host} cannot be reached: {reason}")

@@ -1,0 +1,38 @@
+"""Slurm's commands, as far as we use them: its KillWait, and `srun --overlap` into a running job."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+
+from gms_launch.errors import NoContactError
+from gms_launch.transport import Done
+
+
+def kill_wait(timeout: float = 5.0) -> float | None:
+    """Seconds between SIGTERM and SIGKILL in this cluster; None when Slurm does not say."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "config"], capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^KillWait\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    return float(found.group(1)) if found else None
+
+
+def run(job: str, host: str, argv: Sequence[str], timeout: float) -> Done:
+    """A command on one node of a job, beside what runs there. Raises `NoContactError`."""
+    # Without --overlap the step would wait for the one that the run is in.
+    step = ["srun", f"--jobid={job}", "--overlap", "-N1", "-n1", "-w", host, "--gres=none", "--chdir=/", "--input=none"]
+    # Inside a step SLURM_* names describe that step, and srun would take them as options.
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    try:
+        done = subprocess.run([*step, *argv], capture_output=True, text=True, timeout=timeout, check=False, env=env)
+    except subprocess.TimeoutExpired:
+        raise NoContactError(f"srun into job {job} on {host} did not end within {timeout:g} s") from None
+    if done.returncode and not done.stdout and "srun: error" in done.stderr:
+        raise NoContactError(f"srun into job {job} on {host}: {done.stderr.strip()}")
+    return Done(done.returncode, done.stdout, done.stderr, "srun")
