@@ -167,6 +167,12 @@ class Agent:
         os.close(reader)
         return writer
 
+    async def dismiss_guard(self) -> None:
+        """End the guard as our own end would: it looks once more and goes."""
+        os.close(self._guard)
+        with contextlib.suppress(ChildProcessError):
+            await self.loop.run_in_executor(None, os.waitpid, self.guard_pid, 0)
+
     async def start_service(self, service: Service) -> None:
         """Start a service and wait until it is ready. Raises `ServiceError`."""
         tag = f"{self.layout.run}/{service.name}"

@@ -48,14 +48,16 @@ async def shut_down(agent: Agent) -> None:
     left = await _leftovers(agent)
     if left and agent.failure is None:
         agent.failure = LaunchError(f"on {agent.layout.topology.host}: {left}")
+    if not agent.is_leader:
+        await _clear(agent, left)  # before this node says that nothing is left
     agent.report.emit("stopped", detail=left)
     agent.publish_node(stopped=True, left=left)
     await agent.loop.run_in_executor(None, agent.session.close)
     if "etcd" in agent.services:
         await agent.services["etcd"].stop()
+    if agent.is_leader:
+        await _clear(agent, left)
     agent.files.close()
-    if not left:
-        agent.layout.node_dir.remove()
     own = NodeEnd(agent.node_rank, agent.layout.topology.host, not left, left)
     agent.ends = tuple(sorted([*agent.ends, own], key=lambda e: e.node_rank))
     agent.report.close()
@@ -121,6 +123,13 @@ async def _until(agent: Agent, done: Callable[[], bool], deadline: float) -> Non
         agent.wake.clear()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(agent.wake.wait(), deadline - time.monotonic())
+
+
+async def _clear(agent: Agent, left: str) -> None:
+    """The last process of ours, the guard, and the files, which tell of something to be swept while they are there."""
+    await agent.dismiss_guard()
+    if not left:
+        agent.layout.node_dir.remove()
 
 
 async def _leftovers(agent: Agent) -> str:

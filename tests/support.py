@@ -86,6 +86,21 @@ def gms_launch(*args: str, env: dict[str, str], timeout: float = 90.0) -> subpro
     return subprocess.run([*GMS_LAUNCH, *args], env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def complete(host: str, port: int, prompt: str, tokens: int, timeout: float = 10.0) -> str | None:
+    """The completion of `prompt` by model tiny; None when nobody answers in time."""
+    connection = http.client.HTTPConnection(host, port, timeout=timeout)
+    try:
+        body = json.dumps({"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0})
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        data = answer.read()
+        return str(json.loads(data)["choices"][0]["text"]) if answer.status == 200 else None
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
 class Deployment:
     """One run, started by `up -d` and always ended. `extra` are more flags of `up`."""
 
@@ -161,17 +176,7 @@ class Deployment:
     def text(self, prompt: str = "hello", tokens: int = 8) -> str | None:
         """The completion of `prompt`; None when nobody answers."""
         host, port = self.run_file["frontend_url"].removeprefix("http://").split(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=10)
-        try:
-            body = json.dumps({"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0})
-            connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
-            answer = connection.getresponse()
-            data = answer.read()
-            return str(json.loads(data)["choices"][0]["text"]) if answer.status == 200 else None
-        except (OSError, http.client.HTTPException):
-            return None
-        finally:
-            connection.close()
+        return complete(host, int(port), prompt, tokens)
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         lines = (self.home / self.run / "events.jsonl").read_text().splitlines()

@@ -1,0 +1,37 @@
+"""The lab that tests share, and a model where every node sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.lab import Lab
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Three nodes under Slurm. For tests that leave the nodes as they were."""
+    with Lab(nodes=3) as made:
+        yield made
+
+
+@pytest.fixture
+def fragile_lab() -> Iterator[Lab]:
+    """Three nodes under Slurm, for a test that breaks them."""
+    with Lab(nodes=3) as made:
+        yield made
+
+
+@pytest.fixture
+def bare_lab() -> Iterator[Lab]:
+    """Three nodes without Slurm and SSH: for runs by hand."""
+    with Lab(nodes=3, slurm=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def lab_model(model: Path) -> Path:
+    """The small model; the nodes share this machine's file system."""
+    return model

@@ -1,0 +1,212 @@
+"""A run over the lab's nodes, started as its users would start it, and looked at from outside.
+
+This machine is the login node, and its pid namespace is the parent of every node's: `proc.tagged` here sees all
+processes of all nodes, whatever the agents say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from gms_launch.cohort import proc
+from tests.slurm.lab import Lab
+from tests.support import complete, eventually
+
+#: What tests need to be quick; everything else is as delivered.
+QUICK = ["--lease-ttl=2", "--node-wait=8"]
+
+
+class LabRun:
+    """One run. `start` is how: by `srun`, or by `hand` with the recipe's variables."""
+
+    def __init__(self, lab: Lab, model: Path, *flags: str, nodes: Sequence[str] | None = None, **environ: str) -> None:
+        self.lab, self.model, self.flags, self.environ = lab, model, flags, environ
+        self.run = "r" + uuid.uuid4().hex[:8]
+        self.nodes = list(nodes or lab.names)
+        self.log_path = lab.dir / f"{self.run}.out"
+        self._log: IO[str] | None = None
+        self.processes: list[subprocess.Popen[str]] = []
+
+    @property
+    def home(self) -> Path:
+        return self.lab.dir / "home" / self.run
+
+    def up(self, *more: str) -> list[str]:
+        own = ["--engine", "reference", "--model", str(self.model), "--served-model-name", "tiny"]
+        return ["gms-launch", "up", "--run-id", self.run, *own, *self.flags, *more]
+
+    # -- starting and ending -------------------------------------------------------------------------------------
+
+    def srun(self, *options: str, command: Sequence[str] | None = None) -> LabRun:
+        argv = ["srun", f"-N{len(self.nodes)}", "-w", ",".join(self.nodes), "--ntasks-per-node=1", "-K1", *options]
+        self._log = open(self.log_path, "w")  # noqa: SIM115 - open as long as the run
+        self.processes = [
+            self.lab.popen([*argv, *(command or self.up())], env=self.environ, stdout=self._log, stderr=self._log)
+        ]
+        return self
+
+    def hand(self, *ranks: int, leader: str | None = None, **environ: str) -> LabRun:
+        """An agent on each of `ranks` (all), told its place as the recipe tells it."""
+        if self._log is None:
+            self._log = open(self.log_path, "w")  # noqa: SIM115
+        address = leader or self.lab.node(self.nodes[0]).address
+        for rank in ranks or range(len(self.nodes)):
+            recipe = {"NODE_RANK": str(rank), "NNODES": str(len(self.nodes)), "LEADER_ADDR": address}
+            self.processes.append(
+                self.lab.node(self.nodes[rank]).popen(
+                    self.up(),
+                    env=self.environ | recipe | environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._log,
+                    stderr=self._log,
+                    start_new_session=True,
+                )
+            )
+        return self
+
+    def __enter__(self) -> LabRun:
+        if not self.processes:
+            self.srun()
+        try:
+            self.wait_full()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cli("down")
+        for process in self.processes:
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for info in self.tagged():
+            os.kill(info.pid, signal.SIGKILL)
+        if self._log is not None:
+            self._log.close()
+
+    def output(self) -> str:
+        return self.log_path.read_text()
+
+    # -- what is there -------------------------------------------------------------------------------------------
+
+    def cli(self, verb: str, *args: str, timeout: float = 90.0) -> subprocess.CompletedProcess[str]:
+        """A verb on the login node."""
+        return self.lab.run(["gms-launch", verb, "--run", self.run, *args], timeout=timeout)
+
+    def status(self) -> dict[str, Any]:
+        done = self.cli("status", "--json")
+        assert done.returncode == 0, done.stderr + self.output()
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def wait_full(self, timeout: float = 40.0) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+
+        def full() -> bool:
+            nonlocal found
+            if all(p.poll() is not None for p in self.processes):
+                raise AssertionError(f"the run is over:\n{self.output()}")
+            done = self.cli("status", "--json")
+            found = json.loads(done.stdout) if done.returncode == 0 else {}
+            return found.get("redundancy") == "full"
+
+        eventually(full, timeout, f"redundancy full; {self.log_path}")
+        # The status may be ahead of the confirmation that the leader announces.
+        eventually(lambda: self.events("redundancy")[-1:] and self.events("redundancy")[-1]["detail"] == "full")
+        return found
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        try:
+            lines = (self.home / "events.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        found = [json.loads(line) for line in lines if line.endswith("}")]
+        return [e for e in found if kind is None or e["kind"] == kind]
+
+    def run_file(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.home / "run.json").read_text())
+        return found
+
+    def text(self, timeout: float = 10.0) -> str | None:
+        """The completion of a fixed prompt; None when nobody answers in time."""
+        host, port = self.run_file()["frontend_url"].removeprefix("http://").split(":")
+        return complete(host, int(port), "hello", 8, timeout)
+
+    def tagged(self, *parts: object) -> list[proc.Stat]:
+        """Living processes of the run on all nodes, by the front of their tag (cohort, life, node rank)."""
+        return [info for info, _ in proc.tagged("/".join(map(str, (self.run, *parts))))]
+
+    def on_node(self, node_rank: int, *parts: object) -> list[proc.Stat]:
+        return [i for i, _ in proc.tagged("/".join(map(str, (self.run, *parts))), node_rank=node_rank)]
+
+    def engines(self, node_rank: int | None = None) -> list[proc.Stat]:
+        """Living engine processes, on one node or all."""
+        found = proc.tagged(self.run, node_rank=node_rank)
+        return [i for i, tag in found if tag.split("/")[1].isdigit()]
+
+    def life(self, cohort_id: int) -> int:
+        life: int = self.status()["cohorts"][cohort_id]["incarnation"]
+        return life
+
+    def kill_rank(self, cohort_id: int, node_rank: int) -> tuple[int, int]:
+        """SIGKILL the process group of a rank, as a fault would, and see it die. Returns its life."""
+        life = self.life(cohort_id)
+        found = self.tagged(cohort_id, life, node_rank)
+        assert found, f"cohort {cohort_id} life {life} has no rank on node {node_rank}"
+        groups = {i.pgid for i in found}
+        assert len(groups) == 1
+        os.killpg(groups.pop(), signal.SIGKILL)
+        eventually(lambda: not any(proc.alive(i.identity) for i in found))
+        return cohort_id, life
+
+    def wait_dead(self, cohort_id: int, life: int) -> None:
+        """Wait until no process of a life is alive on any node."""
+        eventually(lambda: not self.tagged(cohort_id, life), 5.0, f"cohort {cohort_id}, life {life}, dead on all nodes")
+
+    def loads(self) -> dict[str, int]:
+        """By node: how often the weights were written into GMS since its server started."""
+        gms = [(n["host"], g) for n in self.status()["nodes"] for g in n["gms"] if g["tag"] == "weights"]
+        return {host: g["loads"] for host, g in gms}
+
+    def left(self) -> dict[str, list[str]]:
+        """What is left of the run on each node: node-local files, and (under "processes") anything alive."""
+        found: dict[str, list[str]] = {}
+        if alive := self.tagged():
+            found["processes"] = [f"{i.pid} {i.comm}" for i in alive]
+        for name in self.nodes:
+            node = self.lab.node(name)
+            if node.init is None or not proc.alive(node.init):
+                continue
+            root = Path(f"/proc/{node.init.pid}/root/dev/shm/gms-launch-{os.getuid()}")
+            if files := [p.name for p in root.glob(f"{self.run}*")]:
+                found[name] = files
+        return found
+
+    def wait_gone(self, timeout: float = 15.0) -> None:
+        """Wait until nothing of it is alive on any node."""
+        try:
+            eventually(lambda: not self.tagged(), timeout)
+        except AssertionError:
+            raise AssertionError(f"left after {timeout:g} s: {self.left()}\n{self.output()}") from None
+
+    def job(self) -> str:
+        """The Slurm job that the run is in."""
+        return str(eventually(lambda: self.run_file()["slurm"].partition(".")[0]))
+
+    def exit_codes(self, timeout: float = 30.0) -> list[int]:
+        return [p.wait(timeout) for p in self.processes]
+
+
+def since(begun: float) -> float:
+    return time.monotonic() - begun

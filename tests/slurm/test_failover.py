@@ -1,0 +1,169 @@
+"""Whole-group failover over three nodes: a rank dies, its whole life is dead everywhere, the shadow serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from gms_launch.cohort import proc
+from tests.slurm.lab import Lab
+from tests.slurm.support import LabRun
+from tests.support import eventually
+
+
+@pytest.mark.timeout(400)
+def test_every_rank_of_the_primary_killed_ten_times_and_then_the_shadows(lab: Lab, model: Path) -> None:
+    with LabRun(lab, model) as run:
+        before = run.text()
+        assert before
+        for number in range(30):
+            status = run.wait_full()
+            victim = run.kill_rank(status["primary"], number % 3)
+            eventually(lambda: run.text(2.0) == before, what=f"an answer after kill {number}")
+            run.wait_dead(*victim)
+            status = run.wait_full()
+            assert status["primary"] != victim[0]
+            assert status["cohorts"][victim[0]]["incarnation"] == victim[1] + 1
+        primary = status["primary"]
+        serving = {i.identity for i in run.tagged(primary)}
+        for node_rank in range(3):
+            victim = run.kill_rank(1 - primary, node_rank)
+            run.wait_dead(*victim)
+            eventually(lambda victim=victim: run.life(1 - primary) == victim[1] + 1)
+            assert run.wait_full()["primary"] == primary
+        assert {i.identity for i in run.tagged(primary)} == serving, "the primary was not touched"
+        assert run.text() == before
+        assert run.loads() == {"node1": 1, "node2": 1, "node3": 1}, "one load from disk on every node"
+        failovers = json.loads(run.cli("timeline", "--json").stdout)["failovers"]
+        assert len(failovers) == 30
+        for failover in failovers:
+            assert failover["complete"]
+            assert set(failover["steps"]) >= {
+                "detected",
+                "dead",
+                "lock",
+                "awake",
+                "registered",
+                "first_token",
+                "fenced",
+            }
+            assert failover["cause"] == "killed by SIGKILL"
+        down = run.cli("down")
+        assert down.returncode == 0, down.stderr
+        assert all(f"node {k} node{k + 1}: nothing of it is alive" in down.stdout for k in range(3))
+        assert run.left() == {}
+        assert run.exit_codes() == [0]
+
+
+def test_without_the_fast_path_the_leaders_death_leaves_a_shadow_that_waits_for_an_orphan(
+    lab: Lab, model: Path
+) -> None:
+    """What the recipe does: the shadow has the lock, and a worker of the dead primary has the KV memory it needs."""
+    with LabRun(lab, model, "--no-group-kill") as run:
+        before = run.text()
+        primary = run.status()["primary"]
+        victim = run.kill_rank(primary, 0)
+        eventually(
+            lambda: [e for e in run.events("lock") if e["cohort_id"] == 1 - primary], what="the shadow has the lock"
+        )
+        assert run.text(4.0) is None, "nobody serves"
+        orphans = run.tagged(*victim)
+        assert len(orphans) == 4, "a rank process and its worker, on two nodes"
+        assert not [e for e in run.events("awake") if e["cohort_id"] == 1 - primary]
+        for orphan in orphans:
+            os.kill(orphan.pid, signal.SIGKILL)
+        eventually(lambda: run.text(2.0) == before, what="the shadow goes on")
+
+
+def test_without_the_fast_path_a_remote_ranks_death_is_an_outage_that_nobody_notices(lab: Lab, model: Path) -> None:
+    with LabRun(lab, model, "--no-group-kill") as run:
+        before = run.text()
+        primary = run.status()["primary"]
+        victim = run.kill_rank(primary, 2)
+        assert run.text(4.0) is None, "nobody serves"
+        leader = run.tagged(*victim, 0)
+        assert leader, "the leader is up"
+        assert run.status()["nodes"][0]["lock_holder"] == f"cohort {primary}", "and has the lock"
+        for rank in (0, 1):
+            for info in run.tagged(*victim, rank):
+                os.kill(info.pid, signal.SIGKILL)
+        eventually(lambda: run.text(2.0) == before, what="the shadow serves once the leader is dead too")
+
+
+def test_with_the_fast_path_both_are_over_in_a_moment(lab: Lab, model: Path) -> None:
+    with LabRun(lab, model) as run:
+        before = run.text()
+        for node_rank in (0, 2):
+            primary = run.wait_full()["primary"]
+            victim = run.kill_rank(primary, node_rank)
+            eventually(lambda: run.text(2.0) == before, 4.0)
+            assert not run.tagged(*victim)
+
+
+def test_a_stray_that_holds_the_lock_is_found_and_promotion_goes_on(lab: Lab, model: Path) -> None:
+    with LabRun(lab, model, REFERENCE_STRAY="1") as run:
+        before = run.text()
+        primary = run.status()["primary"]
+        ranks = run.tagged(primary, 1, 0)
+        groups = [i.pgid for i in ranks]
+        stray = next(i for i in ranks if groups.count(i.pgid) == 1 and i.session == i.pid)
+        run_dir = run.home / "logs" / "node0"
+        assert proc.alive(stray.identity) and run_dir.exists()
+        done = run.cli("kill-primary")
+        assert done.returncode == 0, done.stderr
+        assert not proc.alive(stray.identity)
+        assert any("found outside the group" in e["detail"] for e in run.events("dead"))
+        assert run.text() == before
+        run.wait_full()
+
+
+def test_several_shadows_and_several_gpus_a_node(lab: Lab, model: Path) -> None:
+    run = LabRun(lab, model, "--shadows=2").srun("--gres=gpu:2")
+    with run:
+        status = run.status()
+        assert len(status["cohorts"]) == 3 and [len(n["gms"]) for n in status["nodes"]] == [4, 4, 4]
+        before = run.text()
+        first = run.kill_rank(status["primary"], 1)
+        eventually(lambda: run.text(2.0) == before)
+        second = run.kill_rank(run.status()["primary"], 2)
+        eventually(lambda: run.text(2.0) == before)
+        assert first[0] != second[0]
+        run.wait_full()
+        assert not run.tagged(*first) and not run.tagged(*second)
+
+
+def test_exit_code_0_counts_as_a_failure(lab: Lab, model: Path) -> None:
+    with LabRun(lab, model) as run:
+        before = run.text()
+        primary, life = run.status()["primary"], 1
+        # A headless rank whose worker dies ends with exit code 0, as upstream's do.
+        workers = [i for i in run.tagged(primary, life, 1) if i.pid != i.pgid]
+        assert len(workers) == 1
+        os.kill(workers[0].pid, signal.SIGKILL)
+        eventually(lambda: run.text(2.0) == before and run.status()["primary"] == 1 - primary)
+        (exited,) = [e for e in run.events("exit") if e["node_rank"] == 1 and e["detail"] == "exit code 0"]
+        assert exited["cohort_id"] == primary
+        run.wait_full()
+
+
+def test_drills_kill_one_rank_only_and_the_rest_follows(lab: Lab, model: Path) -> None:
+    with LabRun(lab, model) as run:
+        before = run.text()
+        for scope, node_rank in (("leader", 0), ("rank:2", 2)):
+            run.wait_full()
+            done = run.cli("kill-primary", "--scope", scope, "--json")
+            assert done.returncode == 0, done.stderr
+            failover = json.loads(done.stdout)
+            assert failover["cause"] == "drill"
+            life = (failover["victim"]["cohort_id"], failover["victim"]["incarnation"])
+            drill = [e for e in run.events("kill") if (e["cohort_id"], e["incarnation"]) == life]
+            first = min(drill, key=lambda e: e["time"])
+            assert (first["node_rank"], first["detail"]) == (node_rank, "drill")
+            assert {e["detail"] for e in drill if e is not first} <= {
+                f"rank {k} of the same life ended" for k in range(3)
+            }
+            assert run.text() == before
