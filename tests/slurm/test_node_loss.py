@@ -1,0 +1,157 @@
+"""A node is cut off, frozen or switched off: its ranks die, the others fence without it, wait, and go on or end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from gms_launch.cohort import proc
+from tests.slurm.lab import Lab
+from tests.slurm.support import QUICK, LabRun, since
+from tests.support import eventually
+
+LEASE, WAIT = 2.0, 8.0
+#: From a fault to the moment when a lease of 2 s must be over everywhere, with etcd's own second and ours.
+OVER = LEASE + 3.0
+
+
+def engines_dead(run: LabRun, *nodes: int) -> bool:
+    return not any(run.engines(n) for n in nodes)
+
+
+def test_a_node_that_is_cut_off_and_back_in_time(fragile_lab: Lab, model: Path) -> None:
+    lost = fragile_lab.node("node2")
+    with LabRun(fragile_lab, model, *QUICK) as run:
+        before = run.text()
+        lives = [c["incarnation"] for c in run.status()["cohorts"]]
+        agent = run.status()["nodes"][1]["agent_pid"]
+        cut = time.monotonic()
+        lost.cut()
+        eventually(lambda: engines_dead(run, 1), OVER, "the cut-off agent kills its ranks by itself")
+        eventually(lambda: engines_dead(run, 0, 2), OVER, "the others kill theirs")
+        assert since(cut) < OVER
+        eventually(lambda: run.status()["lost_nodes"] == [1])
+        status = run.status()
+        assert status["redundancy"] == "down" and {c["phase"] for c in status["cohorts"]} == {"fenced"}
+        assert run.on_node(1, "gms-0"), "its GMS keeps the weights"
+        lost.join()
+        status = run.wait_full()
+        assert status["lost_nodes"] == []
+        assert [c["incarnation"] for c in status["cohorts"]] == [n + 1 for n in lives], "started again, cold"
+        assert status["nodes"][1]["agent_pid"] == agent, "the agent had stayed"
+        assert run.text() == before
+        assert set(run.loads().values()) == {1}
+        assert [e["detail"] for e in run.events("node_lost")] == ["node 1 (node2)"]
+        assert run.events("cut_off")[0]["node_rank"] == 1
+        # Failover works as before.
+        assert run.cli("kill-primary").returncode == 0
+        assert run.text() == before
+
+
+def test_a_node_that_stays_away_ends_the_run_with_a_message(fragile_lab: Lab, model: Path) -> None:
+    run = LabRun(fragile_lab, model, *QUICK)
+    with run:
+        fragile_lab.node("node3").cut()
+        cut = time.monotonic()
+        eventually(lambda: run.run_file()["ended"], OVER + WAIT + 6.0, "the leader gives up")
+        assert since(cut) > WAIT
+        ended = run.run_file()
+        assert ended["exit_code"] == 4
+        assert "node 2 (node3) was lost and did not come back within 8 s (node_wait)" in ended["reason"]
+        waited = run.cli("wait")
+        assert waited.returncode == 4 and "node 2 (node3) was lost" in waited.stderr
+        eventually(lambda: not run.tagged(), WAIT, "the cut-off agent gives up too, and nothing is left anywhere")
+        assert "no contact with the leader" in (run.home / "logs" / "node2" / "agent.log").read_text()
+        fragile_lab.node("node3").join()
+        (code,) = run.exit_codes(60.0)
+        assert code != 0, "and srun, once it hears from that node again, does not say that all was well"
+    assert run.left() == {}
+
+
+def test_a_frozen_node_is_fenced_without_and_does_no_harm_when_it_thaws(fragile_lab: Lab, model: Path) -> None:
+    node = fragile_lab.node("node2")
+    with LabRun(fragile_lab, model, *QUICK) as run:
+        before = run.text()
+        old = run.engines(1)
+        node.freeze()
+        try:
+            eventually(lambda: engines_dead(run, 0, 2), OVER)
+            assert run.engines(1), "frozen processes cannot die"
+            eventually(lambda: run.status()["lost_nodes"] == [1])
+        finally:
+            node.thaw()
+        eventually(lambda: not any(proc.alive(i.identity) for i in old), 5.0, "what thawed is killed")
+        run.wait_full()
+        assert run.text() == before
+
+
+def test_a_node_that_is_switched_off_ends_the_run_and_leaves_nothing_on_the_others(
+    fragile_lab: Lab, model: Path
+) -> None:
+    run = LabRun(fragile_lab, model, *QUICK)
+    with run:
+        fragile_lab.node("node2").power_off()
+        eventually(lambda: engines_dead(run, 0, 2), OVER)
+        eventually(lambda: run.run_file()["ended"], WAIT + 8.0)
+        assert run.run_file()["exit_code"] == 4
+        run.wait_gone()
+        # srun of this Slurm would now hang for ever; SIGTERM ends it.
+        run.processes[0].terminate()
+        run.processes[0].wait(20)
+        down = run.cli("down")
+        assert down.returncode == 1 and "node2" in down.stderr, "what cannot be proved is said"
+
+
+@pytest.mark.timeout(180)
+def test_a_leader_that_is_cut_off(fragile_lab: Lab, model: Path) -> None:
+    run = LabRun(fragile_lab, model, *QUICK)
+    with run:
+        fragile_lab.node("node1").cut()
+        eventually(lambda: engines_dead(run, 0, 1, 2), OVER, "both sides kill their ranks")
+        eventually(lambda: not run.tagged(), WAIT + 12.0, "and give up after node_wait")
+        eventually(lambda: run.run_file()["ended"], 5.0)
+        assert run.run_file()["exit_code"] == 4
+        fragile_lab.node("node1").join()
+        (code,) = run.exit_codes(60.0)
+        assert code != 0
+    assert run.left() == {}
+
+
+def test_a_killed_agent_under_slurm_breaks_the_step_and_leaves_nothing(lab: Lab, model: Path) -> None:
+    run = LabRun(lab, model, *QUICK)
+    with run:
+        (agent,) = [
+            p for p in lab.node("node2").pids("gms-launch") if run.run in Path(f"/proc/{p}/cmdline").read_text()
+        ]
+        os.kill(agent, signal.SIGKILL)
+        run.wait_gone(20.0)
+        (code,) = run.exit_codes()
+        assert code != 0
+    run.cli("down")
+    # The dead agent could not remove its files; the epilog, or this, does.
+    lab.node("node2").run(["gms-launch", "sweep"], check=True)
+    assert run.left() == {}
+
+
+def test_a_node_that_comes_back_with_a_new_agent(bare_lab: Lab, model: Path) -> None:
+    """By hand there is no Slurm to break the step: the rest waits for that node, and starts cold with it."""
+    run = LabRun(bare_lab, model, "--lease-ttl=2", "--node-wait=40").hand()
+    with run:
+        before = run.text()
+        old = {i.identity for i in run.on_node(2)}
+        bare_lab.node("node3").power_off()
+        run.processes.pop().wait(10)
+        eventually(lambda: engines_dead(run, 0, 1), OVER)
+        assert not any(proc.alive(i) for i in old)
+        bare_lab.node("node3").start(daemons=False)
+        run.hand(2)
+        status = run.wait_full(60.0)
+        assert status["lost_nodes"] == []
+        assert run.text() == before
+        assert run.loads() == {"node1": 1, "node2": 1, "node3": 1}, (
+            "the new GMS was filled once; the others kept theirs"
+        )
