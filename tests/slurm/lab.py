@@ -208,14 +208,14 @@ class Lab:
         gpus: int = 4,
         kill_wait: int = 4,
         slurmd_timeout: int = 10,
-        extra: str = "",
+        epilog: str = "",
         slurm: bool = True,
     ) -> None:
         if os.geteuid() != 0:
             raise RuntimeError("the lab makes namespaces and needs root")
         self.dir = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))  # short: munge's socket has a path in it
         self._slurm = slurm
-        self._gpus, self._extra = gpus, extra
+        self._gpus, self._epilog = gpus, epilog
         self._kill_wait, self._slurmd_timeout = kill_wait, slurmd_timeout
         self.net = ""
         self.bridge = ""
@@ -296,6 +296,11 @@ class Lab:
         (etc / "munge.key").write_bytes(os.urandom(128))
         (etc / "munge.key").chmod(0o400)
         count, gpus = len(self.nodes), self._gpus
+        epilog = ""
+        if self._epilog:
+            (etc / "epilog.sh").write_text(self._epilog)
+            (etc / "epilog.sh").chmod(0o755)
+            epilog = f"Epilog={etc}/epilog.sh"
         (etc / "slurm.conf").write_text(
             f"""ClusterName=lab
 SlurmctldHost=ctl({self.net}.100)
@@ -332,7 +337,7 @@ MinJobAge=60
 InactiveLimit=0
 Waittime=0
 GresTypes=gpu
-{self._extra}
+{epilog}
 NodeName=node[1-{count}] NodeAddr={self.net}.[1-{count}] CPUs=16 RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
