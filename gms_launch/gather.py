@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from gms_launch.cohort import membership, process
 from gms_launch.control.records import RunState
-from gms_launch.errors import DeadlineError, UsageError, by_code
+from gms_launch.errors import DeadlineError, NoContactError, UsageError, by_code
 from gms_launch.services import nats
 
 if TYPE_CHECKING:
@@ -29,7 +29,14 @@ async def start(agent: Agent) -> None:
     await clear_node(agent)
     if leader and layout.own_etcd:
         await agent.start_service(layout.etcd_service())
-    await agent.loop.run_in_executor(None, agent.session.open, agent.report.record())
+    try:
+        await agent.loop.run_in_executor(None, agent.session.open, agent.report.record())
+    except NoContactError:
+        # The leader answered a moment ago. If the run has ended meanwhile, its reason is the one to give.
+        run = layout.run_dir.read()
+        if leader or run is None or run.ended is None:
+            raise
+        raise by_code(run.exit_code or 1, run.reason or "the run was stopped") from None
     await agent.session.mirrored.wait()
     agent.report.lease_known()
     if leader:

@@ -80,7 +80,8 @@ class Session:
             access = replace(access, user="root", password=layout.credentials.admin_password)
         link = ControlLink(access, self._post)
         self._link = self._report.link = link
-        link.connect(keys, self._settings.service_timeout)
+        # A leader's etcd is young; the others have just heard from it.
+        link.connect(keys, self._settings.service_timeout if layout.topology.is_leader else 2.0)
         if layout.topology.is_leader:
             if layout.own_etcd:
                 self._enable_auth()
