@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := etcd-server etcd-client nats-server iproute2
+PACKAGES := etcd-server etcd-client nats-server iproute2 slurm-wlm munge openssh-server
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo demo-down test test-slow lint bench clean
@@ -43,6 +43,7 @@ test-slow: setup
 bench: setup
 	$(BIN)/python -m bench.watch
 	$(BIN)/python -m bench.failover
+	$(BIN)/python -m bench.fence
 
 clean:
 	rm -rf $(VENV) build *.egg-info

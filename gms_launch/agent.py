@@ -25,7 +25,7 @@ from typing import Any
 
 from gms_launch import ending, gather, ports
 from gms_launch.cohort import controller, membership, process, reconciler
-from gms_launch.cohort.model import ALIVE, Phase, Redundancy
+from gms_launch.cohort.model import ALIVE, ENDED, Phase, Redundancy
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.rankset import RankSet
 from gms_launch.cohort.reconciler import Desire, PeerRank
@@ -48,6 +48,8 @@ log = logging.getLogger("agent")
 
 #: How often logs are measured and GMS is asked when nothing happens (seconds).
 HOUSEKEEPING = 10.0
+#: Least time between two reports of this node and views for people (seconds).
+SHOW_PAUSE = 0.05
 #: Pause between two attempts to get a first token (seconds); the frontend announces nothing.
 CONFIRM_PAUSE = 0.005
 
@@ -93,6 +95,7 @@ class Agent:
             group_kill=self.settings.group_kill,
         )
         self._confirmed: tuple[int, int] | None = None
+        self._shown = 0.0
         self._answered: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -229,7 +232,12 @@ class Agent:
             if (at := controller.next_look(view, self._memory, self._policy, now)) is not None:
                 pause = max(0.0, at - now)
         self._follow_the_run()
+        # Showing costs more than deciding, and while a cohort dies every moment brings news: not with each.
+        left = self._shown + SHOW_PAUSE - time.monotonic()
+        if left > 0:
+            return left if pause is None else min(pause, left)
         self._show()
+        self._shown = time.monotonic()
         return pause
 
     def _reconcile(self) -> None:
@@ -337,7 +345,10 @@ class Agent:
             port = self._master_port(cohort_id, incarnation)
         record = DesiredCohort(cohort_id, incarnation, wanted, port, why, given_up)
         self.mirror.desired[cohort_id] = record
-        self.report.put(self.mirror.keys.cohort(cohort_id), record.encode())
+        # A life that is ending anyway needs no word of ours to end.
+        rank = self.ranks.find(cohort_id, incarnation)
+        ending = wanted is Wanted.DEAD and rank is not None and rank.phase in ENDED
+        self.report.put(self.mirror.keys.cohort(cohort_id), record.encode(), later=ending)
         self.wake.set()
 
     def _master_port(self, cohort_id: int, incarnation: int) -> int:
@@ -444,7 +455,7 @@ class Agent:
         self.report.node(
             services=tuple(runner.status() for runner in self.services.values()),
             gms=self.gms.status,
-            lock_holder=self.ranks.lock_holder(),
+            lock_holder=self.ranks.lock_holder() if self.is_leader else "",
             stopping=self.stopping.is_set(),
             stopped=stopped,
             left=left,

@@ -13,7 +13,7 @@ from gms_launch.errors import UsageError
 def main(component: str | None, run: str | None, follow: bool, tail: int, node: int) -> None:
     directory = find_directory(run)
     logs = directory.logs / f"node{node}"
-    names = {log.stem: log for log in logs.glob("*.log")} | {log.stem: log for log in directory.logs.glob("*.log")}
+    names = {log.stem: log for log in directory.logs.glob("*.log")} | {log.stem: log for log in logs.glob("*.log")}
     if component is None:
         for name in sorted(names):
             print(f"{name}\t{names[name]}")

@@ -16,7 +16,7 @@ from typing import Any
 from gms_launch.cohort import process
 from gms_launch.cohort.model import ALIVE, Phase
 from gms_launch.cohort.ranks import Rank
-from gms_launch.cohort.reconciler import Desire, LocalRank
+from gms_launch.cohort.reconciler import PEER_ENDED, Desire, LocalRank
 from gms_launch.control.keys import dynamo_lease
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import RankRecord
@@ -104,7 +104,7 @@ class RankSet:
             process.kill_group(rank.child.id)
         rank.failing()
         rank.role = role
-        self.publish(rank)
+        self.publish(rank, later=reason.startswith(PEER_ENDED))
         if not gone:
             self._report.emit("kill", rank.cohort_id, rank.incarnation, reason, when=now, role=role)
         self.fence(rank)
@@ -160,8 +160,12 @@ class RankSet:
         """Something a rank noticed about itself."""
         if kind == "lock" and not rank.holds(self._layout.node_dir.lock):
             detail = "its log says so, and the kernel does not show it as the holder"
-        # The record first: other nodes kill their ranks when they read it.
-        self.publish(rank)
+        # The record first: other nodes kill their ranks when they read it. Of a rank that we killed they know already;
+        # its exit goes out with the proof.
+        known = self._mirror.ranks.get((rank.cohort_id, self._node_rank))
+        if known is None or known.phase is not rank.phase or rank.phase in ALIVE:
+            # While a cohort dies, what etcd and the agents do competes with the dying; nobody waits for the proof yet.
+            self.publish(rank, later=kind == "fenced")
         if kind == "exit" and self._node_rank > 0:
             rank.role = self._role(rank)
         extra = {"role": rank.role} if kind in ("exit", "dead", "fenced") else {}
@@ -189,8 +193,8 @@ class RankSet:
         living = [r for r in self._by_slot.values() if r.child is not None and r.phase in ALIVE]
         return next((f"cohort {r.cohort_id}" for r in living if r.holds(lock)), "")
 
-    def publish(self, rank: Rank) -> None:
-        self._put(rank.record())
+    def publish(self, rank: Rank, later: bool = False) -> None:
+        self._put(rank.record(), later)
 
     def publish_all(self) -> None:
         for record in self._skipped.values():
@@ -199,9 +203,10 @@ class RankSet:
             if rank.incarnation >= getattr(self._skipped.get(rank.cohort_id), "incarnation", 0):
                 self._put(rank.record())
 
-    def _put(self, record: RankRecord) -> None:
+    def _put(self, record: RankRecord, later: bool = False) -> None:
         self._mirror.ranks[record.cohort_id, self._node_rank] = record
-        self._report.put(self._mirror.keys.rank(record.cohort_id, self._node_rank), record.encode())
+        key = self._mirror.keys.rank(record.cohort_id, self._node_rank)
+        self._report.put(key, record.encode(), later=later)
 
     def _role(self, rank: Rank) -> str:
         """What the cohort is for, as its leader rank shows it; a headless rank has no signs of its own."""

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from gms_launch.cohort.model import ALIVE, ENDED, Phase
 
+#: How the reason begins when a rank is killed for another's sake: everybody knows by then.
+PEER_ENDED = "a rank of the same life ended"
+
 
 @dataclass(frozen=True)
 class LocalRank:
@@ -107,7 +110,7 @@ def _why_kill(rank: LocalRank, desire: Desire | None, peers: Mapping[tuple[int, 
     if rank.gone:
         return "its own process exited"
     if peer := _ended_elsewhere(rank.cohort_id, rank.incarnation, peers):
-        return f"rank {peer.node_rank} of the same life ended"
+        return f"{PEER_ENDED}: rank {peer.node_rank}"
     if desire is None:
         return ""  # the store may have been wiped: keep what runs
     if desire.incarnation > rank.incarnation:

@@ -123,8 +123,9 @@ class ControlLink:
         """Store a value before going on. Blocks. Raises `NoContactError`."""
         self._etcd.put(key, value)
 
-    def put(self, key: str, value: bytes, lease: int = 0) -> None:
-        self._publisher.put(key, value, lease)
+    def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
+        """Store a value soon; `later` when nobody acts on it."""
+        self._publisher.put(key, value, lease, later)
 
     def delete(self, key: str) -> None:
         self._publisher.delete(key)

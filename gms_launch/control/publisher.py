@@ -1,18 +1,28 @@
 """Write records to etcd without ever making the agent wait.
 
-The last value of a key wins: while etcd is away, what piles up is one value a key, not a history. Events are kept
-all. A thread of its own writes; it keeps trying until it is stopped.
+The last value of a key wins: while etcd is away, what piles up is one value a key, not a history. What has piled up
+goes out in one transaction, so that a burst of news costs every watcher one message. A record that somebody acts on
+goes out at once; what is only kept for later (`later`) waits a moment for company. A thread of its own writes; it
+keeps trying until it is stopped.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from gms_launch.control.store import Etcd, describe
 from gms_launch.errors import NoContactError
 
 log = logging.getLogger("agent")
+
+#: How long what is only kept for later waits for company (seconds): longer than a cohort takes to die.
+LINGER = 0.1
+#: Most keys in one transaction; etcd's default limit is 128.
+BATCH = 100
+
+Pending = dict[str, tuple[bytes | None, int]]
 
 
 class Publisher(threading.Thread):
@@ -21,19 +31,29 @@ class Publisher(threading.Thread):
     def __init__(self, etcd: Etcd) -> None:
         super().__init__(name="publisher", daemon=True)
         self._etcd = etcd
-        self._pending: dict[str, tuple[bytes | None, int]] = {}
+        self._now: Pending = {}
+        self._later: Pending = {}
+        self._due: float | None = None
         self._condition = threading.Condition()
         self._stopping = False
 
-    def put(self, key: str, value: bytes, lease: int = 0) -> None:
-        with self._condition:
-            self._pending[key] = (value, lease)
-            self._condition.notify()
+    def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
+        self._add(key, value, lease, later)
 
     def delete(self, key: str) -> None:
+        self._add(key, None, 0, later=True)
+
+    def _add(self, key: str, value: bytes | None, lease: int, later: bool) -> None:
         with self._condition:
-            self._pending[key] = (None, 0)
-            self._condition.notify()
+            if not later or key in self._now:  # what was urgent stays so
+                self._later.pop(key, None)
+                self._now[key] = (value, lease)
+                self._condition.notify()
+                return
+            self._later[key] = (value, lease)
+            if self._due is None:
+                self._due = time.monotonic() + LINGER
+                self._condition.notify()
 
     def stop(self, timeout: float) -> None:
         """Write what is left, for at most `timeout` seconds, and end."""
@@ -43,28 +63,43 @@ class Publisher(threading.Thread):
         self.join(timeout)
 
     def run(self) -> None:
-        while True:
-            with self._condition:
-                while not self._pending:
-                    if self._stopping:
-                        return
-                    self._condition.wait()
-                key = next(iter(self._pending))
-                value, lease = self._pending.pop(key)
+        while (batch := self._next()) is not None:
             try:
-                self._write(key, value, lease)
+                self._write(batch)
             except NoContactError:
                 with self._condition:
                     # A newer value may have come meanwhile; ours is then out of date.
-                    self._pending.setdefault(key, (value, lease))
+                    for key, entry in batch.items():
+                        if key not in self._later:
+                            self._now.setdefault(key, entry)
                     if self._stopping:
                         return
                     self._condition.wait(0.1)
             except Exception as exc:
-                log.warning("etcd refused %s: %s", key, describe(exc))
+                log.warning("etcd refused %s: %s", ", ".join(batch), describe(exc))
 
-    def _write(self, key: str, value: bytes | None, lease: int) -> None:
-        if value is None:
+    def _next(self) -> Pending | None:
+        """Wait for something to write; None at the end. Keys with a lease come alone: a dead lease fails its batch."""
+        with self._condition:
+            while not self._now:
+                wait = None if self._due is None else self._due - time.monotonic()
+                if self._later and (self._stopping or (wait is not None and wait <= 0)):
+                    self._now, self._later, self._due = self._later, {}, None
+                    break
+                if self._stopping:
+                    return None
+                self._condition.wait(wait)
+            first = next(iter(self._now))
+            if self._now[first][1]:
+                return {first: self._now.pop(first)}
+            keys = [k for k, (_, lease) in self._now.items() if not lease][:BATCH]
+            return {k: self._now.pop(k) for k in keys}
+
+    def _write(self, batch: Pending) -> None:
+        ((key, (value, lease)), *rest) = batch.items()
+        if rest:
+            self._etcd.put_many({k: v for k, (v, _) in batch.items()}, retry=1.0)
+        elif value is None:
             self._etcd.delete(key, retry=1.0)
         else:
             self._etcd.put(key, value, lease=lease or None, retry=1.0)

@@ -6,14 +6,12 @@ which record and which field.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
+
+import msgspec
 
 from gms_launch.cohort.model import Phase
 
@@ -31,62 +29,20 @@ class Wanted(str, Enum):
     DEAD = "dead"
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in typing.get_args(kind):
-            return None
-        return _convert(next(a for a in typing.get_args(kind) if a is not type(None)), value, where)
-    if origin is tuple and isinstance(value, list):
-        inner = typing.get_args(kind)[0]
-        return tuple(_convert(inner, v, where) for v in value)
-    if origin is not None and isinstance(value, dict):  # Mapping[str, ...]
-        inner = typing.get_args(kind)[1]
-        return {k: _convert(inner, v, where) for k, v in value.items()}
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _from_mapping(typing.cast("type[Any]", kind), value, where)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        try:
-            return kind(value)
-        except ValueError:
-            raise RecordError(f"{where}: {value!r} is not a {kind.__name__}") from None
-    if kind is Any:
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise RecordError(f"{where}: expected {getattr(kind, '__name__', kind)}, found {value!r}")
-
-
-def _from_mapping(cls: type[Any], data: Mapping[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for f in dataclasses.fields(cls):
-        if f.name in data:
-            values[f.name] = _convert(hints[f.name], data[f.name], f"{where}.{f.name}")
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise RecordError(f"{where}: field {f.name} is missing")
-    return cls(**values)
-
-
 @dataclass(frozen=True)
 class Record:
     """Base of all records: JSON in and out."""
 
     def encode(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
+        return msgspec.json.encode(self)
 
     @classmethod
     def decode(cls: type[R], data: bytes | str) -> R:
         """Raises `RecordError` when `data` is not such a record."""
         try:
-            parsed = json.loads(data)
-        except ValueError as exc:
-            raise RecordError(f"{cls.__name__}: not JSON ({exc})") from None
-        if not isinstance(parsed, dict):
-            raise RecordError(f"{cls.__name__}: expected an object, found {parsed!r}")
-        return typing.cast(R, _from_mapping(cls, parsed, cls.__name__))
+            return msgspec.json.decode(data, type=cls)
+        except msgspec.MsgspecError as exc:
+            raise RecordError(f"{cls.__name__}: {exc}") from None
 
 
 class RunState(str, Enum):

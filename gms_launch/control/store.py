@@ -198,6 +198,16 @@ class Etcd:
         reply = self.call(lambda c: c.put(key, value, lease=lease), retry)
         return int(reply.header.revision)
 
+    def put_many(self, values: Mapping[str, bytes | None], retry: float = 8.0) -> None:
+        """Store or (None) delete several keys at once: one revision, one message to every watcher."""
+
+        def request(client: Any) -> None:
+            t = client.transactions
+            steps = [t.delete(k) if v is None else t.put(k, v) for k, v in values.items()]
+            client.transaction(compare=[], success=steps, failure=[])
+
+        self.call(request, retry)
+
     def create(self, key: str, value: bytes, lease: int = 0, retry: float = 8.0) -> bool:
         """Store `value` if `key` does not exist; says whether it holds our value now."""
 

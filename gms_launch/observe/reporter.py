@@ -48,10 +48,10 @@ class Reporter:
         self.lease = 0
         self.started = time.time()
 
-    def put(self, key: str, value: bytes, lease: int = 0) -> None:
-        """Store a record in etcd, as soon as there is one."""
+    def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
+        """Store a record in etcd, at once, or `later` when nobody waits for it."""
         assert self.link is not None, "nothing is reported before there is etcd"
-        self.link.put(key, value, lease)
+        self.link.put(key, value, lease, later)
 
     def emit(
         self,
@@ -70,7 +70,7 @@ class Reporter:
             self._journal.add(event)
         if self.link is not None:
             key = self._keys.event(int(now * 1e9), self._node_rank, self._serial)
-            self.link.put(key, event.encode())
+            self.link.put(key, event.encode(), later=True)
             self._event_keys.append(key)
             if len(self._event_keys) > EVENTS_KEPT:
                 self.link.delete(self._event_keys.popleft())

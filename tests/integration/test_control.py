@@ -19,7 +19,7 @@ from gms_launch.control.gateway import Gateway
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
 from gms_launch.control.store import Access, Etcd
-from gms_launch.control.watch import Watch
+from gms_launch.control.watch import Change, Watch
 from gms_launch.errors import NoContactError
 from tests.support import EtcdServer, eventually, free_port
 
@@ -213,6 +213,26 @@ def test_publisher_writes_the_last_value_when_etcd_is_back(store: Etcd, etcd: Et
     etcd.start()
     eventually(lambda: store.get("/a/1") == b"99")
     publisher.stop(5.0)
+
+
+def test_what_is_kept_for_later_goes_out_together(store: Etcd) -> None:
+    publisher = Publisher(store)
+    changes: queue.Queue[Change] = queue.Queue()
+    watch = Watch(store, "/a/", lambda _: None, changes.put)
+    watch.start()
+    eventually(lambda: watch.resumes)
+    publisher.start()
+    for n in range(5):
+        publisher.put(f"/a/{n}", b"later", later=True)
+    publisher.put("/a/now", b"now")
+    found = [changes.get(timeout=5) for _ in range(6)]
+    assert found[0].key == "/a/now", "what somebody waits for does not wait for the rest"
+    assert len({c.revision for c in found[1:]}) == 1, "one transaction"
+    publisher.put("/a/0", b"urgent")
+    publisher.put("/a/0", b"newer", later=True)
+    eventually(lambda: store.get("/a/0") == b"newer")
+    publisher.stop(5.0)
+    watch.stop()
 
 
 def test_another_endpoint_is_used_when_one_is_dead(etcd: EtcdServer) -> None:

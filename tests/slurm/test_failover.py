@@ -164,6 +164,6 @@ def test_drills_kill_one_rank_only_and_the_rest_follows(lab: Lab, model: Path) -
             first = min(drill, key=lambda e: e["time"])
             assert (first["node_rank"], first["detail"]) == (node_rank, "drill")
             assert {e["detail"] for e in drill if e is not first} <= {
-                f"rank {k} of the same life ended" for k in range(3)
+                f"a rank of the same life ended: rank {k}" for k in range(3)
             }
             assert run.text() == before

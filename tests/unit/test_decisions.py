@@ -103,7 +103,7 @@ def test_a_rank_dies_with_its_peer_and_nobody_else_does() -> None:
     dead = {(0, 1): PeerRank(0, 1, 1, Phase.FAILING)}
     (kill,) = decide(wanted, local, dead)
     assert isinstance(kill, KillRank)
-    assert (kill.cohort_id, kill.incarnation, kill.reason) == (0, 1, "rank 1 of the same life ended")
+    assert (kill.cohort_id, kill.incarnation, kill.reason) == (0, 1, "a rank of the same life ended: rank 1")
     assert decide(wanted, local, {(1, 1): PeerRank(1, 3, 1, Phase.FENCED)}) == [], "that was an earlier life"
 
 

@@ -38,11 +38,14 @@ def test_a_newer_writers_fields_are_passed_over() -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"x", "not JSON"),
-        (b"[]", "expected an object"),
-        (b"{}", "cohort_id is missing"),
-        (b'{"cohort_id":"0","node_rank":0,"incarnation":1,"phase":"active"}', "RankRecord.cohort_id: expected int"),
-        (b'{"cohort_id":0,"node_rank":0,"incarnation":1,"phase":"flying"}', "'flying' is not a Phase"),
+        (b"x", "RankRecord: JSON is malformed"),
+        (b"[]", "Expected `object`, got `array`"),
+        (b"{}", "missing required field `cohort_id`"),
+        (
+            b'{"cohort_id":"0","node_rank":0,"incarnation":1,"phase":"active"}',
+            "Expected `int`, got `str` - at `.\\.cohort_id`",
+        ),
+        (b'{"cohort_id":0,"node_rank":0,"incarnation":1,"phase":"flying"}', "Invalid enum value 'flying'"),
     ],
 )
 def test_garbage_is_named(data: bytes, says: str) -> None:
