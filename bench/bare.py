@@ -17,7 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
+
+from gms_launch.control.gateway import Gateway
+from gms_launch.gms import gpus
 
 
 def free_port() -> int:
@@ -57,10 +61,15 @@ def wait_for_text(port: int, model: str, timeout: float, pause: float = 0.002) -
 
 
 class BareStack:
-    """Use as a context manager. `model` is a model directory."""
+    """Use as a context manager. `model` is a model directory, `memory` whose GMS owns: host or cuda.
 
-    def __init__(self, model: Path) -> None:
-        self.model = model
+    `cold_start` is the time from the first engine's start to its first token (seconds), the weights read from disk.
+    """
+
+    def __init__(self, model: Path, memory: str = "host", ready: float = 60.0) -> None:
+        self.model, self.memory, self._ready = model, memory, ready
+        self.cold_start = 0.0
+        self.used: dict[str, int] = {}
         self.port = free_port()
         self.directory = Path(tempfile.mkdtemp(prefix="bare-", dir="/dev/shm"))
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -91,7 +100,12 @@ class BareStack:
         return process
 
     def _env(self) -> dict[str, str]:
-        return {"ETCD_ENDPOINTS": f"http://127.0.0.1:{self._etcd_port}", "GMS_SOCKET_DIR": str(self.directory)}
+        env = {"ETCD_ENDPOINTS": f"http://127.0.0.1:{self._etcd_port}", "GMS_SOCKET_DIR": str(self.directory)}
+        return env | {
+            "REFERENCE_DEVICE": self.memory,
+            "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
+            "DYN_TCP_RPC_HOST": "127.0.0.1",
+        }
 
     def _start(self) -> None:
         url, peer = f"http://127.0.0.1:{self._etcd_port}", f"http://127.0.0.1:{free_port()}"
@@ -103,13 +117,22 @@ class BareStack:
                 *("--initial-cluster", f"n={peer}"),
             ],
         )
-        self._spawn("gms", [sys.executable, "-m", "gms_launch.gms", "--device", "0"], **self._env())
+        gms = [sys.executable, "-m", "gms_launch.gms", "--device", "0", "--memory", self.memory]
+        self._spawn("gms", gms, **self._env())
         frontend = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(self.port)]
         self._spawn("frontend", frontend, **self._env())
+        if self.memory == "cuda":
+            self.used["before"] = gpu_used()
+        begun = time.perf_counter()
         self.primary = self.engine(0)
+        first, _ = wait_for_text(self.port, str(self.model), self._ready, 0.02)
+        self.cold_start = first - begun
+        if self.memory == "cuda":
+            self.used["primary_serving"] = gpu_used()
         self.shadow = self.engine(1)
-        wait_for_text(self.port, str(self.model), 60, 0.05)
         self.wait_parked(self.shadow)
+        if self.memory == "cuda":
+            self.used["and_shadow_parked"] = gpu_used()
 
     def engine(self, engine_id: int) -> tuple[int, subprocess.Popen[bytes], Path]:
         """Start an engine; returns its id, process and log."""
@@ -136,7 +159,7 @@ class BareStack:
         return engine_id, self._spawn(name, argv, **env), self.directory / f"{name}.log"
 
     def wait_parked(self, engine: tuple[int, subprocess.Popen[bytes], Path]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + self._ready
         while "waiting for lock" not in engine[2].read_text():
             if engine[1].poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the shadow did not park:\n{engine[2].read_text()[-2000:]}")
@@ -157,19 +180,17 @@ class BareStack:
 
     def _revoke_dead(self) -> None:
         """Forget instances nobody listens for any more, as an operator would with etcdctl."""
-        env = os.environ | {"ETCDCTL_API": "3"}
-        ctl = ["etcdctl", "--endpoints", self._env()["ETCD_ENDPOINTS"]]
-        keys = subprocess.run(
-            [*ctl, "get", "--prefix", "v1/instances/dynamo/backend/generate/"],
-            env=env,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.splitlines()
-        for key, value in zip(keys[::2], keys[1::2], strict=True):
+        url = self._env()["ETCD_ENDPOINTS"]
+        found = Gateway((url,)).get_prefix("v1/instances/dynamo/backend/generate/")
+        for key, value in found.items():
             host, port = json.loads(value)["transport"]["tcp"].split("/")[0].rsplit(":", 1)
             with socket.socket() as probe:
-                if probe.connect_ex((host, int(port))) != 0:
-                    subprocess.run(
-                        [*ctl, "lease", "revoke", key.rpartition("/")[2]], env=env, check=True, capture_output=True
-                    )
+                if probe.connect_ex((host, int(port))) == 0:
+                    continue
+            body = json.dumps({"ID": str(int(key.rpartition("/")[2], 16))}).encode()
+            urllib.request.urlopen(f"{url}/v3/lease/revoke", body, timeout=5).close()
+
+
+def gpu_used() -> int:
+    """Bytes in use on the first GPU, by NVML."""
+    return gpus.look()[0].used

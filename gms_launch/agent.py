@@ -50,8 +50,12 @@ log = logging.getLogger("agent")
 HOUSEKEEPING = 10.0
 #: Least time between two reports of this node and views for people (seconds).
 SHOW_PAUSE = 0.05
-#: Pause between two attempts to get a first token (seconds); the frontend announces nothing.
+#: Pause between two looks for a first token (seconds); the frontend announces nothing.
 CONFIRM_PAUSE = 0.005
+#: How long users' requests are waited for before the agent sends one of its own (seconds).
+QUIET = 0.05
+#: How long a request in flight is trusted to bring a token; it may be one that the dead engine left hanging (seconds).
+PATIENCE = 2.0
 
 
 class Agent:
@@ -402,13 +406,14 @@ class Agent:
         self.wake.set()
 
     async def _confirm(self, rank: Rank) -> None:
-        """A promotion is done when a token comes through the frontend."""
-        layout, begun = self.layout, time.monotonic()
-        arguments = (layout.frontend_address, layout.ports.frontend, layout.model_name)
+        """A promotion is done when a token comes through the frontend: a user's, or ours if nobody asks for one.
+
+        Ours costs a prefill, and users wait at that very moment.
+        """
+        begun = time.monotonic()
+        seen = _Traffic(self.layout)
         while rank.phase is Phase.ACTIVE and not self.stopping.is_set():
-            try:
-                await self.loop.run_in_executor(None, frontend.one_token, *arguments)
-            except NotReadyError:
+            if not await self.loop.run_in_executor(None, seen.a_token_came):
                 # Quickly while it is about to come, then without getting in anybody's way.
                 await asyncio.sleep(CONFIRM_PAUSE if time.monotonic() - begun < 2.0 else 0.2)
                 continue
@@ -455,6 +460,7 @@ class Agent:
         self.report.node(
             services=tuple(runner.status() for runner in self.services.values()),
             gms=self.gms.status,
+            gpu_memory=self.gms.gpus,
             lock_holder=self.ranks.lock_holder() if self.is_leader else "",
             stopping=self.stopping.is_set(),
             stopped=stopped,
@@ -497,3 +503,37 @@ class Agent:
             await self.look_at_gms()
             await self.loop.run_in_executor(None, rotate, self.layout.log_dir, limit)
             self.ranks.fence_again()
+
+
+class _Traffic:
+    """Looks for a token that came through the frontend after this was made. In a thread."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._where = (layout.frontend_address, layout.ports.frontend)
+        self._model = layout.model_name
+        self._before: float | None = None
+        self._listed_at: float | None = None
+        self._quiet_since = 0.0
+
+    def a_token_came(self) -> bool:
+        """True once one did. Sends a request for one if the model is there and nobody else asks."""
+        try:
+            if self._listed_at is None:
+                counted = frontend.traffic(*self._where)
+                self._before = counted[0] if counted else self._before
+                if not frontend.listed(*self._where, self._model):
+                    return False
+                self._listed_at = self._quiet_since = time.monotonic()
+            now, counted = time.monotonic(), frontend.traffic(*self._where)
+            if counted is not None:
+                tokens, in_flight = counted
+                if tokens > (self._before or 0.0):
+                    return True
+                if in_flight and now - self._listed_at < PATIENCE:
+                    self._quiet_since = now  # that one's token will do
+                if now - self._quiet_since < QUIET:
+                    return False
+            frontend.one_token(*self._where, self._model)
+        except NotReadyError:
+            return False
+        return True

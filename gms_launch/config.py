@@ -85,6 +85,14 @@ SETTINGS: tuple[Setting, ...] = (
         "gms",
         recipe="GMS_SOCKET_DIR",
     ),
+    Setting(
+        "gms_memory",
+        str,
+        "auto",
+        "what the builtin GMS server owns: cuda where there is a GPU and none is made up (auto), or one of the two",
+        "gms",
+        choices=("auto", "host", "cuda"),
+    ),
     Setting("virtual_gpus", int, 1, "devices to make up on a machine without GPUs", "gms", minimum=1, maximum=16),
     Setting("virtual_gpu_mib", int, 4096, "memory of a made-up device (MiB)", "gms", minimum=1),
     Setting("etcd_bin", str, "", "etcd binary; found on PATH when empty", "services"),
@@ -161,6 +169,7 @@ class Settings:
     hosts: str
     gms_server: str
     gms_socket_dir: str
+    gms_memory: str
     virtual_gpus: int
     virtual_gpu_mib: int
     etcd_bin: str

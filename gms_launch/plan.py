@@ -115,13 +115,25 @@ class Layout:
     def gms_kind(self) -> str:
         return gms.choose(self.settings.gms_server, self.settings.engine, self.settings.python)
 
-    def devices(self) -> list[devices.Device]:
+    @property
+    def gms_memory(self) -> str:
+        """host or cuda: whose memory GMS owns."""
         if self.gms_kind == "upstream":
-            return devices.real_devices()
+            return "cuda"
+        if self.settings.gms_memory != "auto":
+            return self.settings.gms_memory
+        made_up = self.settings.sources.get("virtual_gpus", "Slurm") != "Slurm"
+        return "cuda" if not made_up and devices.real_devices() else "host"
+
+    def devices(self) -> list[devices.Device]:
+        if self.gms_memory == "cuda":
+            return list(devices.real_devices())
         return devices.virtual_devices(self.settings.virtual_gpus, self.settings.virtual_gpu_mib)
 
     def gms_services(self) -> list[Service]:
-        return gms.services(self.gms_kind, self.python, self.devices(), self.node_dir.gms, self.settings.gms_timeout)
+        return gms.services(
+            self.gms_kind, self.gms_memory, self.python, self.devices(), self.node_dir.gms, self.settings.gms_timeout
+        )
 
     def etcd_service(self) -> Service:
         return etcd.service(
@@ -180,6 +192,7 @@ class Layout:
                 lock_path=self.node_dir.lock,
                 plane=self.plane,
                 engine_args=self.settings.engine_args,
+                gms_memory=self.gms_memory,
             )
         )
 
@@ -196,7 +209,7 @@ class Layout:
         if local > found:
             raise UsageError(
                 f"tp {self.settings.tp} over {self.settings.nnodes} nodes needs {local} devices on this node; it has "
-                f"{found}" + ("; see --virtual-gpus" if self.gms_kind == "builtin" else "")
+                f"{found}" + ("; see --virtual-gpus" if self.gms_memory == "host" else "")
             )
         if self.topology.is_leader:
             if self.own_etcd:
@@ -235,6 +248,7 @@ class Layout:
             "leader_address": self.topology.leader_address,
             "engine": self.settings.engine,
             "gms_server": self.gms_kind,
+            "gms_memory": self.gms_memory,
             "frontend_url": self.frontend_url,
             "run_dir": str(self.run_dir.path),
             "node_dir": str(self.node_dir.path),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -14,6 +15,8 @@ from gms_launch.cli.plan import layout
 from gms_launch.config import Settings
 from gms_launch.engines.dynamo import missing_modules
 from gms_launch.errors import LaunchError
+from gms_launch.gms import gpus
+from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.plan import check_model
 from gms_launch.rundir import LOCAL_ROOT, home, private_directory, user_root
 from gms_launch.services.base import find_binary
@@ -63,8 +66,41 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         found = layout(settings)
         kind, devices = found.gms_kind, found.devices()
         if not devices:
-            raise LaunchError("no GPU is visible (nvidia-smi, CUDA_VISIBLE_DEVICES)")
-        return f"{kind}: " + ", ".join(f"{d.uuid} {d.memory >> 20} MiB" for d in devices)
+            raise LaunchError(f"no GPU is visible: {gpus.problem() or 'CUDA_VISIBLE_DEVICES leaves none'}")
+        names = ", ".join(f"{d.uuid} {d.memory >> 20} MiB" for d in devices)
+        return f"{kind} server, {found.gms_memory} memory: {names}"
+
+    def driver() -> str:
+        if found := gpus.problem():
+            return f"none ({found}); engines that need no GPU run all the same"
+        return "; ".join(
+            f"{g.name} {g.uuid}, {g.used >> 20} of {g.total >> 20} MiB used, mode {g.mode}"
+            + (f", held by {', '.join(str(pid) for pid, _ in g.processes)}" if g.processes else "")
+            for g in gpus.look()
+        )
+
+    def same_gpu() -> str:
+        code = (
+            "import sys\nfrom gms_launch.gms.backends import cuda\ncuda.init()\n"
+            "print(*[cuda.device_uuid(k) for k in range(int(sys.argv[1]))])"
+        )
+        wanted = [d.uuid for d in layout(settings).devices()]
+        done = subprocess.run(
+            [python, "-c", code, str(len(wanted))],
+            capture_output=True,
+            text=True,
+            env=os.environ | CUDA_ORDER,
+            timeout=60,
+            check=False,
+        )
+        if done.returncode:
+            raise LaunchError(f"CUDA does not start: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        seen = done.stdout.split()
+        if [s.partition("-")[2] for s in seen] != [w.partition("-")[2] for w in wanted]:
+            raise LaunchError(
+                f"CUDA numbers the GPUs {seen}, NVML {wanted}: sockets would name others than engines use"
+            )
+        return f"CUDA and NVML agree on {len(wanted)} GPUs"
 
     def place() -> str:
         found = topology.discover(settings)
@@ -93,7 +129,10 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
     check("model", model)
     check("engine", engine)
     check("frontend", lambda: modules("dynamo.frontend"))
+    check("driver", driver)
     check("gms", gms_devices)
+    if checks[-1][1] and layout(settings).gms_memory == "cuda":
+        check("gpu identity", same_gpu)
     if not settings.etcd_endpoints:
         check("etcd", lambda: find_binary("etcd_bin", settings.etcd_bin, "etcd", "etcd-server"))
     if settings.nats and not settings.nats_server:

@@ -1,6 +1,7 @@
 """Kill a rank and prove it dead on this node.
 
-Proof is: its process group is empty, no process carries its tag, and no GMS session of its processes is left.
+Proof is: its process group is empty, no process carries its tag, no GMS session of its processes is left, and NVML
+lists none of them on the GPUs: the driver takes its time to free what a process had there.
 Blocking; runs in a thread. What cannot be killed is named.
 """
 
@@ -14,14 +15,15 @@ from pathlib import Path
 
 from gms_launch.cohort import proc, process
 from gms_launch.cohort.proc import ProcessId
-from gms_launch.gms import probe
+from gms_launch.gms import gpus, probe
 
 
 @dataclass(frozen=True)
 class Fenced:
     """The outcome. Times are Unix seconds; `strays` had left their group and were found by their tag.
 
-    `leftovers` are pids that would not die, `sessions` GMS sockets that still list one of the dead.
+    `leftovers` are pids that would not die, `sessions` GMS sockets that still list one of the dead, `on_gpu` pids that
+    NVML still lists. `gpu_free_at` is 0 without GPUs.
     """
 
     dead_at: float
@@ -29,13 +31,17 @@ class Fenced:
     strays: tuple[int, ...] = ()
     leftovers: tuple[int, ...] = ()
     sessions: tuple[str, ...] = ()
+    on_gpu: tuple[int, ...] = ()
+    gpu_free_at: float = 0.0
 
     @property
     def proved(self) -> bool:
-        return not self.leftovers and not self.sessions
+        return not self.leftovers and not self.sessions and not self.on_gpu
 
 
-def destroy(leader: ProcessId, tag: str, sockets: Sequence[Path], timeout: float) -> Fenced:
+def destroy(
+    leader: ProcessId, tag: str, sockets: Sequence[Path], timeout: float, gpu_uuids: frozenset[str] = frozenset()
+) -> Fenced:
     """SIGKILL the rank led by `leader`, whose processes carry `tag`, and wait for proof, at most `timeout` seconds.
 
     `leader` must be an unreaped child, so that its number still means it.
@@ -61,7 +67,12 @@ def destroy(leader: ProcessId, tag: str, sockets: Sequence[Path], timeout: float
     pids = {who.pid for who in seen}
     while (held := _sessions(sockets, pids)) and time.monotonic() < deadline:
         time.sleep(0.005)  # the server drops a session when it reads the end of file; nothing announces it
-    return Fenced(dead_at, time.time(), tuple(sorted(strays)), leftovers, tuple(held))
+    on_gpu: set[int] = set()
+    while gpu_uuids and (on_gpu := gpus.pids_on(gpu_uuids) & pids) and time.monotonic() < deadline:
+        time.sleep(0.005)  # NVML announces nothing
+    now = time.time()
+    free_at = now if gpu_uuids and not on_gpu else 0.0
+    return Fenced(dead_at, now, tuple(sorted(strays)), leftovers, tuple(held), tuple(sorted(on_gpu)), free_at)
 
 
 def _open(who: ProcessId) -> int | None:

@@ -106,7 +106,7 @@ class Rank:
         for line in self._follower.lines():
             if self.phase not in ALIVE:
                 break
-            if self.engine.is_awake(line):
+            if self.phase is Phase.WAKING and self.engine.is_awake(line):
                 self.on_event(self, "awake", time.time(), "")
             phase = self.engine.phase_of(line)
             if phase is not None:
@@ -155,14 +155,16 @@ class Rank:
             self._move(Phase.FAILING, time.time())
             self._unwatch()
 
-    async def destroy(self, sockets: Sequence[Path]) -> None:
+    async def destroy(self, sockets: Sequence[Path], gpu_uuids: frozenset[str] = frozenset()) -> None:
         """Kill what is left and fence. Does nothing when that is done or under way."""
         if self._fencing or self.child is None or self.phase is Phase.FENCED:
             return
         self._fencing = True
         self.failing()
         loop = asyncio.get_running_loop()
-        done: Fenced = await loop.run_in_executor(None, fence.destroy, self.child.id, self.tag, sockets, FENCE_TIMEOUT)
+        done: Fenced = await loop.run_in_executor(
+            None, fence.destroy, self.child.id, self.tag, sockets, FENCE_TIMEOUT, gpu_uuids
+        )
         strays = f"found outside the group: {', '.join(map(str, done.strays))}" if done.strays else ""
         self.on_event(self, "dead", done.dead_at, strays)
         self.leftovers = done.leftovers
@@ -172,8 +174,10 @@ class Rank:
             self.exit = self.exit or str(self.child.peek())
             self.child.reap()
             self._move(Phase.FENCED, done.fenced_at)
-            self.on_event(self, "fenced", done.fenced_at, "")
+            gpu = f"gone from the GPU {(done.gpu_free_at - done.dead_at) * 1000:.0f} ms after its death"
+            self.on_event(self, "fenced", done.fenced_at, gpu if done.gpu_free_at else "")
         else:
             self._fencing = False
             left = [f"process {pid}" for pid in done.leftovers] + [f"a GMS session on {s}" for s in done.sessions]
+            left += [f"process {pid} on a GPU, by NVML" for pid in done.on_gpu]
             self.on_event(self, "unfenced", done.fenced_at, f"still there after {FENCE_TIMEOUT:g} s: {', '.join(left)}")

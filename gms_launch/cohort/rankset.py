@@ -120,13 +120,13 @@ class RankSet:
         for lease in rank.leases:
             self._spawn(self._revoke_lease(rank, lease))
         rank.leases = set()
-        self._spawn(rank.destroy(self._gms.sockets))
+        self._spawn(rank.destroy(self._gms.sockets, self._gms.gpu_uuids))
 
     def fence_again(self) -> None:
         """Another try at what would not die."""
         for rank in self._by_slot.values():
             if rank.phase is Phase.FAILING:
-                self._spawn(rank.destroy(self._gms.sockets))
+                self._spawn(rank.destroy(self._gms.sockets, self._gms.gpu_uuids))
 
     async def stop(self, rank: Rank, grace: float) -> None:
         """End a rank: SIGTERM, and after `grace` seconds whatever it takes."""
@@ -136,7 +136,7 @@ class RankSet:
             process.kill_group(rank.child.id, signal.SIGTERM)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(rank.ended.wait(), grace)
-        await rank.destroy(self._gms.sockets)
+        await rank.destroy(self._gms.sockets, self._gms.gpu_uuids)
 
     def reap(self, keep: frozenset[int]) -> None:
         """Collect the orphans of dead ranks. `keep` are pids of the agent's other children."""
@@ -185,6 +185,7 @@ class RankSet:
             for rank in self._by_slot.values():
                 if rank.node_rank == 0 and rank.phase in (Phase.WAKING, Phase.ACTIVE):
                     rank.leases.add(lease)
+                    rank.read_log()  # discovery may be quicker than the log
                     rank.reached(Phase.ACTIVE)
 
     def lock_holder(self) -> str:

@@ -102,6 +102,27 @@ class GmsStatus(Record):
     allocations: int = 0
     loads: int = 0
     layout_hash: str = ""
+    allocated_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class GpuHolder(Record):
+    """A process on a GPU; `used` in bytes, -1 when NVML does not tell."""
+
+    pid: int
+    who: str
+    used: int
+
+
+@dataclass(frozen=True)
+class GpuStatus(Record):
+    """One GPU as NVML shows it; memory in bytes."""
+
+    uuid: str
+    name: str
+    total: int
+    used: int
+    holders: tuple[GpuHolder, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +143,7 @@ class NodeRecord(Record):
     gpus: tuple[str, ...] = ()
     services: tuple[ServiceStatus, ...] = ()
     gms: tuple[GmsStatus, ...] = ()
+    gpu_memory: tuple[GpuStatus, ...] = ()
     lock_holder: str = ""
     stopping: bool = False
     version: str = ""

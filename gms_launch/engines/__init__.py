@@ -77,6 +77,7 @@ class RankSpec:
     lock_path: Path
     plane: DynamoPlane
     engine_args: tuple[str, ...] = ()
+    gms_memory: str = "host"
 
 
 class Engine(Protocol):

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.process import Command
 from gms_launch.engines import RankSpec
+from gms_launch.gms.devices import CUDA_ORDER
 
 #: In the order they are written. "sleeping" became "paused" in 1.5; the failover_state lines came with 1.4.
 _PHASES: tuple[tuple[re.Pattern[str], Phase], ...] = (
@@ -66,6 +67,9 @@ class DynamoEngine:
             "DYN_HEALTH_CHECK_ENABLED": None,
             "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS": None,
         }
+        if spec.gms_memory == "cuda":
+            env |= CUDA_ORDER
+            env["REFERENCE_DEVICE"] = "cuda" if self.name == "reference" else None
         if spec.node_rank == 0:
             env |= spec.plane.environment()
             env |= {

@@ -1,7 +1,8 @@
 """`python -m gms_launch.gms --device N [--tag T]`: a GMS server for one device, with upstream's flags.
 
-Devices are made up (host memory). One process serves all tags of a device, which share its memory; with `--tag` in
-separate processes each has the whole size to itself.
+One process serves all tags of a device, which share its memory. `--memory cuda` owns a GPU's, by its index under
+CUDA_VISIBLE_DEVICES; `--memory host` makes devices up, and with `--tag` in separate processes each has the whole size
+to itself.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import signal
 import sys
 from pathlib import Path
 
+from gms_launch.gms.backends import Memory
 from gms_launch.gms.backends.host import HostMemory
-from gms_launch.gms.devices import TAGS, socket_dir, socket_path, virtual_devices
+from gms_launch.gms.devices import TAGS, device_uuid, socket_dir, socket_path
 from gms_launch.gms.server import AlreadyRunningError, Room, SocketServer
 from gms_launch.gms.store import LayoutStore
 
@@ -26,6 +28,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--tag", action="append", help=f"serve this tag only; may be repeated (default: {', '.join(TAGS)})"
     )
     parser.add_argument("--socket-path", type=Path, help="socket of the one tag served (default: in GMS_SOCKET_DIR)")
+    parser.add_argument("--memory", choices=["host", "cuda"], default="host", help="what kind of memory to own")
     parser.add_argument("--memory-mib", type=int, default=4096, help="size of the made-up device (MiB)")
     parser.add_argument("--alloc-retry-interval", type=float, default=0.5, help="seconds between attempts when full")
     parser.add_argument("--alloc-retry-timeout", type=float, default=60.0, help="seconds until an allocation fails")
@@ -41,19 +44,36 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def make_memory(options: argparse.Namespace, uuid: str) -> Memory:
+    """The memory to own. Raises `CudaError`, also when CUDA's device is not the one that NVML calls `uuid`."""
+    if options.memory == "host":
+        return HostMemory(options.memory_mib * 1024 * 1024)
+    from gms_launch.gms.backends.cuda import CudaError, CudaMemory
+
+    memory = CudaMemory(options.device)
+    if memory.uuid.partition("-")[2] != uuid.partition("-")[2]:
+        raise CudaError(
+            "cuDeviceGetUuid",
+            "another device",
+            f"device {options.device} is {memory.uuid} to CUDA and {uuid} to NVML; set CUDA_DEVICE_ORDER=PCI_BUS_ID",
+        )
+    return memory
+
+
 async def serve(options: argparse.Namespace) -> None:
-    device = virtual_devices(options.device + 1, options.memory_mib)[options.device]
-    memory, room = HostMemory(device.memory), Room()
+    uuid = device_uuid(options.memory, options.device)
+    memory, room = make_memory(options, uuid), Room()
     servers = []
     for tag in options.tag:
-        path = options.socket_path or socket_path(socket_dir(), device.uuid, tag)
+        path = options.socket_path or socket_path(socket_dir(), uuid, tag)
         server = SocketServer(
             path, LayoutStore(memory), room, options.alloc_retry_interval, options.alloc_retry_timeout
         )
         server.bind()
         servers.append(server)
+        mib = memory.total >> 20
         logging.info(
-            "GMS tag %s of device %d (%s, %d MiB): %s", tag, device.index, device.uuid, options.memory_mib, path
+            "GMS tag %s of device %d (%s, %s, %d MiB): %s", tag, options.device, uuid, options.memory, mib, path
         )
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -73,8 +93,12 @@ def main() -> None:
     )
     try:
         asyncio.run(serve(options))
-    except (AlreadyRunningError, OSError) as exc:
+    except (AlreadyRunningError, OSError, LookupError) as exc:
         sys.exit(f"gms: {exc}")
+    except Exception as exc:
+        if options.memory == "cuda":
+            sys.exit(f"gms: {type(exc).__name__}: {exc}")
+        raise
 
 
 if __name__ == "__main__":

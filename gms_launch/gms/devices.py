@@ -7,15 +7,17 @@ restart and differ between machines.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
 import tempfile
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from gms_launch.gms import gpus
+
+#: CUDA numbers GPUs by speed unless told to number them as NVML does, by bus.
+CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 TAGS = ("weights", "kv_cache")
 _NAMESPACE = uuid.UUID("5f0c6c1e-8a53-4c1e-9d0e-0b1f5d9b7a11")
 
@@ -38,35 +40,36 @@ def virtual_devices(count: int, mib: int, node: str | None = None) -> list[Devic
     ]
 
 
-def real_devices(environ: Mapping[str, str] = os.environ) -> list[Device]:
-    """The GPUs of this node in the engine's view (CUDA_VISIBLE_DEVICES), as nvidia-smi lists them; maybe none."""
-    binary = shutil.which("nvidia-smi")
-    if binary is None:
-        return []
-    query = [binary, "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_smi(done.stdout, environ.get("CUDA_VISIBLE_DEVICES"))
+@cache
+def real_devices() -> tuple[Device, ...]:
+    """The GPUs of this node in the engine's view (CUDA_VISIBLE_DEVICES), as NVML names them; maybe none.
+
+    Asked once a process: NVML and CUDA must agree on the order, which `CUDA_ORDER` makes sure of.
+    """
+    return tuple(choose(gpus.look(), os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
-def parse_smi(text: str, visible: str | None) -> list[Device]:
-    """Devices from nvidia-smi's `uuid, MiB` lines, numbered as a process with that CUDA_VISIBLE_DEVICES sees them."""
-    physical = []
-    for line in text.splitlines():
-        gpu, _, mib = line.partition(",")
-        if gpu.strip():
-            physical.append((gpu.strip(), int(mib)))
-    chosen = physical
+def choose(found: list[gpus.Gpu], visible: str | None) -> list[Device]:
+    """Devices numbered as a process with that CUDA_VISIBLE_DEVICES sees them: indices, GPU- or MIG- names or starts."""
+    whole = [g for g in found if not g.mig]
+    chosen = whole
     if visible is not None:
         chosen = []
         for word in (w.strip() for w in visible.split(",")):
-            match = [p for k, p in enumerate(physical) if word == str(k) or (word and p[0].startswith(word))]
-            if not match:
+            named = [g for g in found if word.startswith(("GPU-", "MIG-")) and g.uuid.startswith(word)]
+            match = named or ([whole[int(word)]] if word.isdigit() and int(word) < len(whole) else [])
+            if not match or match[0] in chosen:
                 break  # CUDA stops at the first entry that names nothing
             chosen.append(match[0])
-    return [Device(k, gpu, mib * 1024 * 1024, virtual=False) for k, (gpu, mib) in enumerate(chosen)]
+    return [Device(k, gpu.uuid, gpu.total, virtual=False) for k, gpu in enumerate(chosen)]
+
+
+def device_uuid(kind: str, index: int) -> str:
+    """The name of the device `index` of a kind (host, cuda) in this process's view. Raises `LookupError`."""
+    known = real_devices() if kind == "cuda" else virtual_devices(index + 1, 1)
+    if index >= len(known):
+        raise LookupError(f"there is no GPU {index} here: NVML and CUDA_VISIBLE_DEVICES give {len(known)}")
+    return known[index].uuid
 
 
 def socket_dir() -> Path:

@@ -1,11 +1,12 @@
-"""Watch the GMS sockets of a node: their state, and how often the weights were written."""
+"""Watch the GMS sockets of a node and its GPUs: states, how often the weights were written, who holds which memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from gms_launch.control.records import GmsStatus
-from gms_launch.gms import probe
+from gms_launch.cohort import proc
+from gms_launch.control.records import GmsStatus, GpuHolder, GpuStatus
+from gms_launch.gms import gpus, probe
 from gms_launch.gms.devices import TAGS, Device, socket_path
 
 
@@ -16,10 +17,14 @@ class GmsWatch:
         self.devices = devices
         self.sockets = [socket_path(directory, d.uuid, tag) for d in devices for tag in TAGS]
         self._directory = directory
+        self.gpu_uuids = frozenset(d.uuid for d in devices if not d.virtual)
         self.status: tuple[GmsStatus, ...] = ()
+        self.gpus: tuple[GpuStatus, ...] = ()
 
     def look(self) -> None:
         self.status = tuple(self._ask(d, tag) for d in self.devices for tag in TAGS)
+        if self.gpu_uuids:
+            self.gpus = tuple(_gpu(g) for g in gpus.look() if g.uuid in self.gpu_uuids)
 
     def lost(self, name: str) -> None:
         """A server (`gms-<device>[-<tag>]`) is gone: its sockets are down, without asking."""
@@ -46,6 +51,17 @@ class GmsWatch:
             committed=state.committed,
             ro_sessions=state.ro_session_count,
             allocations=state.allocation_count,
+            allocated_bytes=state.allocated_bytes,
             loads=sum(e.kind == "rw_connected" for e in events),
             layout_hash=state.memory_layout_hash,
         )
+
+
+def _gpu(gpu: gpus.Gpu) -> GpuStatus:
+    """A GPU with its processes by name: those of ours by the front of their tag, as cohort/life or service."""
+    holders = []
+    for pid, size in gpu.processes:
+        parts = (proc.tag_of(pid) or "").split("/")
+        who = f"cohort {parts[1]}.{parts[2]}" if len(parts) == 4 and parts[1].isdigit() else (parts[1:2] or ["?"])[0]
+        holders.append(GpuHolder(pid, who, size))
+    return GpuStatus(gpu.uuid, gpu.name, gpu.total, gpu.used, tuple(holders))

@@ -160,7 +160,18 @@ def _node_json(n: NodeRecord) -> dict[str, Any]:
                 "ro_sessions": g.ro_sessions,
                 "allocations": g.allocations,
                 "loads": g.loads,
+                "allocated_bytes": g.allocated_bytes,
             }
             for g in n.gms
+        ],
+        "gpus": [
+            {
+                "uuid": g.uuid,
+                "name": g.name,
+                "total_bytes": g.total,
+                "used_bytes": g.used,
+                "holders": [{"pid": h.pid, "who": h.who, "used_bytes": h.used} for h in g.holders],
+            }
+            for g in n.gpu_memory
         ],
     }

@@ -73,8 +73,15 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         for s in node.services:
             rest.add_row(str(node.node_rank), s.name, s.state, str(s.pid or ""), str(s.starts), s.detail)
         for g in node.gms:
-            note = f"{g.ro_sessions} readers, {g.allocations} allocations, written {g.loads} times"
+            held = f"{g.allocated_bytes / 2**30:.2f} GiB in {g.allocations} allocations"
+            note = f"{held}, {g.ro_sessions} readers, written {g.loads} times"
             rest.add_row(str(node.node_rank), f"gpu {g.device} {g.tag}", g.state.lower(), "", "", note)
+        for gpu in node.gpu_memory:
+            note = f"{gpu.used / 2**30:.1f} of {gpu.total / 2**30:.1f} GiB used"
+            rest.add_row(str(node.node_rank), gpu.name, "", "", "", f"{note}, {gpu.uuid}")
+            for h in gpu.holders:
+                size = f"{h.used / 2**30:.2f} GiB" if h.used >= 0 else "size not told"
+                rest.add_row(str(node.node_rank), f"  {h.who}", "", str(h.pid), "", size)
     parts.append(rest)
     return Group(*parts)
 

@@ -38,6 +38,46 @@ def probe(address: str, port: int) -> None:
         connection.close()
 
 
+def _get(address: str, port: int, path: str) -> str:
+    """The body of an answer 200. Raises `NotReadyError`."""
+    connection = http.client.HTTPConnection(connect_address(address), port, timeout=2.0)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        data = answer.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as exc:
+        raise NotReadyError(f"GET {path}: {exc or type(exc).__name__}") from None
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise NotReadyError(f"GET {path}: HTTP {answer.status}")
+    return data
+
+
+def listed(address: str, port: int, model: str) -> bool:
+    """True when the frontend has an engine for `model`. Costs the engines nothing. Raises `NotReadyError`."""
+    try:
+        return any(m["id"] == model for m in json.loads(_get(address, port, "/v1/models"))["data"])
+    except (ValueError, KeyError, TypeError) as exc:
+        raise NotReadyError(f"GET /v1/models: {exc!r}") from None
+
+
+def traffic(address: str, port: int) -> tuple[float, float] | None:
+    """Tokens that the frontend has passed on, and requests in flight; None when its metrics do not tell.
+
+    Names as in Dynamo 1.4 to 1.6. Raises `NotReadyError`.
+    """
+    found: dict[str, float] = {}
+    for line in _get(address, port, "/metrics").splitlines():
+        name, _, rest = line.partition("{")
+        if name in _TRAFFIC:
+            found[name] = found.get(name, 0.0) + float(rest.rpartition("}")[2])
+    return (found.get(_TRAFFIC[0], 0.0), found.get(_TRAFFIC[1], 0.0)) if found else None
+
+
+_TRAFFIC = ("dynamo_frontend_output_tokens_total", "dynamo_frontend_inflight_requests")
+
+
 def one_token(address: str, port: int, model: str, timeout: float = 5.0) -> None:
     """Ask for one token of `model`. Raises `NotReadyError` unless one came."""
     connection = http.client.HTTPConnection(connect_address(address), port, timeout=timeout)

@@ -12,36 +12,41 @@ from gms_launch.cohort.process import Command
 from gms_launch.engines.dynamo import missing_modules
 from gms_launch.errors import UsageError
 from gms_launch.gms import probe
-from gms_launch.gms.devices import TAGS, Device, socket_path
+from gms_launch.gms.devices import CUDA_ORDER, TAGS, Device, socket_path
 from gms_launch.services.base import NotReadyError, Service
 
 
 def choose(setting: str, engine: str, python: str) -> str:
     """`builtin` or `upstream` for the value of --gms-server. Raises `UsageError` for a pair that cannot work.
 
-    The reference engine maps host memory and vLLM a GPU's, so a server that owns the other kind is of no use to it.
+    The reference engine speaks to the builtin server alone, and vLLM brings upstream's client with upstream's server.
     """
     if setting == "auto":
         if engine == "reference":
             return "builtin"
         return "builtin" if missing_modules(python, ("gpu_memory_service",)) else "upstream"
     if setting == "upstream" and engine == "reference":
-        raise UsageError("--gms-server upstream owns GPU memory, and --engine reference maps host memory; use builtin")
+        raise UsageError("--engine reference speaks to the builtin GMS server; use --gms-server builtin")
     if setting == "upstream" and missing_modules(python, ("gpu_memory_service",)):
         raise UsageError("--gms-server upstream: gpu_memory_service cannot be imported (it is on no package index)")
     if setting == "builtin" and engine == "vllm":
-        raise UsageError("--gms-server builtin owns host memory, and --engine vllm needs a GPU's; use upstream")
+        raise UsageError("--engine vllm comes with gpu_memory_service and its own server; use --gms-server upstream")
     return setting
 
 
-def services(kind: str, python: str, devices: list[Device], directory: Path, timeout: float) -> list[Service]:
+def services(
+    kind: str, memory: str, python: str, devices: list[Device], directory: Path, timeout: float
+) -> list[Service]:
     """The servers for `devices`. A dead one stays dead: a new one would be empty, and engines hold the old memory."""
     made = []
     env: dict[str, str | None] = {"GMS_SOCKET_DIR": str(directory), "DYN_GMS_USE_V1": None}
+    if memory == "cuda":
+        env |= CUDA_ORDER
     for device in devices:
         if kind == "builtin":
             mib = str(device.memory // (1024 * 1024))
-            argv = (python, "-m", "gms_launch.gms", "--device", str(device.index), "--memory-mib", mib)
+            argv: tuple[str, ...] = (python, "-m", "gms_launch.gms", "--device", str(device.index))
+            argv += ("--memory", "cuda") if memory == "cuda" else ("--memory-mib", mib)
             made.append(_service(f"gms-{device.index}", argv, env, directory, device, TAGS, timeout))
         else:
             for tag in TAGS:

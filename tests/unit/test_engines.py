@@ -15,8 +15,10 @@ from gms_launch.config import resolve
 from gms_launch.engines import get
 from gms_launch.engines.reference import weights
 from gms_launch.engines.reference.args import Knobs
+from gms_launch.engines.reference.compute import host
 from gms_launch.errors import UsageError
-from gms_launch.gms.devices import parse_smi, virtual_devices
+from gms_launch.gms.devices import choose, virtual_devices
+from gms_launch.gms.gpus import Gpu
 
 RECORDED = Path(__file__).with_name("plans")
 
@@ -103,13 +105,13 @@ def test_an_engine_that_cannot_be_imported_is_named_and_not_replaced() -> None:
 
 def test_the_sum_notices_a_changed_and_a_moved_word() -> None:
     words = np.arange(300_000, dtype=np.uint64)
-    total = weights.weighted_sum(words, 0)
+    total = host.weighted_sum(words, 0)
     changed = words.copy()
     changed[222_222] ^= np.uint64(1)
-    assert weights.weighted_sum(changed, 0) != total
+    assert host.weighted_sum(changed, 0) != total
     moved = words.copy()
     moved[[5, 6]] = moved[[6, 5]]
-    assert weights.weighted_sum(moved, 0) != total
+    assert host.weighted_sum(moved, 0) != total
     exact = sum((2 * i + 1) * int(w) for i, w in enumerate(words)) & ((1 << 64) - 1)
     assert total == exact
 
@@ -123,14 +125,16 @@ def test_any_number_of_workers_computes_the_same(world: int) -> None:
         made = []
         for index, words in enumerate(tensors):
             first, last = weights._split(len(words), rank, of)
-            made.append(weights.Shard(index, f"t{index}", first, len(words), words[first:last]))
+            address = words.ctypes.data + 8 * first
+            made.append(weights.Shard(index, f"t{index}", first, len(words), last - first, address))
         return made
 
     mask = (1 << 64) - 1
-    whole = parts(0, 1)
-    assert sum(weights.digest(parts(r, world)) for r in range(world)) & mask == weights.digest(whole)
+    whole, here = parts(0, 1), host.HostCompute()
+    assert sum(weights.digest(here, parts(r, world)) for r in range(world)) & mask == weights.digest(here, whole)
     for state in (0, 1 << 20, mask, 0x123456789ABCDEF0):
-        assert sum(weights.window(parts(r, world), state) for r in range(world)) & mask == weights.window(whole, state)
+        shares = [weights.window(here, parts(r, world), state) for r in range(world)]
+        assert sum(shares) & mask == weights.window(here, whole, state)
 
 
 def test_crash_points_name_a_life(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +154,12 @@ def test_devices() -> None:
     one, two = virtual_devices(2, 64, "n1"), virtual_devices(2, 64, "n2")
     assert one == virtual_devices(2, 64, "n1")
     assert len({d.uuid for d in one + two}) == 4
-    text = "GPU-aaa, 1000\nGPU-bbb, 2000\nGPU-ccc, 3000\n"
-    assert [d.uuid for d in parse_smi(text, None)] == ["GPU-aaa", "GPU-bbb", "GPU-ccc"]
-    assert [(d.index, d.uuid) for d in parse_smi(text, "2,0")] == [(0, "GPU-ccc"), (1, "GPU-aaa")]
-    assert [d.uuid for d in parse_smi(text, "GPU-b")] == ["GPU-bbb"]
-    assert parse_smi(text, "") == []
-    assert [d.uuid for d in parse_smi(text, "1,9,0")] == ["GPU-bbb"]
+    found = [Gpu(f"GPU-{c * 3}", "H200", 1000, 0, "default") for c in "abc"]
+    found.insert(1, Gpu("MIG-a1", "H200 MIG 1g", 100, 0, "default", mig=True))
+    assert [d.uuid for d in choose(found, None)] == ["GPU-aaa", "GPU-bbb", "GPU-ccc"]
+    assert [(d.index, d.uuid) for d in choose(found, "2,0")] == [(0, "GPU-ccc"), (1, "GPU-aaa")]
+    assert [d.uuid for d in choose(found, "GPU-b")] == ["GPU-bbb"]
+    assert [(d.uuid, d.memory) for d in choose(found, "MIG-a1")] == [("MIG-a1", 100)]
+    assert choose(found, "") == []
+    assert [d.uuid for d in choose(found, "1,9,0")] == ["GPU-bbb"], "CUDA stops at what names nothing"
+    assert [d.uuid for d in choose(found, "1,1,0")] == ["GPU-bbb"]

@@ -1,6 +1,7 @@
 """What the reference engine is told: dynamo.vllm's flags and environment names.
 
-Knobs for tests come from the environment as REFERENCE_*: costs of start and wake, and where to crash.
+REFERENCE_DEVICE says whether GMS owns host memory (host) or a GPU's (cuda). Knobs for tests come from the environment,
+as REFERENCE_* too: costs of start and wake, and where to crash.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class EngineConfig:
     namespace: str
     knobs: Knobs
     tag: str
+    device: str = "host"
 
     @property
     def local_workers(self) -> int:
@@ -121,4 +123,5 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
         namespace=environ.get("DYN_NAMESPACE", "dynamo"),
         knobs=Knobs.from_environ(environ),
         tag=environ.get("GMS_LAUNCH_TAG", ""),
+        device=environ.get("REFERENCE_DEVICE", "host"),
     )

@@ -12,15 +12,11 @@ import os
 import sys
 import threading
 import time
-from typing import Any
 
-import numpy as np
-
-from gms_launch.engines.reference import args, weights
+from gms_launch.engines.reference import args, compute, weights
 from gms_launch.engines.reference.group import Reply, serve_worker
-from gms_launch.gms.backends.host import HostMapper
 from gms_launch.gms.client import GmsClient
-from gms_launch.gms.devices import socket_path, virtual_devices
+from gms_launch.gms.devices import device_uuid, socket_path
 from gms_launch.gms.protocol import LockType
 
 log = logging.getLogger("reference.worker")
@@ -33,15 +29,15 @@ class Worker:
     def __init__(self, config: args.EngineConfig, rank: int, local_rank: int) -> None:
         self.config = config
         self.rank = rank
-        uuid = virtual_devices(local_rank + 1, 1)[local_rank].uuid
+        self.compute = compute.make(config.device, local_rank)
+        uuid = device_uuid(config.device, local_rank)
         directory = config.gms_socket_dir
-        self.weights = GmsClient(socket_path(directory, uuid, "weights"), HostMapper())
-        self.kv = GmsClient(socket_path(directory, uuid, "kv_cache"), HostMapper())
+        self.weights = GmsClient(socket_path(directory, uuid, "weights"), self.compute.mapper)
+        self.kv = GmsClient(socket_path(directory, uuid, "kv_cache"), self.compute.mapper)
         self.kv_size = config.knobs.kv_mib << 20
         self.kv_address = 0
         self.loads_file = directory / f"disk_loads_{uuid}"
         self.shards: list[weights.Shard] = []
-        self.slots: Any = None
         self.digest = 0
 
     def handle(self, message: Reply) -> Reply:
@@ -65,8 +61,11 @@ class Worker:
         disk = 0
         if self._connect(self.weights, mode) is LockType.RW:
             begun = time.monotonic()
-            disk = weights.load_from_disk(config.model, self.weights, self.rank, config.tensor_parallel_size)
-            log.info("Loading weights took %.2f seconds (%.2f GiB from disk)", time.monotonic() - begun, disk / GIB)
+            world = config.tensor_parallel_size
+            disk = weights.load_from_disk(config.model, self.weights, self.compute, self.rank, world)
+            took = time.monotonic() - begun
+            rate = disk / GIB / max(took, 1e-9)
+            log.info("Loading weights took %.2f seconds (%.2f GiB from disk, %.1f GiB/s)", took, disk / GIB, rate)
             with open(self.loads_file, "a") as file:
                 file.write(f"{config.tag} {disk}\n")
             config.knobs.crash_here("before_commit", config.tag)
@@ -84,7 +83,7 @@ class Worker:
     def do_sleep(self) -> Reply:
         """Let go of every mapping and session; the addresses stay."""
         begun = time.monotonic()
-        self.shards, self.slots = [], None
+        self.shards = []
         freed = self.weights.unmap_all()
         self.weights.disconnect()
         if self.kv.connected:
@@ -105,7 +104,6 @@ class Worker:
         mapping = self.kv.allocate(self.kv_size, "kv_cache", address=self.kv_address)
         assert mapping.address == self.kv_address
         self.shards = weights.shards(self.weights)
-        self.slots = np.frombuffer(mapping.view(), dtype=np.uint64)
         self.config.knobs.crash_here("waking", self.config.tag)
         if self.config.knobs.wake_seconds:
             time.sleep(self.config.knobs.wake_seconds)
@@ -115,13 +113,13 @@ class Worker:
 
     def do_prefill(self) -> Reply:
         """Read every byte of the weights."""
-        return {"part": weights.digest(self.shards)}
+        return {"part": weights.digest(self.compute, self.shards)}
 
     def do_step(self, state: int, position: int) -> Reply:
         """One token's share. What came before goes through the KV memory."""
-        slot = position % len(self.slots)
-        self.slots[slot] = state
-        return {"part": weights.window(self.shards, int(self.slots[slot]))}
+        slot = self.kv_address + 8 * (position % (self.kv_size // 8))
+        self.compute.store(slot, state)
+        return {"part": weights.window(self.compute, self.shards, self.compute.load(slot))}
 
 
 def _end_with_parent() -> None:
