@@ -1,0 +1,104 @@
+"""The CUDA backend without a GPU: the order of driver calls as a GPU run recorded it, and what errors become."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gms_launch.gms.backends import OutOfMemoryError, cuda
+from tests.gpu import scenario
+from tests.gpu.fake_driver import CUresult, FakeDriver
+
+TRACE = Path(__file__).with_name("trace-h200.json")
+
+
+def test_the_driver_is_called_as_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeDriver()
+    monkeypatch.setattr(cuda, "driver", lambda: fake)
+    assert scenario.record() == json.loads(TRACE.read_text())
+
+
+def test_the_recorded_run_keeps_its_addresses_and_its_rights() -> None:
+    trace = json.loads(TRACE.read_text())
+    names = [call[0] for call in trace]
+    assert names.count("cuMemAddressReserve") == names.count("cuMemAddressFree") == 3, "addresses are made once"
+    assert names.count("cuMemMap") == names.count("cuMemUnmap") == 10
+    rights = [call[-1] for call in trace if call[0] == "cuMemSetAccess"]
+    write, read = "CU_MEM_ACCESS_FLAGS_PROT_READWRITE", "CU_MEM_ACCESS_FLAGS_PROT_READ"
+    assert rights == [write, write, read, read, write, read, read, write], (
+        "readers read; the writer, scratch and KV write"
+    )
+    assert "cuCtxCreate" not in names and names.index("cuMemCreate") > names.index("cuInit")
+
+
+@pytest.mark.parametrize(
+    ("result", "kind", "says"),
+    [
+        (CUresult.CUDA_ERROR_OUT_OF_MEMORY, OutOfMemoryError, "cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY"),
+        (CUresult.CUDA_ERROR_ILLEGAL_ADDRESS, cuda.CudaError, "cuMemCreate: CUDA_ERROR_ILLEGAL_ADDRESS: as told"),
+        (CUresult.CUDA_ERROR_NO_DEVICE, cuda.NoDriverError, "cuMemCreate: CUDA_ERROR_NO_DEVICE"),
+    ],
+)
+def test_errors_have_the_calls_and_the_drivers_name(
+    result: CUresult, kind: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeDriver(cuMemCreate=result)
+    monkeypatch.setattr(cuda, "driver", lambda: fake)
+    with pytest.raises(kind, match=says):
+        cuda.CudaMemory(0).create(2 << 20)
+
+
+def test_without_a_driver_the_command_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gms_launch.gms", "--device", "0", "--memory", "cuda"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "there is no GPU 0 here" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_server_does_not_live_on_after_an_unexpected_driver_error(fast_dir: Path) -> None:
+    """What the driver holds is not known then. Engines keep their mappings; the launcher sees the server's end."""
+    code = """
+import sys
+from gms_launch.gms import __main__ as server
+from gms_launch.gms.backends import cuda
+from gms_launch.gms.backends.host import HostMemory
+def create(self, size):
+    raise cuda.CudaError("cuMemCreate", "CUDA_ERROR_ILLEGAL_ADDRESS", "as told")
+HostMemory.create = create
+sys.argv = ["gms", "--device", "0", "--memory-mib", "16"]
+server.main()
+"""
+    import os
+
+    from gms_launch.gms import probe
+    from gms_launch.gms.backends.host import HostMapper
+    from gms_launch.gms.client import GmsClient, GmsError
+    from gms_launch.gms.devices import device_uuid, socket_path
+    from gms_launch.gms.protocol import LockType
+    from tests.support import eventually
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"GMS_SOCKET_DIR": str(fast_dir)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    path = socket_path(fast_dir, device_uuid("host", 0), "weights")
+    client = GmsClient(path, HostMapper())
+    client.connect(LockType.RW, server_wait=20.0)
+    with pytest.raises(GmsError):
+        client.allocate(4096, "weights")
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert "giving up all memory" in errors and "CUDA_ERROR_ILLEGAL_ADDRESS" in errors
+    client.disconnect()
+    with pytest.raises(probe.ProbeError):
+        eventually(lambda: probe.runtime_state(path), 1.0)
