@@ -40,6 +40,15 @@ test: setup lint
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
+# On a machine with a GPU: the same contract tests, with its memory.
+.PHONY: test-gpu kernels
+test-gpu: setup
+	GMS_LAUNCH_GPU_TESTS=1 $(BIN)/python -m pytest -q tests/gpu
+
+# The reference engine's kernel; needs nvcc, its output is checked in.
+kernels:
+	cd gms_launch/engines/reference/compute && nvcc -ptx -arch=compute_75 -o kernels.ptx kernels.cu
+
 bench: setup
 	$(BIN)/python -m bench.watch
 	$(BIN)/python -m bench.failover

@@ -1,4 +1,4 @@
-"""The life of weights and KV memory by the driver's calls: publish, park, wake, die. Recorded on a GPU, replayed without.
+"""The life of weights and KV memory by the driver's calls: publish, park, wake, die. Recorded on a GPU.
 
 python -m tests.gpu.scenario OUT.json      # on a machine with a GPU
 """
@@ -18,7 +18,7 @@ KV = 32 << 20
 
 
 def record() -> list[list[Any]]:
-    """Run it; returns every driver call as its name and its plain arguments (sizes and flags; no handles, no addresses)."""
+    """Run it; returns every driver call as its name and plain arguments (sizes and flags; no handles, no addresses)."""
     calls: list[list[Any]] = []
 
     def plain(name: str, arguments: tuple[Any, ...]) -> None:

@@ -26,12 +26,13 @@ def test_the_recorded_run_keeps_its_addresses_and_its_rights() -> None:
     trace = json.loads(TRACE.read_text())
     names = [call[0] for call in trace]
     assert names.count("cuMemAddressReserve") == names.count("cuMemAddressFree") == 3, "addresses are made once"
-    assert names.count("cuMemMap") == names.count("cuMemUnmap") == 10
+    assert names.count("cuMemMap") == names.count("cuMemUnmap") == 8
     rights = [call[-1] for call in trace if call[0] == "cuMemSetAccess"]
     write, read = "CU_MEM_ACCESS_FLAGS_PROT_READWRITE", "CU_MEM_ACCESS_FLAGS_PROT_READ"
     assert rights == [write, write, read, read, write, read, read, write], (
         "readers read; the writer, scratch and KV write"
     )
+    assert names.count("cuMemExportToShareableHandle") == 3, "once an allocation: closing the last descriptor is slow"
     assert "cuCtxCreate" not in names and names.index("cuMemCreate") > names.index("cuInit")
 
 
@@ -52,15 +53,15 @@ def test_errors_have_the_calls_and_the_drivers_name(
         cuda.CudaMemory(0).create(2 << 20)
 
 
-def test_without_a_driver_the_command_says_so() -> None:
+def test_a_gpu_that_is_not_there_is_named() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "gms_launch.gms", "--device", "0", "--memory", "cuda"],
+        [sys.executable, "-m", "gms_launch.gms", "--device", "99", "--memory", "cuda"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
-    assert "there is no GPU 0 here" in done.stderr and "Traceback" not in done.stderr
+    assert "there is no GPU 99 here" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_server_does_not_live_on_after_an_unexpected_driver_error(fast_dir: Path) -> None:
