@@ -41,7 +41,7 @@ from gms_launch.observe.rotate import rotate
 from gms_launch.plan import Layout
 from gms_launch.rundir import NodeEnd
 from gms_launch.services import frontend
-from gms_launch.services.base import NotReadyError, Service, log_tail
+from gms_launch.services.base import NotReadyError, Service, log_excerpt
 from gms_launch.services.runner import ServiceRunner
 
 log = logging.getLogger("agent")
@@ -368,11 +368,12 @@ class Agent:
             text = f"cohort {action.cohort_id} did not come up: {action.why}"
             # The rank that died by itself, on whichever node, has the reason in its log; the others were killed for it.
             records = [r for (c, _), r in sorted(self.mirror.ranks.items()) if c == action.cohort_id and r.log]
-            first = min((r for r in records if r.exit), key=lambda r: r.since, default=None)
+            ended = [r for r in records if r.exit]
+            first = min(ended, key=lambda r: (r.exit == "killed by SIGKILL", r.since), default=None)
             found = first or next(iter(records), None)
             if found is not None:
                 path = self.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
-                text += f"\n  log: {path}\n{log_tail(path)}"
+                text += f"\n  log: {path}\n{log_excerpt(path)}"
         self.fail(DeadlineError(text) if action.late else LaunchError(text))
 
     def _follow_the_run(self) -> None:

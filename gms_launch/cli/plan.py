@@ -1,23 +1,30 @@
-"""`gms-launch plan`: what `up` would run here. Starts nothing, writes nothing, binds nothing."""
+"""`gms-launch plan`: what `up` would run, on this node or on every node. Starts nothing, writes nothing, binds nothing.
+
+Also where the run will not be: a login node can plan for its cluster.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
+from typing import Any
 
 from gms_launch import ports, topology
 from gms_launch.config import Settings
+from gms_launch.errors import UsageError
 from gms_launch.plan import HIDDEN, Layout
 from gms_launch.rundir import Credentials, NodeDir, RunDir
+from gms_launch.topology import Topology
 
 
-def layout(settings: Settings) -> Layout:
+def layout(settings: Settings, place: Topology | None = None) -> Layout:
     """The layout with the wanted ports: `up` moves those that are taken, unless they were fixed."""
     run = settings.run_id or "RUN"
     return Layout(
         run=run,
         settings=settings,
-        topology=topology.discover(settings),
+        topology=place or topology.discover(settings),
         ports=ports.layout(settings, lambda _: True),
         credentials=Credentials(HIDDEN, "dynamo", HIDDEN, "dynamo", HIDDEN),
         run_dir=RunDir.of(run),
@@ -25,13 +32,40 @@ def layout(settings: Settings) -> Layout:
     )
 
 
+def elsewhere(settings: Settings, node_rank: int) -> Topology:
+    """A node's place as it will see it, with a name where only that node knows its address."""
+    leader = topology.resolve(settings.leader_addr)
+    if node_rank == 0:
+        return Topology(0, settings.nnodes, "leader", leader, leader)
+    return Topology(node_rank, settings.nnodes, f"node-{node_rank}", f"<address of node {node_rank}>", leader)
+
+
 def main(settings: Settings, as_json: bool) -> None:
-    found = layout(settings)
-    found.check()
-    data = found.to_json()
-    if as_json:
-        print(json.dumps(data, indent=1))
+    if settings.nnodes == 1 or settings.was_set("node_rank"):
+        found = layout(settings, None if settings.nnodes == 1 else elsewhere(settings, settings.node_rank))
+        found.check()
+        data = found.to_json()
+        print(json.dumps(data, indent=1)) if as_json else show(data)
         return
+    if not settings.was_set("leader_addr"):
+        raise UsageError(
+            f"{settings.nnodes} nodes need --leader-addr (or LEADER_ADDR): how the others reach the leader"
+        )
+    plans = []
+    for rank in range(settings.nnodes):
+        found = layout(replace(settings, node_rank=rank), elsewhere(settings, rank))
+        found.check()
+        plans.append(found.to_json())
+    if as_json:
+        print(json.dumps({"schema": 1, "nodes": plans}, indent=1))
+        return
+    for data in plans:
+        show(data)
+        print()
+
+
+def show(data: dict[str, Any]) -> None:
+    """One node's plan as a script would say it."""
     print(
         f"run {data['run']}, node {data['node_rank']} of {data['nnodes']}, "
         f"engine {data['engine']}, GMS {data['gms_server']}"

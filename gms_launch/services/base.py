@@ -16,6 +16,8 @@ from gms_launch.errors import UsageError
 #: A service that ran this long before it died is started again without delay (seconds).
 STABLE_AFTER = 30.0
 RESTART_MAX = 5.0
+#: As much of a log is searched for a traceback (bytes).
+LOG_READ = 8 * 1024 * 1024
 
 
 class NotReadyError(Exception):
@@ -62,14 +64,34 @@ def find_binary(setting: str, configured: str, name: str, package: str) -> str:
     return found
 
 
-def log_tail(path: Path, lines: int = 15) -> str:
-    """The end of a log, for an error message."""
+def log_excerpt(path: Path, lines: int = 15) -> str:
+    """What a log says of a failure, for an error message: its first traceback, since the later ones tell of the
+    consequences; without one its end."""
     try:
         with open(path, "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 16384))
+            size = file.seek(0, 2)
+            file.seek(max(0, size - LOG_READ))
             text = file.read().decode(errors="replace")
     except OSError as exc:
         return f"(no log: {exc})"
-    tail = text.splitlines()[-lines:]
-    return "\n".join("  | " + line for line in tail) or "  | (the log is empty)"
+    everything = text.splitlines()
+    shown = first_traceback(everything) or everything[-lines:]
+    return "\n".join("  | " + line for line in shown) or "  | (the log is empty)"
+
+
+def first_traceback(lines: list[str], most: int = 40) -> list[str]:
+    """The first Python traceback in `lines`, cut in the middle to `most` lines; empty when there is none.
+
+    Engines put a prefix before every line, such as "(EngineCore pid=7) ERROR 11-02 [core.py:9] ".
+    """
+    start = next((k for k, line in enumerate(lines) if "Traceback (most recent call last):" in line), None)
+    if start is None:
+        return []
+    prefix = lines[start].partition("Traceback")[0]
+    found = [lines[start]]
+    for line in lines[start + 1 :]:
+        body = line[len(prefix) :] if prefix.strip() and line[:8] == prefix[:8] else line
+        found.append(line)
+        if body and not body[0].isspace():  # the error itself ends it
+            break
+    return found if len(found) <= most else [*found[: most // 3], "    ...", *found[-2 * most // 3 :]]

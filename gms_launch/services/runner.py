@@ -16,7 +16,7 @@ from gms_launch.cohort import proc, process
 from gms_launch.cohort.process import Child
 from gms_launch.control.records import ServiceStatus
 from gms_launch.errors import LaunchError
-from gms_launch.services.base import STABLE_AFTER, NotReadyError, Service, log_tail, restart_delay
+from gms_launch.services.base import STABLE_AFTER, NotReadyError, Service, log_excerpt, restart_delay
 
 
 class ServiceError(LaunchError):
@@ -114,7 +114,7 @@ class ServiceRunner:
     def _error(self, text: str) -> ServiceError:
         command = " ".join(self.service.command.argv)
         return ServiceError(
-            f"{self.service.name} {text}\n  command: {command}\n  log: {self.log}\n{log_tail(self.log)}"
+            f"{self.service.name} {text}\n  command: {command}\n  log: {self.log}\n{log_excerpt(self.log)}"
         )
 
     async def _keep(self) -> None:

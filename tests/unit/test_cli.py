@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -86,3 +87,21 @@ def test_status_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_plan_for_every_node_from_a_machine_that_is_none_of_them(tmp_path: Path, model: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("GMS_LAUNCH_", "SLURM_"))}
+    env |= {"GMS_LAUNCH_HOME": str(tmp_path)}
+    args = ["--engine", "reference", "--model", str(model), "--nnodes", "2", "--leader-addr", "10.1.2.3", "--json"]
+    done = gms_launch("plan", *args, env=env)
+    assert done.returncode == 0, done.stderr
+    leader, other = json.loads(done.stdout)["nodes"]
+    assert [p["name"] for p in leader["processes"]] == [
+        *("gms-0", "etcd", "nats", "frontend", "cohort 0 rank 0", "cohort 1 rank 0")
+    ]
+    assert [p["name"] for p in other["processes"]] == ["gms-0", "cohort 0 rank 1", "cohort 1 rank 1"]
+    rank = other["processes"][1]["argv"]
+    assert "--headless" in rank and rank[rank.index("--master-addr") + 1] == "10.1.2.3"
+    one = gms_launch("plan", *args, "--node-rank", "1", env=env)
+    assert json.loads(one.stdout) == other
+    assert not list(tmp_path.iterdir())
