@@ -150,8 +150,8 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
 
         if until_eof:
             loop.add_reader(0, _input_ended, agent, loop)
-        if rundir.slurm_run_id(os.environ):
-            _watch_parent(agent, loop)
+        if "SLURM_STEP_ID" in os.environ and isinstance(reporter, Terminal):
+            _watch_parent(agent, loop)  # a background agent outlives its parent, and so it should
         waiting = loop.create_task(announce())
         try:
             await agent.run()

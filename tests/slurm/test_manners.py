@@ -176,6 +176,19 @@ def test_scancel_of_the_batch_job_stops_in_order(lab: Lab, model: Path) -> None:
         lab.run(["scancel", number])
 
 
+def test_a_batch_script_of_one_node_needs_no_srun(lab: Lab, model: Path) -> None:
+    run = LabRun(lab, model)
+    script = lab.dir / "one.sh"
+    up = " ".join(run.up("-d"))
+    verbs = [f"gms-launch {verb} --run {run.run}" for verb in ("status", "kill-primary", "down")]
+    # Two seconds are longer than a background agent would live on, if it minded the end of the command that began it.
+    script.write_text("#!/bin/bash\nset -e\n" + "\n".join([up, "sleep 2", *verbs]) + "\n")
+    done = lab.run(["sbatch", "-W", "-N1", f"--output={run.log_path}", str(script)], timeout=60)
+    assert done.returncode == 0, run.output()
+    assert "first_token" in run.output() and "nothing of it is alive" in run.output()
+    assert run.left() == {}
+
+
 def test_a_batch_job_with_bad_settings_fails_and_says_why(lab: Lab, model: Path) -> None:
     run = LabRun(lab, model)
     number = submit(run, "--shadows=77")
