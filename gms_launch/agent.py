@@ -85,6 +85,7 @@ class Agent:
         self.failure: LaunchError | None = None
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
+        self.hurry = False
         self.ends: tuple[NodeEnd, ...] = ()
         self._memory = controller.Memory()
         self._policy = controller.Policy(
@@ -111,7 +112,7 @@ class Agent:
         process.become_subreaper()
         self._guard = self._start_guard()
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self.loop.add_signal_handler(sig, self.stop, f"signal {sig.name}")
+            self.loop.add_signal_handler(sig, self.stop, f"signal {sig.name}", True)
         self.files = FileWatcher(self.loop)
         self.session = Session(self.layout, self.mirror, self.report, self)
         try:
@@ -126,8 +127,9 @@ class Agent:
         if self.failure is not None:
             raise self.failure
 
-    def stop(self, why: str) -> None:
-        """Begin an orderly stop."""
+    def stop(self, why: str, hurry: bool = False) -> None:
+        """Begin an orderly stop. `hurry`: whoever sent the signal may send SIGKILL after kill_wait."""
+        self.hurry |= hurry
         if not self.stopping.is_set():
             self.progress(f"stopping: {why}")
             self.stopping.set()

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: What etcd, the last reports and the removal of files may take (seconds).
 LAST_STEPS = 1.0
+#: How long the leader waits for the other nodes' proof when nobody will kill it meanwhile (seconds).
+CALM = 30.0
 
 
 async def shut_down(agent: Agent) -> None:
@@ -42,7 +44,8 @@ async def shut_down(agent: Agent) -> None:
     await agent.cancel_tasks()
     names = [n for n in agent.services if n != "etcd"]
     await asyncio.gather(*(agent.services[n].stop(min(3.0, agent.settings.engine_grace)) for n in names))
-    deadline = begun + agent.settings.kill_wait - LAST_STEPS
+    wait = agent.settings.kill_wait if agent.hurry else max(agent.settings.kill_wait, CALM)
+    deadline = begun + wait - LAST_STEPS
     if agent.is_leader and linked:
         await _others(agent, deadline)
     left = await _leftovers(agent)

@@ -126,8 +126,26 @@ def clear(directory: RunDir, found: RunFile, node: Node) -> NodeEnd:
         done = run_on(node.target, argv, timeout=60.0)
     except LaunchError as exc:
         return NodeEnd(node.node_rank, node.target.host, False, str(exc))
-    detail = (done.out.strip() or done.err.strip()).removeprefix("gms-launch: ")
-    return NodeEnd(node.node_rank, node.target.host, done.code == 0, detail)
+    proof = proof_in(done.out)
+    if proof is None:
+        detail = done.err.strip().removeprefix("gms-launch: ") or f"{done.by} ended with code {done.code}"
+        return NodeEnd(node.node_rank, node.target.host, False, detail)
+    return NodeEnd(node.node_rank, node.target.host, True, f"killed {proof} processes" if proof else "")
+
+
+def proof_in(output: str) -> int | None:
+    """How many processes `down --here` had to kill, by its own words; None when it did not come to say.
+
+    Its words and not the exit code: srun's is not zero when the job ends a moment later, as it does after a run's end.
+    """
+    for line in output.splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(found.get("killed"), int):
+            return int(found["killed"])
+    return None
 
 
 def main_here(run: str, node_rank: int, timeout: float) -> None:
@@ -137,7 +155,7 @@ def main_here(run: str, node_rank: int, timeout: float) -> None:
     if (agent := place.agent()) is not None:
         stop_agent(agent, timeout)
     killed = clear_here(directory.run, node_rank, str(found.settings.get("gms_socket_dir") or ""))
-    print(f"killed {killed} processes" if killed else "nothing was left")
+    print(json.dumps({"killed": killed}), flush=True)
 
 
 def clear_here(run: str, node_rank: int, gms_dir: str) -> int:

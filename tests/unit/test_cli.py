@@ -105,3 +105,11 @@ def test_a_plan_for_every_node_from_a_machine_that_is_none_of_them(tmp_path: Pat
     one = gms_launch("plan", *args, "--node-rank", "1", env=env)
     assert json.loads(one.stdout) == other
     assert not list(tmp_path.iterdir())
+
+
+def test_the_proof_of_a_node_is_what_it_says_and_not_how_the_way_there_ended() -> None:
+    from gms_launch.cli.down import proof_in
+
+    assert proof_in('{"killed": 0}\n') == 0
+    assert proof_in('srun: job 7 queued\n{"killed": 3}\n') == 3
+    assert proof_in("") is None and proof_in('{"killed"') is None and proof_in("[1]\n7\n") is None
