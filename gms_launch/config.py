@@ -225,13 +225,6 @@ class Settings:
         data["engine_args"] = list(self.engine_args)
         return data
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Settings:
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in data.items() if k in known}
-        values["engine_args"] = tuple(values.get("engine_args", ()))
-        return cls(**values)
-
 
 def parse(setting: Setting, value: Any, source: str) -> Any:
     """Turn `value` into the setting's type, or raise `UsageError` that names the source."""

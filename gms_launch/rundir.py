@@ -247,7 +247,6 @@ class NodeDir:
         self.gms = gms_dir or path
         self.lock = self.gms / "failover.lock"
         self.etcd_data = path / "etcd"
-        self.nats_data = path / "nats"
         self._agent_lock: int | None = None
 
     @classmethod

@@ -23,16 +23,13 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Topology:
-    """This node's place in the run. `address` is what other nodes reach it by, `interface` the network
-    interface that has it (empty when that cannot be told); `host` is for people and for `srun -w`.
-    """
+    """This node's place in the run. `address` is what other nodes reach it by; `host` is for people and `srun -w`."""
 
     node_rank: int
     nnodes: int
     host: str
     address: str
     leader_address: str
-    interface: str = ""
 
     @property
     def is_leader(self) -> bool:
@@ -117,7 +114,7 @@ def discover(settings: Settings) -> Topology:
     leader = resolve(settings.leader_addr)
     if settings.node_rank == 0:
         address = chosen or _leader_address(settings, leader, own, host)
-        return Topology(0, settings.nnodes, host, address, address, interface_of(address))
+        return Topology(0, settings.nnodes, host, address, address)
     if not settings.was_set("leader_addr"):
         raise UsageError(f"node {settings.node_rank} of {settings.nnodes} needs --leader-addr (or LEADER_ADDR)")
     if ipaddress.ip_address(leader).is_loopback:
@@ -126,20 +123,13 @@ def discover(settings: Settings) -> Topology:
             "give a name or an address by which every node reaches the leader"
         )
     address = chosen or route_to(leader)
-    return Topology(settings.node_rank, settings.nnodes, host, address, leader, interface_of(address))
+    return Topology(settings.node_rank, settings.nnodes, host, address, leader)
 
 
 def at_leader(found: Topology, leader_address: str, chosen: bool) -> Topology:
     """The same node, once the leader has said which address it serves on. `chosen`: --interface fixed our own."""
     address = found.address if chosen else route_to(leader_address)
-    return Topology(
-        found.node_rank,
-        found.nnodes,
-        found.host,
-        address,
-        leader_address,
-        found.interface if chosen else interface_of(address),
-    )
+    return Topology(found.node_rank, found.nnodes, found.host, address, leader_address)
 
 
 def _leader_address(settings: Settings, leader: str, own: Mapping[str, str], host: str) -> str:
@@ -189,11 +179,6 @@ def addresses() -> dict[str, str]:
                 continue  # no IPv4 address
             found[name] = socket.inet_ntoa(reply[20:24])
     return found
-
-
-def interface_of(address: str) -> str:
-    """The interface of this node whose IPv4 address is `address`; empty when none has it."""
-    return next((name for name, own in addresses().items() if own == address), "")
 
 
 def route_to(address: str) -> str:

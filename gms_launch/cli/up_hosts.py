@@ -6,11 +6,9 @@ Every agent is told to stop by the end of its standard input, so nothing outlive
 from __future__ import annotations
 
 import json
-import logging
 import queue
 import re
 import signal
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -188,5 +186,3 @@ class Hosts:
                     self._failures[rank] = by_code(code, f"{self._hosts[rank]}: {said or f'ended with code {code}'}")
                 # One agent is missing: the cohorts, which span all hosts, are broken.
                 stop(f"the agent on {self._hosts[rank]} has ended" + (f" with code {code}" if code else ""))
-        logging.info("all agents have ended")
-        sys.stderr.flush()

@@ -181,13 +181,6 @@ def kill_process(who: ProcessId, sig: int = signal.SIGKILL) -> int | None:
     return fd
 
 
-def members(leader: ProcessId, tag: str) -> list[ProcessId]:
-    """Every living process of a rank: its group and whatever carries its tag, wherever that went."""
-    found = {info.identity for info in proc.group(leader.pid) if not info.dead}
-    found |= {info.identity for info, _ in proc.tagged(tag)}
-    return sorted(found, key=lambda p: p.pid)
-
-
 def reap_orphans(keep: frozenset[int]) -> None:
     """Collect dead processes that became ours when their parent died. `keep` are children that are reaped elsewhere."""
     for pid in proc.children(os.getpid()):

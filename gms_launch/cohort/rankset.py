@@ -57,9 +57,6 @@ class RankSet:
         rank = self._by_slot.get(cohort_id)
         return rank if rank is not None and rank.incarnation == incarnation else None
 
-    def newest(self, cohort_id: int) -> Rank | None:
-        return self._by_slot.get(cohort_id)
-
     def local(self) -> dict[int, LocalRank]:
         """What the reconciler is told: the newest life of every slot here, run or skipped."""
         found = {k: r.local() for k, r in self._by_slot.items()}

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gms_launch.errors import NoContactError
-
 
 @dataclass(frozen=True)
 class Target:
@@ -49,8 +47,3 @@ def run_on(target: Target, argv: Sequence[str], timeout: float = 30.0) -> Done:
 
     with ssh.connect(target.address or target.host, timeout=min(timeout, 10.0)) as connection:
         return connection.run(argv, timeout)
-
-
-def unreachable(target: Target, reason: str) -> NoContactError:
-    """The error of a node that cannot be reached."""
-    return NoContactError(f"{target.host} cannot be reached: {reason}")

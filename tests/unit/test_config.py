@@ -89,8 +89,3 @@ def test_toml(tmp_path: Path) -> None:
     file.write_text("model = ")
     with pytest.raises(UsageError, match="not valid TOML"):
         read_toml(file)
-
-
-def test_settings_survive_json() -> None:
-    settings = resolve({"tp": "2"}, {}, engine_args=["--x"])
-    assert Settings.from_json(settings.to_json()) == settings

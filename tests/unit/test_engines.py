@@ -55,7 +55,7 @@ def test_ranks_of_two_nodes_differ_as_upstream_wants() -> None:
 
     settings = resolve({"engine": "vllm", "model": "/m", "tp": "2"}, {})
     plan = layout(settings)
-    place = topology.Topology(1, 2, "node1", "10.0.0.2", "10.0.0.1", "eth0")
+    place = topology.Topology(1, 2, "node1", "10.0.0.2", "10.0.0.1")
     other = replace(plan, topology=place, ports=ports.layout(settings, lambda _: True))
     command = other.rank_command(1, 1, 29600)
     assert "--headless" in command.argv

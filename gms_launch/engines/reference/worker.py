@@ -38,7 +38,6 @@ class Worker:
         self.kv_address = 0
         self.loads_file = directory / f"disk_loads_{uuid}"
         self.shards: list[weights.Shard] = []
-        self.digest = 0
 
     def handle(self, message: Reply) -> Reply:
         operation = message.pop("op")
