@@ -7,10 +7,8 @@ primary's whole process group. What remains is lock hand-over, wake and registra
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -22,30 +20,13 @@ from pathlib import Path
 
 from gms_launch.control.gateway import Gateway
 from gms_launch.gms import gpus
-
-
-def free_port() -> int:
-    """A port below the ephemeral range: Dynamo reads DYN_SYSTEM_PORT as a signed 16-bit number."""
-    while True:
-        port = random.randrange(10000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+from tests import support
+from tests.support import free_port
 
 
 def complete(port: int, model: str, prompt: str = "hello", tokens: int = 1, timeout: float = 5.0) -> str | None:
     """The completion's text, or None for anything but a 200."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        body = json.dumps({"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0})
-        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
-        answer = connection.getresponse()
-        data = answer.read()
-        return str(json.loads(data)["choices"][0]["text"]) if answer.status == 200 else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+    return support.complete("127.0.0.1", port, prompt, tokens, timeout, model)
 
 
 def wait_for_text(port: int, model: str, timeout: float, pause: float = 0.002) -> tuple[float, int]:

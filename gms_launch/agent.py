@@ -2,7 +2,8 @@
 
 Decisions are `reconciler.decide` for this node and, on the leader, `controller.decide` for the run; both are pure.
 The agent feeds them what it sees (exits, logs, records in etcd) and carries out what they say. It owns every process
-of the node: they are its children and die with it. How a run begins is in `gather`, how it ends in `ending`.
+of the node: they are its children and die with it. How a run begins is in `gather`, how it ends in `ending`, what only
+the leader does in `leading`.
 
 Threads: everything here runs on the event loop in the main thread, except what is handed to an executor (probes,
 fencing) and the control plane's own threads, which only post to the loop.
@@ -18,19 +19,18 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from gms_launch import ending, gather, ports
+from gms_launch import ending, gather, leading
 from gms_launch.cohort import controller, membership, process, reconciler
-from gms_launch.cohort.model import ALIVE, ENDED, Phase, Redundancy
+from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.rankset import RankSet
 from gms_launch.cohort.reconciler import Desire, PeerRank
 from gms_launch.control.mirror import Mirror
-from gms_launch.control.records import CommandRecord, CommandResult, DesiredCohort, RunState, Wanted
+from gms_launch.control.records import CommandRecord, RunState, Wanted
 from gms_launch.control.session import Session
 from gms_launch.errors import DeadlineError, LaunchError, by_code
 from gms_launch.observe import snapshot
@@ -40,8 +40,8 @@ from gms_launch.observe.reporter import Reporter
 from gms_launch.observe.rotate import rotate
 from gms_launch.plan import Layout
 from gms_launch.rundir import NodeEnd
-from gms_launch.services import frontend
-from gms_launch.services.base import NotReadyError, Service, log_excerpt
+from gms_launch.services.base import Service
+from gms_launch.services.confirm import TokenWatch
 from gms_launch.services.runner import ServiceRunner
 
 log = logging.getLogger("agent")
@@ -52,10 +52,6 @@ HOUSEKEEPING = 10.0
 SHOW_PAUSE = 0.05
 #: Pause between two looks for a first token (seconds); the frontend announces nothing.
 CONFIRM_PAUSE = 0.005
-#: How long users' requests are waited for before the agent sends one of its own (seconds).
-QUIET = 0.05
-#: How long a request in flight is trusted to bring a token; it may be one that the dead engine left hanging (seconds).
-PATIENCE = 2.0
 
 
 class Agent:
@@ -99,9 +95,9 @@ class Agent:
             node_wait=self.settings.node_wait,
             group_kill=self.settings.group_kill,
         )
-        self._confirmed: tuple[int, int] | None = None
+        self.confirmed: tuple[int, int] | None = None
         self._shown = 0.0
-        self._answered: set[str] = set()
+        self.answered: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- life of the agent -------------------------------------------------------------------------------------
@@ -229,10 +225,10 @@ class Agent:
         self._reconcile()
         pause: float | None = None
         if self.is_leader:
-            view = self._view()
+            view = leading.view(self)
             actions, self._memory = controller.decide(view, self._memory, self._policy, now)
             for decision in actions:
-                self._carry_out(decision)
+                leading.carry_out(self, decision)
             if actions:
                 self._reconcile()
             if (at := controller.next_look(view, self._memory, self._policy, now)) is not None:
@@ -272,111 +268,12 @@ class Agent:
 
     def _kill_part(self, command: CommandRecord) -> None:
         """A drill on this node: the leader asked for it once."""
-        if command.uuid in self._answered:
+        if command.uuid in self.answered:
             return
-        self._answered.add(command.uuid)
+        self.answered.add(command.uuid)
         rank = self.ranks.find(command.cohort_id, command.incarnation)
         if rank is not None and rank.child is not None and not rank.local().gone:
             self.ranks.kill_group_only(rank, "drill")
-
-    def _view(self) -> controller.View:
-        shot = snapshot.build(self.mirror)
-        slots = {}
-        for c in shot.cohorts:
-            desired = self.mirror.desired[c.cohort_id]
-            slots[c.cohort_id] = controller.Slot(
-                cohort_id=c.cohort_id,
-                incarnation=c.incarnation,
-                running=desired.wanted is Wanted.RUNNING,
-                given_up=c.given_up,
-                phase=c.phase,
-                since=c.since,
-                exit=next((r.exit for r in c.ranks if r.exit), ""),
-                leftovers=tuple(pid for r in c.ranks for pid in r.leftovers),
-            )
-        waiting = [
-            c
-            for c in self.mirror.commands.values()
-            if c.verb == "kill" and c.uuid not in self.mirror.results and c.uuid not in self._answered
-        ]
-        return controller.View(
-            slots=slots,
-            confirmed=self._confirmed,
-            requests=tuple(controller.KillRequest(c.uuid, c.scope, c.force) for c in waiting),
-            absent={
-                r: gather.node_name(self, r)
-                for r in membership.missing(self.mirror.nodes, self.layout.topology.nnodes)
-                if r != self.node_rank
-            },
-            lost=shot.lost,
-        )
-
-    def _carry_out(self, action: controller.Action) -> None:
-        if isinstance(action, controller.Start):
-            self._want(action.cohort_id, action.incarnation, Wanted.RUNNING, action.why)
-        elif isinstance(action, controller.Kill):
-            self._want(action.cohort_id, action.incarnation, Wanted.DEAD, action.why)
-        elif isinstance(action, controller.GiveUp):
-            self.report.emit("given_up", action.cohort_id, action.incarnation, action.why)
-            self.progress(f"cohort {action.cohort_id} is given up: {action.why}")
-            self._want(action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
-        elif isinstance(action, controller.KillPart):
-            part = f"rank:{action.node_rank}"
-            drill = CommandRecord(
-                uuid.uuid4().hex, "kill-rank", time.time(), action.cohort_id, action.incarnation, part
-            )
-            self.mirror.commands[drill.uuid] = drill
-            self.report.put(self.mirror.keys.command(drill.uuid), drill.encode())
-            self.wake.set()
-        elif isinstance(action, controller.LoseNodes):
-            known = self.mirror.run.lost if self.mirror.run else ()
-            for rank in sorted(set(action.lost) ^ set(known)):
-                kind = "node_lost" if rank in action.lost else "node_back"
-                self.report.emit(kind, detail=gather.node_name(self, rank))
-                self.progress(f"{gather.node_name(self, rank)} {'is lost' if rank in action.lost else 'is back'}")
-            self.report.run(lost=action.lost)
-            self.wake.set()
-        elif isinstance(action, controller.Answer):
-            self._answered.add(action.uuid)
-            result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, time.time())
-            self.report.put(self.mirror.keys.result(action.uuid), result.encode())
-        else:
-            self._abort(action)
-
-    def _want(self, cohort_id: int, incarnation: int, wanted: Wanted, why: str, given_up: bool = False) -> None:
-        """Write down what is wanted of a slot; ours takes effect at once, the others see it in etcd."""
-        current = self.mirror.desired.get(cohort_id)
-        port = current.master_port if current and current.incarnation == incarnation else 0
-        if wanted is Wanted.RUNNING:
-            port = self._master_port(cohort_id, incarnation)
-        record = DesiredCohort(cohort_id, incarnation, wanted, port, why, given_up)
-        self.mirror.desired[cohort_id] = record
-        # A life that is ending anyway needs no word of ours to end.
-        rank = self.ranks.find(cohort_id, incarnation)
-        ending = wanted is Wanted.DEAD and rank is not None and rank.phase in ENDED
-        self.report.put(self.mirror.keys.cohort(cohort_id), record.encode(), later=ending)
-        self.wake.set()
-
-    def _master_port(self, cohort_id: int, incarnation: int) -> int:
-        """The next port of the slot's range that nobody listens on."""
-        address = self.layout.topology.leader_address
-        steps = range(ports.INCARNATION_STEPS)
-        candidates = [self.layout.ports.master(cohort_id, incarnation + k) for k in steps]
-        return next((p for p in candidates if ports.is_free(address, p)), candidates[0])
-
-    def _abort(self, action: controller.Abort) -> None:
-        text = action.why
-        if action.cohort_id >= 0:
-            text = f"cohort {action.cohort_id} did not come up: {action.why}"
-            # The rank that died by itself, on whichever node, has the reason in its log; the others were killed for it.
-            records = [r for (c, _), r in sorted(self.mirror.ranks.items()) if c == action.cohort_id and r.log]
-            ended = [r for r in records if r.exit]
-            first = min(ended, key=lambda r: (r.exit == "killed by SIGKILL", r.since), default=None)
-            found = first or next(iter(records), None)
-            if found is not None:
-                path = self.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
-                text += f"\n  log: {path}\n{log_excerpt(path)}"
-        self.fail(DeadlineError(text) if action.late else LaunchError(text))
 
     def _follow_the_run(self) -> None:
         """Do what the run as a whole calls for: stop when somebody asks, fail when it has failed."""
@@ -414,14 +311,14 @@ class Agent:
         Ours costs a prefill, and users wait at that very moment.
         """
         begun = time.monotonic()
-        seen = _Traffic(self.layout)
+        seen = TokenWatch(self.layout)
         while rank.phase is Phase.ACTIVE and not self.stopping.is_set():
             if not await self.loop.run_in_executor(None, seen.a_token_came):
                 # Quickly while it is about to come, then without getting in anybody's way.
                 await asyncio.sleep(CONFIRM_PAUSE if time.monotonic() - begun < 2.0 else 0.2)
                 continue
             if rank.phase is Phase.ACTIVE:
-                self._confirmed = rank.life
+                self.confirmed = rank.life
                 self.report.emit("first_token", rank.cohort_id, rank.incarnation)
                 self.wake.set()
             return
@@ -478,7 +375,7 @@ class Agent:
         self.publish_node()
         shot = snapshot.build(self.mirror)
         if self.is_leader:
-            confirmed = any((c.cohort_id, c.incarnation) == self._confirmed for c in shot.cohorts)
+            confirmed = any((c.cohort_id, c.incarnation) == self.confirmed for c in shot.cohorts)
             if shot.redundancy is not self.redundancy and (confirmed or shot.redundancy is Redundancy.DOWN):
                 self.report.emit("redundancy", detail=shot.redundancy.value)
                 self.report.run(redundancy=shot.redundancy.value)
@@ -506,37 +403,3 @@ class Agent:
             await self.look_at_gms()
             await self.loop.run_in_executor(None, rotate, self.layout.log_dir, limit)
             self.ranks.fence_again()
-
-
-class _Traffic:
-    """Looks for a token that came through the frontend after this was made. In a thread."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._where = (layout.frontend_address, layout.ports.frontend)
-        self._model = layout.model_name
-        self._before: float | None = None
-        self._listed_at: float | None = None
-        self._quiet_since = 0.0
-
-    def a_token_came(self) -> bool:
-        """True once one did. Sends a request for one if the model is there and nobody else asks."""
-        try:
-            if self._listed_at is None:
-                counted = frontend.traffic(*self._where)
-                self._before = counted[0] if counted else self._before
-                if not frontend.listed(*self._where, self._model):
-                    return False
-                self._listed_at = self._quiet_since = time.monotonic()
-            now, counted = time.monotonic(), frontend.traffic(*self._where)
-            if counted is not None:
-                tokens, in_flight = counted
-                if tokens > (self._before or 0.0):
-                    return True
-                if in_flight and now - self._listed_at < PATIENCE:
-                    self._quiet_since = now  # that one's token will do
-                if now - self._quiet_since < QUIET:
-                    return False
-            frontend.one_token(*self._where, self._model)
-        except NotReadyError:
-            return False
-        return True

@@ -86,11 +86,11 @@ def gms_launch(*args: str, env: dict[str, str], timeout: float = 90.0) -> subpro
     return subprocess.run([*GMS_LAUNCH, *args], env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def complete(host: str, port: int, prompt: str, tokens: int, timeout: float = 10.0) -> str | None:
-    """The completion of `prompt` by model tiny; None when nobody answers in time."""
+def complete(host: str, port: int, prompt: str, tokens: int, timeout: float = 10.0, model: str = "tiny") -> str | None:
+    """The completion of `prompt`; None for anything but a 200 in time."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout)
     try:
-        body = json.dumps({"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0})
+        body = json.dumps({"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0})
         connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
         answer = connection.getresponse()
         data = answer.read()

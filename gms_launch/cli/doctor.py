@@ -107,7 +107,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         return f"node {found.node_rank} of {found.nnodes}, leader {found.leader_address}"
 
     def fixed_ports() -> str:
-        address = topology.discover(settings).leader_address
+        address = topology.discover(settings).address  # this node's own: nobody can bind another's
         found = ports.layout(settings, lambda p: ports.is_free(address, p))
         return f"frontend {found.frontend}, etcd {found.etcd}, nats {found.nats}"
 

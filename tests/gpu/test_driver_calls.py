@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gms_launch.gms import probe
 from gms_launch.gms.backends import OutOfMemoryError, cuda
+from gms_launch.gms.backends.host import HostMapper
+from gms_launch.gms.client import GmsClient, GmsError
+from gms_launch.gms.devices import device_uuid, socket_path
+from gms_launch.gms.protocol import LockType
 from tests.gpu import scenario
 from tests.gpu.fake_driver import CUresult, FakeDriver
 
@@ -77,15 +83,6 @@ HostMemory.create = create
 sys.argv = ["gms", "--device", "0", "--memory-mib", "16"]
 server.main()
 """
-    import os
-
-    from gms_launch.gms import probe
-    from gms_launch.gms.backends.host import HostMapper
-    from gms_launch.gms.client import GmsClient, GmsError
-    from gms_launch.gms.devices import device_uuid, socket_path
-    from gms_launch.gms.protocol import LockType
-    from tests.support import eventually
-
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"GMS_SOCKET_DIR": str(fast_dir)},
@@ -102,4 +99,4 @@ server.main()
     assert "giving up all memory" in errors and "CUDA_ERROR_ILLEGAL_ADDRESS" in errors
     client.disconnect()
     with pytest.raises(probe.ProbeError):
-        eventually(lambda: probe.runtime_state(path), 1.0)
+        probe.runtime_state(path)

@@ -1,9 +1,8 @@
-"""The lab that tests share, and a model where every node sees it."""
+"""The labs that tests share or break."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -29,9 +28,3 @@ def bare_lab() -> Iterator[Lab]:
     """Three nodes without Slurm and SSH: for runs by hand."""
     with Lab(nodes=3, slurm=False) as made:
         yield made
-
-
-@pytest.fixture(scope="session")
-def lab_model(model: Path) -> Path:
-    """The small model; the nodes share this machine's file system."""
-    return model

@@ -277,7 +277,7 @@ def test_a_recorded_group_whose_number_went_to_another_process_is_not_touched(la
         bystander.wait()
 
 
-def test_down_clears_nodes_whose_agents_are_dead(lab: Lab, model: Path) -> None:
+def test_sweep_clears_nodes_whose_agents_are_dead(lab: Lab, model: Path) -> None:
     with LabRun(lab, model) as run:
         agents = [
             p
@@ -290,7 +290,7 @@ def test_down_clears_nodes_whose_agents_are_dead(lab: Lab, model: Path) -> None:
             os.kill(agent, signal.SIGKILL)
         run.wait_gone(3.0)
         assert set(run.left()) == {"node1", "node2", "node3"}, "files"
-        # The step is over, and with it the job: nodes are reached by SSH, which the next test file covers.
+        # The step is over, and with it the job, so `down` could only come by SSH: see test_by_hand.py.
         for name in run.nodes:
             lab.node(name).run(["gms-launch", "sweep"], check=True)
         assert run.left() == {}

@@ -1,0 +1,127 @@
+"""The leader's part of the agent: what the controller is shown, and how its decisions are carried out.
+
+Decides nothing: that is `cohort.controller`. What every node does, the leader's too, is in `agent`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from gms_launch import gather, ports
+from gms_launch.cohort import controller, membership
+from gms_launch.cohort.model import ENDED
+from gms_launch.control.records import CommandRecord, CommandResult, DesiredCohort, Wanted
+from gms_launch.errors import DeadlineError, LaunchError
+from gms_launch.observe import snapshot
+from gms_launch.services.base import log_excerpt
+
+if TYPE_CHECKING:
+    from gms_launch.agent import Agent
+
+
+def view(agent: Agent) -> controller.View:
+    """The run as the leader sees it now."""
+    shot = snapshot.build(agent.mirror)
+    slots = {}
+    for c in shot.cohorts:
+        desired = agent.mirror.desired[c.cohort_id]
+        slots[c.cohort_id] = controller.Slot(
+            cohort_id=c.cohort_id,
+            incarnation=c.incarnation,
+            running=desired.wanted is Wanted.RUNNING,
+            given_up=c.given_up,
+            phase=c.phase,
+            since=c.since,
+            exit=next((r.exit for r in c.ranks if r.exit), ""),
+            leftovers=tuple(pid for r in c.ranks for pid in r.leftovers),
+        )
+    waiting = [
+        c
+        for c in agent.mirror.commands.values()
+        if c.verb == "kill" and c.uuid not in agent.mirror.results and c.uuid not in agent.answered
+    ]
+    return controller.View(
+        slots=slots,
+        confirmed=agent.confirmed,
+        requests=tuple(controller.KillRequest(c.uuid, c.scope, c.force) for c in waiting),
+        absent={
+            r: gather.node_name(agent, r)
+            for r in membership.missing(agent.mirror.nodes, agent.layout.topology.nnodes)
+            if r != agent.node_rank
+        },
+        lost=shot.lost,
+    )
+
+
+def carry_out(agent: Agent, action: controller.Action) -> None:
+    """Do what the controller decided."""
+    if isinstance(action, controller.Start):
+        _want(agent, action.cohort_id, action.incarnation, Wanted.RUNNING, action.why)
+    elif isinstance(action, controller.Kill):
+        _want(agent, action.cohort_id, action.incarnation, Wanted.DEAD, action.why)
+    elif isinstance(action, controller.GiveUp):
+        agent.report.emit("given_up", action.cohort_id, action.incarnation, action.why)
+        agent.progress(f"cohort {action.cohort_id} is given up: {action.why}")
+        _want(agent, action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
+    elif isinstance(action, controller.KillPart):
+        part = f"rank:{action.node_rank}"
+        drill = CommandRecord(uuid.uuid4().hex, "kill-rank", time.time(), action.cohort_id, action.incarnation, part)
+        agent.mirror.commands[drill.uuid] = drill
+        agent.report.put(agent.mirror.keys.command(drill.uuid), drill.encode())
+        agent.wake.set()
+    elif isinstance(action, controller.LoseNodes):
+        known = agent.mirror.run.lost if agent.mirror.run else ()
+        for rank in sorted(set(action.lost) ^ set(known)):
+            kind = "node_lost" if rank in action.lost else "node_back"
+            agent.report.emit(kind, detail=gather.node_name(agent, rank))
+            agent.progress(f"{gather.node_name(agent, rank)} {'is lost' if rank in action.lost else 'is back'}")
+        agent.report.run(lost=action.lost)
+        agent.wake.set()
+    elif isinstance(action, controller.Answer):
+        agent.answered.add(action.uuid)
+        result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, time.time())
+        agent.report.put(agent.mirror.keys.result(action.uuid), result.encode())
+    else:
+        _abort(agent, action)
+
+
+def _want(agent: Agent, cohort_id: int, incarnation: int, wanted: Wanted, why: str, given_up: bool = False) -> None:
+    """Write down what is wanted of a slot; ours takes effect at once, the others see it in etcd."""
+    current = agent.mirror.desired.get(cohort_id)
+    port = current.master_port if current and current.incarnation == incarnation else 0
+    if wanted is Wanted.RUNNING:
+        port = _master_port(agent, cohort_id, incarnation)
+    record = DesiredCohort(cohort_id, incarnation, wanted, port, why, given_up)
+    agent.mirror.desired[cohort_id] = record
+    # A life that is ending anyway needs no word of ours to end.
+    rank = agent.ranks.find(cohort_id, incarnation)
+    ending = wanted is Wanted.DEAD and rank is not None and rank.phase in ENDED
+    agent.report.put(agent.mirror.keys.cohort(cohort_id), record.encode(), later=ending)
+    agent.wake.set()
+
+
+def _master_port(agent: Agent, cohort_id: int, incarnation: int) -> int:
+    """The next port of the slot's range that nobody listens on."""
+    address = agent.layout.topology.leader_address
+    steps = range(ports.INCARNATION_STEPS)
+    candidates = [agent.layout.ports.master(cohort_id, incarnation + k) for k in steps]
+    return next((p for p in candidates if ports.is_free(address, p)), candidates[0])
+
+
+def _abort(agent: Agent, action: controller.Abort) -> None:
+    """End the run, with the log of the rank that is to blame."""
+    text = action.why
+    if action.cohort_id >= 0:
+        text = f"cohort {action.cohort_id} did not come up: {action.why}"
+        # The rank that died by itself, on whichever node, has the reason in its log; the others were killed for it.
+        records = [r for (c, _), r in sorted(agent.mirror.ranks.items()) if c == action.cohort_id and r.log]
+        ended = [r for r in records if r.exit]
+        first = min(ended, key=lambda r: (r.exit == "killed by SIGKILL", r.since), default=None)
+        found = first or next(iter(records), None)
+        if found is not None:
+            path = agent.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
+            text += f"\n  log: {path}\n{log_excerpt(path)}"
+    agent.fail(DeadlineError(text) if action.late else LaunchError(text))
