@@ -16,15 +16,13 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
 from gms_launch import ending, gather, leading
-from gms_launch.cohort import controller, membership, process, reconciler
+from gms_launch.cohort import controller, guard, membership, process, reconciler
 from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.rankset import RankSet
@@ -106,7 +104,8 @@ class Agent:
         """Start everything, keep it running until told to stop, stop it. Raises what ended the run early."""
         self.loop = asyncio.get_running_loop()
         process.become_subreaper()
-        self._guard = self._start_guard()
+        log_file = self.layout.run_dir.logs / f"guard-node{self.node_rank}.log"
+        self.guard_pid, self._guard = guard.start(self.layout.run, self.node_rank, log_file)
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self.loop.add_signal_handler(sig, self.stop, f"signal {sig.name}", True)
         self.files = FileWatcher(self.loop)
@@ -149,28 +148,6 @@ class Agent:
                 await task
             return
         await task
-
-    def _start_guard(self) -> int:
-        """Start the guard; returns our end of its pipe, which closes when we die."""
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        env = process.child_environment(
-            os.environ, process.Command((), {}), f"{self.layout.run}/guard/1/{self.node_rank}"
-        )
-        with open(self.layout.run_dir.logs / f"guard-node{self.node_rank}.log", "ab") as out:
-            guard = subprocess.Popen(
-                [sys.executable, "-m", "gms_launch.cohort.guard", self.layout.run, str(self.node_rank), str(reader)],
-                pass_fds=(reader,),
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                cwd="/",
-            )
-        guard.returncode = 0  # it outlives us
-        self.guard_pid = guard.pid
-        os.close(reader)
-        return writer
 
     async def dismiss_guard(self) -> None:
         """End the guard as our own end would: it looks once more and goes."""

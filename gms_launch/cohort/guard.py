@@ -10,10 +10,34 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 #: The agent gave a process this long to die of SIGKILL before it called it unkillable (seconds).
 KILL_TIMEOUT = 30.0
+
+
+def start(run: str, node_rank: int, log: Path) -> tuple[int, int]:
+    """Start the guard of a node; returns its pid and our end of its pipe, which closes when we die."""
+    from gms_launch.cohort.process import Command, child_environment
+
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    env = child_environment(os.environ, Command((), {}), f"{run}/guard/1/{node_rank}")
+    with open(log, "ab") as out:
+        guard = subprocess.Popen(
+            [sys.executable, "-m", "gms_launch.cohort.guard", run, str(node_rank), str(reader)],
+            pass_fds=(reader,),
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd="/",
+        )
+    guard.returncode = 0  # it outlives us
+    os.close(reader)
+    return guard.pid, writer
 
 
 def main() -> None:
