@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gms_launch.engines import arguments
 from gms_launch.errors import UsageError
 
 ENV_PREFIX = "GMS_LAUNCH_"
@@ -59,11 +60,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("run_id", str, "", "name of the run; made up when empty", "run"),
     Setting("model", str, "", "model directory", "engine", recipe="MODEL"),
     Setting("served_model_name", str, "", "name clients ask for; the model path when empty", "engine"),
-    Setting("engine", str, "vllm", "which engine to run", "engine", choices=("vllm", "reference")),
+    Setting("engine", str, "vllm", "which engine to run", "engine", choices=("vllm", "reference", "command")),
+    Setting("engine_file", str, "", "TOML file that describes the engine `command`", "engine"),
     Setting("tp", int, 1, "tensor-parallel size over all nodes", "engine", recipe="TP", minimum=1),
+    Setting("pp", int, 1, "pipeline-parallel size over all nodes", "engine", minimum=1),
     Setting("shadows", int, 1, "shadow cohorts parked behind the primary", "engine", minimum=0, maximum=9),
     Setting("python", str, "", "interpreter for engines and frontend; this one when empty", "engine"),
     Setting("namespace", str, "dynamo", "Dynamo namespace the engines register in", "engine"),
+    Setting("cache_dir", str, "", "engines' compile caches; ~/.cache/gms-launch when empty", "engine"),
     Setting("nnodes", int, 1, "nodes of the run", "topology", recipe="NNODES", minimum=1),
     Setting("node_rank", int, 0, "rank of this node, 0 is the leader", "topology", recipe="NODE_RANK", minimum=0),
     Setting("leader_addr", str, "127.0.0.1", "name or address of the leader node", "topology", recipe="LEADER_ADDR"),
@@ -130,6 +134,8 @@ SETTINGS: tuple[Setting, ...] = (
     _seconds("gms_timeout", 60.0, "deadline for every GMS socket to answer"),
     _seconds("start_timeout", 1800.0, "deadline for an engine to be parked"),
     _seconds("promotion_timeout", 60.0, "deadline from the lock to a served token"),
+    _seconds("health_interval", 2.0, "pause between two looks at a rank: system port, stopped processes"),
+    _seconds("health_timeout", 20.0, "how long a rank may be silent or stopped before it is taken for dead"),
     _seconds("stop_timeout", 10.0, "time an engine gets between SIGTERM and SIGKILL"),
     _seconds("kill_wait", 30.0, "time from SIGTERM to the end of the whole stop; Slurm's KillWait"),
     _seconds("lease_ttl", 5.0, "lease of a node in etcd"),
@@ -158,10 +164,13 @@ class Settings:
     model: str
     served_model_name: str
     engine: str
+    engine_file: str
     tp: int
+    pp: int
     shadows: int
     python: str
     namespace: str
+    cache_dir: str
     nnodes: int
     node_rank: int
     leader_addr: str
@@ -192,6 +201,8 @@ class Settings:
     gms_timeout: float
     start_timeout: float
     promotion_timeout: float
+    health_interval: float
+    health_timeout: float
     stop_timeout: float
     kill_wait: float
     lease_ttl: float
@@ -209,6 +220,11 @@ class Settings:
     @property
     def cohorts(self) -> int:
         return self.shadows + 1
+
+    @property
+    def world(self) -> int:
+        """GPUs of one cohort, over all nodes."""
+        return self.tp * self.pp
 
     @property
     def engine_grace(self) -> float:
@@ -253,8 +269,8 @@ def parse(setting: Setting, value: Any, source: str) -> Any:
     return parsed
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file: `[gms-launch]` if that table is there, else the whole file."""
+def read_toml(path: Path, table_name: str = "gms-launch") -> dict[str, Any]:
+    """The settings of a TOML file: the table of that name if it is there, else the whole file."""
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
@@ -267,9 +283,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"settings file {path} cannot be read: {exc.strerror}") from None
     except ValueError as exc:
         raise UsageError(f"settings file {path} is not valid TOML: {exc}") from None
-    table = data.get("gms-launch", data)
+    table = data.get(table_name, data)
     if not isinstance(table, dict):
-        raise UsageError(f"settings file {path}: [gms-launch] is not a table")
+        raise UsageError(f"settings file {path}: [{table_name}] is not a table")
     return table
 
 
@@ -317,7 +333,7 @@ def resolve(
         else:
             values[s.name] = s.default
     if "tp" not in sources:
-        values["tp"] = values["nnodes"]  # a GPU on every node; Slurm says when there are more
+        values["tp"] = max(1, values["nnodes"] // values["pp"])  # a GPU on every node; Slurm says when there are more
     return checked(Settings(**values, engine_args=tuple(engine_args), sources=sources))
 
 
@@ -336,8 +352,9 @@ def _check(s: Settings) -> None:
         )
     if s.node_rank >= s.nnodes:
         raise UsageError(f"node_rank {s.node_rank} does not exist with nnodes {s.nnodes}: ranks count from 0")
-    if s.tp % s.nnodes:
-        raise UsageError(f"tp {s.tp} cannot be spread evenly over {s.nnodes} nodes")
+    if s.world % s.nnodes:
+        times = f" times pp {s.pp}" if s.pp > 1 else ""
+        raise UsageError(f"tp {s.tp}{times} cannot be spread evenly over {s.nnodes} nodes")
     if not s.nats and s.event_plane == "nats":
         raise UsageError("--event-plane nats needs NATS, and --no-nats switches it off")
     if not s.nats and s.nats_server:
@@ -345,6 +362,11 @@ def _check(s: Settings) -> None:
     if s.restart_backoff > s.restart_backoff_max:
         raise UsageError(
             f"restart_backoff {s.restart_backoff:g} s is longer than restart_backoff_max {s.restart_backoff_max:g} s"
+        )
+    if s.health_timeout < 2 * s.health_interval:
+        raise UsageError(
+            f"health_timeout {s.health_timeout:g} s is shorter than two health_intervals ({s.health_interval:g} s): "
+            "one late answer would look like a hang"
         )
     if s.lease_ttl < 2:
         raise UsageError(f"lease_ttl {s.lease_ttl:g} s: below 2 s an ordinary pause would look like a lost node")
@@ -374,27 +396,7 @@ def _check(s: Settings) -> None:
         if port in seen:
             raise UsageError(f"{name} and {seen[port]} are both {port}")
         seen[port] = name
-    bad = [a for a in s.engine_args if a.split("=")[0] in _OWNED_ENGINE_FLAGS]
-    if bad:
-        raise UsageError(
-            f"engine argument {bad[0]}: gms-launch sets it itself; {_OWNED_ENGINE_FLAGS[bad[0].split('=')[0]]}"
-        )
-
-
-#: Engine flags that the launcher owns, and what to use instead.
-_OWNED_ENGINE_FLAGS: Mapping[str, str] = {
-    "--model": "use --model before the --",
-    "--load-format": "shadow engines must load through GMS",
-    "--tensor-parallel-size": "use --tp before the --",
-    "-tp": "use --tp before the --",
-    "--distributed-executor-backend": "shadow mode works with mp only",
-    "--nnodes": "use --nnodes before the --",
-    "--node-rank": "it follows from the node",
-    "--master-addr": "use --leader-addr before the --",
-    "--master-port": "use --master-port before the --",
-    "--headless": "it follows from the node rank",
-    "--gms-shadow-mode": "it is always on",
-    "--no-gms-shadow-mode": "without it there is no failover",
-    "--enable-sleep-mode": "it is always on",
-    "--no-enable-sleep-mode": "a shadow parks by sleeping",
-}
+    if s.engine_file and s.engine != "command":
+        raise UsageError(f"--engine-file describes the engine `command`, and --engine is {s.engine}")
+    if s.engine != "command" and (wrong := arguments.problem(s.engine_args)):
+        raise UsageError(wrong)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +18,7 @@ from typing import Any
 from gms_launch import engines
 from gms_launch.cohort.process import Command
 from gms_launch.config import Settings
-from gms_launch.engines import DynamoPlane, Engine, RankSpec
-from gms_launch.engines.dynamo import missing_modules
+from gms_launch.engines import DynamoPlane, Engine, RankSpec, installed
 from gms_launch.errors import UsageError
 from gms_launch.gms import devices
 from gms_launch.ports import Ports
@@ -53,7 +53,7 @@ class Layout:
 
     @property
     def engine(self) -> Engine:
-        return engines.get(self.settings.engine)
+        return engines.get(self.settings.engine, self.settings.engine_file)
 
     @property
     def python(self) -> str:
@@ -62,6 +62,12 @@ class Layout:
     @property
     def model_name(self) -> str:
         return self.settings.served_model_name or self.settings.model
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where engines keep what they compile, for the next life and the next run."""
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(self.settings.cache_dir or f"{base}/gms-launch").expanduser()
 
     @property
     def log_dir(self) -> Path:
@@ -193,6 +199,10 @@ class Layout:
                 plane=self.plane,
                 engine_args=self.settings.engine_args,
                 gms_memory=self.gms_memory,
+                pp=self.settings.pp,
+                interface=self.settings.interface,
+                cache_dir=self.cache_dir,
+                extra_ports={name: numbers[cohort_id] for name, numbers in self.ports.extra.items()},
             )
         )
 
@@ -201,14 +211,14 @@ class Layout:
     def check(self) -> None:
         """Raise `UsageError` for what would stop the run, before anything is started."""
         check_model(self.settings)
-        for problem in self.engine.problems(self.settings.python):
+        for problem in self.engine.problems(self.settings):
             raise UsageError(problem)
         self.node_dir.check()
-        local = self.settings.tp // self.settings.nnodes
+        local = self.settings.world // self.settings.nnodes
         found = len(self.devices())
         if local > found:
             raise UsageError(
-                f"tp {self.settings.tp} over {self.settings.nnodes} nodes needs {local} devices on this node; it has "
+                f"{self.settings.world} GPUs over {self.settings.nnodes} nodes are {local} on this node; it has "
                 f"{found}" + ("; see --virtual-gpus" if self.gms_memory == "host" else "")
             )
         if self.topology.is_leader:
@@ -216,8 +226,7 @@ class Layout:
                 self.etcd_service()
             if self.own_nats:
                 self.nats_service()
-            missing = missing_modules(self.settings.python, ("dynamo.frontend",))
-            if missing:
+            if installed.look(self.settings.python, ("dynamo.frontend",)).missing:
                 raise UsageError(
                     f"dynamo.frontend cannot be imported by {self.python}; pip install 'gms-launch[dynamo]'"
                 )
@@ -261,6 +270,7 @@ class Layout:
                 "system": list(ports.system),
                 "nixl": list(ports.nixl),
                 "vllm": list(ports.vllm),
+                **{name: list(numbers) for name, numbers in ports.extra.items()},
             },
             "processes": [
                 {"name": name, "argv": list(command.argv), "env": _public(command)}
@@ -288,7 +298,7 @@ def check_model(settings: Settings) -> None:
 #: Settings in which the nodes of a run may differ.
 _OWN = frozenset(
     {"node_rank", "leader_addr", "interface", "hosts", "gms_socket_dir", "etcd_bin", "nats_bin", "python"}
-    | {"virtual_gpus", "run_id", "kill_wait"}
+    | {"virtual_gpus", "run_id", "kill_wait", "cache_dir"}
 )
 
 

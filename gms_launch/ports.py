@@ -11,7 +11,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ INCARNATION_STEPS = 50
 
 @dataclass(frozen=True)
 class Ports:
-    """The ports of one run on the leader node; per cohort where the name says so."""
+    """The ports of one run on the leader node; per cohort where the name says so. `extra` are an engine's own."""
 
     frontend: int
     etcd: int
@@ -36,6 +36,7 @@ class Ports:
     system: tuple[int, ...]
     nixl: tuple[int, ...]
     vllm: tuple[int, ...]
+    extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def master(self, cohort_id: int, incarnation: int) -> int:
         """Where the ranks of that life of the cohort meet."""
@@ -65,7 +66,9 @@ class _Chooser:
         raise UsageError(f"{name}: no free port from {wanted} on")
 
 
-def follow(settings: Settings, leaders: Mapping[str, Any], free: Callable[[int], bool]) -> Ports:
+def follow(
+    settings: Settings, leaders: Mapping[str, Any], free: Callable[[int], bool], extra: Mapping[str, int] | None = None
+) -> Ports:
     """The ports of a node that is not the leader: its engines' own from this node, everything else the leader's."""
     one = _Chooser(settings, free).one
     cohorts = range(settings.cohorts)
@@ -73,11 +76,18 @@ def follow(settings: Settings, leaders: Mapping[str, Any], free: Callable[[int],
         "nixl": tuple(one("nixl_port", settings.nixl_port + k) for k in cohorts),
         "vllm": tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts),
     }
-    return Ports(**{**leaders, "system": tuple(leaders["system"]), **own})
+    return Ports(**{**leaders, "system": tuple(leaders["system"]), **own, "extra": _extra(one, extra, cohorts)})
 
 
-def layout(settings: Settings, free: Callable[[int], bool]) -> Ports:
-    """Give every purpose a port. Raises `UsageError` if a port the user fixed is taken or none is left."""
+def _extra(one: Callable[[str, int], int], first: Mapping[str, int] | None, cohorts: range) -> dict[str, Any]:
+    return {name: tuple(one(name, port + k) for k in cohorts) for name, port in (first or {}).items()}
+
+
+def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, int] | None = None) -> Ports:
+    """Give every purpose a port. Raises `UsageError` if a port the user fixed is taken or none is left.
+
+    `extra` are an engine's own, by name: the wanted port of cohort 0.
+    """
     chooser = _Chooser(settings, free)
     one, usable = chooser.one, chooser.usable
     frontend = one("frontend_port", settings.frontend_port)
@@ -88,6 +98,7 @@ def layout(settings: Settings, free: Callable[[int], bool]) -> Ports:
     system = tuple(one("system_port", settings.system_port + k) for k in cohorts)
     nixl = tuple(one("nixl_port", settings.nixl_port + k) for k in cohorts)
     vllm = tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts)
+    own = _extra(one, extra, cohorts)
     span = COHORT_STRIDE * settings.cohorts
     base = settings.master_port
     while True:
@@ -98,7 +109,7 @@ def layout(settings: Settings, free: Callable[[int], bool]) -> Ports:
         if settings.was_set("master_port"):
             raise UsageError(f"master_port {settings.master_port}: it or a port of its range is in use on this node")
         base += span
-    return Ports(frontend, etcd, peer, nats, base, system, nixl, vllm)
+    return Ports(frontend, etcd, peer, nats, base, system, nixl, vllm, own)
 
 
 def is_free(address: str, port: int) -> bool:

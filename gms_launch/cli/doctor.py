@@ -13,7 +13,7 @@ from importlib import metadata
 from gms_launch import ports, topology
 from gms_launch.cli.plan import layout
 from gms_launch.config import Settings
-from gms_launch.engines.dynamo import missing_modules
+from gms_launch.engines import installed
 from gms_launch.errors import LaunchError
 from gms_launch.gms import gpus
 from gms_launch.gms.devices import CUDA_ORDER
@@ -47,16 +47,15 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
             checks.append((name, False, str(exc)))
 
     def modules(*names: str) -> str:
-        missing = missing_modules(settings.python, names)
-        if missing:
+        if missing := installed.look(settings.python, names).missing:
             raise LaunchError(f"{python} cannot import {', '.join(missing)}")
         return f"{python} has {', '.join(names)}"
 
     def engine() -> str:
-        problems = layout(settings).engine.problems(settings.python)
-        if problems:
+        chosen = layout(settings).engine
+        if problems := chosen.problems(settings):
             raise LaunchError(problems[0])
-        return f"{settings.engine} can start"
+        return chosen.describe(settings)
 
     def model() -> str:
         check_model(settings)

@@ -10,7 +10,7 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
-from gms_launch import ports, topology
+from gms_launch import engines, ports, topology
 from gms_launch.config import Settings
 from gms_launch.errors import UsageError
 from gms_launch.plan import HIDDEN, Layout
@@ -25,7 +25,7 @@ def layout(settings: Settings, place: Topology | None = None) -> Layout:
         run=run,
         settings=settings,
         topology=place or topology.discover(settings),
-        ports=ports.layout(settings, lambda _: True),
+        ports=ports.layout(settings, lambda _: True, engines.get(settings.engine, settings.engine_file).ports),
         credentials=Credentials(HIDDEN, "dynamo", HIDDEN, "dynamo", HIDDEN),
         run_dir=RunDir.of(run),
         node_dir=NodeDir.of(run, settings.gms_socket_dir, settings.node_rank),

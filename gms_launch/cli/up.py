@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from gms_launch import __version__, ports, rundir, topology
+from gms_launch import __version__, engines, ports, rundir, topology
 from gms_launch.cohort import proc
 from gms_launch.config import SETTINGS, Settings, checked
 from gms_launch.errors import LaunchError, by_code
@@ -92,7 +92,7 @@ def prepare(settings: Settings, place: Topology, reservation: ports.Reservation)
         run=run,
         settings=settings,
         topology=place,
-        ports=ports.layout(settings, free),
+        ports=ports.layout(settings, free, engines.get(settings.engine, settings.engine_file).ports),
         credentials=Credentials.generate(),
         run_dir=RunDir.of(run),
         node_dir=NodeDir.of(run, settings.gms_socket_dir, place.node_rank),
@@ -114,7 +114,7 @@ def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[s
     return replace(
         layout,
         topology=place,
-        ports=ports.follow(settings, found.run.ports, reservation.free),
+        ports=ports.follow(settings, found.run.ports, reservation.free, layout.engine.ports),
         credentials=layout.run_dir.credentials(),
         attempt=found.run.attempt,
         differences=found.differences,

@@ -16,9 +16,10 @@ from gms_launch.cohort.fence import Fenced
 from gms_launch.cohort.model import ALIVE, Phase, move
 from gms_launch.cohort.proc import flock_holders, stat
 from gms_launch.cohort.process import Child, Command
+from gms_launch.cohort.pulse import Look
 from gms_launch.cohort.reconciler import LocalRank
 from gms_launch.control.records import RankRecord
-from gms_launch.engines import Engine
+from gms_launch.engines import Engine, signals
 from gms_launch.observe.follow import FileWatcher, LogFollower
 
 #: How long a rank gets to be proved dead (seconds). SIGKILL is quick; a process in the driver may not be.
@@ -30,7 +31,7 @@ class Rank:
     """One life of a cohort's rank on this node. Times are Unix seconds.
 
     `stopping`: its end is wanted, so its exit is no news. `on_event(rank, kind, time, detail)`
-    gets: parked, lock, awake, registered, exit, dead, fenced, unfenced.
+    gets: parked, lock, awake, registered, hung, exit, dead, fenced, unfenced.
     """
 
     cohort_id: int
@@ -49,6 +50,7 @@ class Rank:
     child: Child | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     stopping: bool = False
+    awake: bool = False
     _follower: LogFollower | None = None
     _watcher: FileWatcher | None = None
     _watch: int | None = None
@@ -106,11 +108,17 @@ class Rank:
         for line in self._follower.lines():
             if self.phase not in ALIVE:
                 break
-            if self.phase is Phase.WAKING and self.engine.is_awake(line):
-                self.on_event(self, "awake", time.time(), "")
+            if self.engine.is_awake(line):
+                self.woke()
             phase = self.engine.phase_of(line)
             if phase is not None:
                 self.reached(phase)
+
+    def woke(self) -> None:
+        """The memory is mapped, and only registration is left."""
+        if self.phase is Phase.WAKING and not self.awake:
+            self.awake = True
+            self.on_event(self, "awake", time.time(), "")
 
     def reached(self, phase: Phase) -> None:
         """The engine is in `phase` now. A signal that comes twice, or late, changes nothing."""
@@ -145,6 +153,16 @@ class Rank:
         self.ended.set()
         if not self.stopping:
             self.on_event(self, "exit", now, self.exit)
+
+    def felt(self, look: Look) -> None:
+        """Take in what was asked for and not heard: the log comes first, and may say nothing."""
+        if self.phase not in ALIVE or look.signals is None:
+            return
+        self.read_log()
+        if (phase := signals.phase(look.signals)) is not None:
+            self.reached(phase)
+        if signals.mapped(look.signals, look.kv_session):
+            self.woke()
 
     # -- ending ------------------------------------------------------------------------------------------------
 

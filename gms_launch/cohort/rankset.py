@@ -15,6 +15,8 @@ from typing import Any
 
 from gms_launch.cohort import process
 from gms_launch.cohort.model import ALIVE, Phase
+from gms_launch.cohort.proc import ProcessId
+from gms_launch.cohort.pulse import Feeler, Pulse
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.reconciler import PEER_ENDED, Desire, LocalRank
 from gms_launch.control.keys import dynamo_lease
@@ -84,6 +86,28 @@ class RankSet:
         self._layout.node_dir.write_pgid(cohort_id, rank.child.pgid)
         self._report.emit("started", cohort_id, incarnation, f"pid {rank.child.pid}")
         self.publish(rank)
+        self._spawn(self._look_after(rank, rank.child.id))
+
+    async def _look_after(self, rank: Rank, leader: ProcessId) -> None:
+        """Ask a rank how it is for as long as it lives; one that hangs is treated as dead."""
+        settings, loop = self._layout.settings, asyncio.get_running_loop()
+        port = self._layout.ports.system[rank.cohort_id] if self._node_rank == 0 else 0
+        address, lock = self._layout.topology.address, self._layout.node_dir.lock
+        feeler = Feeler(leader, address, port, lock, max(1.0, settings.health_interval))
+        pulse = Pulse(settings.health_timeout)
+        while True:
+            await asyncio.sleep(settings.health_interval)
+            if rank.phase not in ALIVE or rank.local().gone:
+                return
+            active = rank.phase is Phase.ACTIVE
+            look = await loop.run_in_executor(None, feeler.feel, self._gms.kv_sockets, active)
+            rank.felt(look)
+            why = pulse.judge(look, time.monotonic())
+            if why and rank.phase in ALIVE and not rank.local().gone and settings.group_kill:
+                rank.exit = why
+                self._noticed(rank, "hung", time.time(), why)
+                self.kill(rank.cohort_id, why)
+                return
 
     def skip(self, cohort_id: int, incarnation: int, why: str) -> None:
         """Say that a life is dead on this node, where it never ran or ended with an earlier agent."""

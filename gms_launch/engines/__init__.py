@@ -5,13 +5,17 @@ One module an engine; `get` finds it. `RankSpec` is all that an engine module is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.process import Command
 from gms_launch.errors import UsageError
+
+if TYPE_CHECKING:
+    from gms_launch.config import Settings
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,12 @@ class RankSpec:
     gms_dir: Path
     lock_path: Path
     plane: DynamoPlane
+    cache_dir: Path
     engine_args: tuple[str, ...] = ()
     gms_memory: str = "host"
+    pp: int = 1
+    interface: str = ""
+    extra_ports: Mapping[str, int] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -87,8 +95,15 @@ class Engine(Protocol):
     def name(self) -> str:
         """The value of --engine."""
 
-    def problems(self, python: str) -> list[str]:
-        """What would stop this engine from starting under that interpreter; empty when nothing does."""
+    @property
+    def ports(self) -> Mapping[str, int]:
+        """Ports of its own: the first of each name, to which a cohort's number is added."""
+
+    def problems(self, settings: Settings) -> list[str]:
+        """What would stop this engine from starting with these settings; empty when nothing does."""
+
+    def describe(self, settings: Settings) -> str:
+        """What is installed of it, for people."""
 
     def command(self, spec: RankSpec) -> Command:
         """How to start the rank."""
@@ -100,14 +115,18 @@ class Engine(Protocol):
         """True for the line that says the memory is mapped and only registration is left."""
 
 
-def get(name: str) -> Engine:
-    """The engine called `name`. Raises `UsageError`."""
+def get(name: str, file: str = "") -> Engine:
+    """The engine called `name`; `file` describes the engine `command`. Raises `UsageError`."""
     if name == "vllm":
-        from gms_launch.engines.dynamo import VLLM
+        from gms_launch.engines import vllm
 
-        return VLLM
+        return vllm.ENGINE
     if name == "reference":
-        from gms_launch.engines.dynamo import REFERENCE
+        from gms_launch.engines.reference import launch
 
-        return REFERENCE
+        return launch.ENGINE
+    if name == "command":
+        from gms_launch.engines import command
+
+        return command.read(file)
     raise UsageError(f"unknown engine {name!r}")

@@ -24,12 +24,17 @@ _NAMESPACE = uuid.UUID("5f0c6c1e-8a53-4c1e-9d0e-0b1f5d9b7a11")
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU of this node, real or made up. `index` is in the engine's view; `memory` in bytes."""
+    """A GPU of this node, real or made up. `index` is in the engine's view; `memory` in bytes.
+
+    `alias` is the UUID that NVML has for that index when CUDA_VISIBLE_DEVICES is not looked at: upstream names its
+    sockets so, its server and its engines alike (common/utils.py, 1.1 to 1.6). Empty when it is the same.
+    """
 
     index: int
     uuid: str
     memory: int
     virtual: bool
+    alias: str = ""
 
 
 def virtual_devices(count: int, mib: int, node: str | None = None) -> list[Device]:
@@ -61,7 +66,10 @@ def choose(found: list[gpus.Gpu], visible: str | None) -> list[Device]:
             if not match or match[0] in chosen:
                 break  # CUDA stops at the first entry that names nothing
             chosen.append(match[0])
-    return [Device(k, gpu.uuid, gpu.total, virtual=False) for k, gpu in enumerate(chosen)]
+    return [
+        Device(k, gpu.uuid, gpu.total, False, whole[k].uuid if k < len(whole) and whole[k] is not gpu else "")
+        for k, gpu in enumerate(chosen)
+    ]
 
 
 def device_uuid(kind: str, index: int) -> str:
@@ -80,6 +88,12 @@ def socket_dir() -> Path:
 def socket_path(directory: Path, device_uuid: str, tag: str) -> Path:
     """`gms_<GPU-UUID>_<tag>.sock`, upstream's name (common/utils.py)."""
     return directory / f"gms_{device_uuid}_{tag}.sock"
+
+
+def find_socket(directory: Path, device: Device, tag: str) -> Path:
+    """The socket of a device, under whichever of its names it is there; the first name when it is under none."""
+    names = [socket_path(directory, name, tag) for name in (device.uuid, device.alias) if name]
+    return next((path for path in names if path.exists()), names[0])
 
 
 def _machine_id() -> str:

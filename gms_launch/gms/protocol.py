@@ -200,11 +200,11 @@ class GetRuntimeStateResponse(Message, tag="get_runtime_state_response"):
     """Field by field upstream's, and `sessions`, which upstream's decoder passes over. Sizes in bytes."""
 
     state: str
-    has_rw_session: bool
-    ro_session_count: int
-    waiting_writers: int
-    committed: bool
-    is_ready: bool
+    has_rw_session: bool = False
+    ro_session_count: int = 0
+    waiting_writers: int = 0
+    committed: bool = False
+    is_ready: bool = False
     allocation_count: int = 0
     memory_layout_hash: str = ""
     sessions: list[SessionInfo] = []

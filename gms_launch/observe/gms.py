@@ -7,7 +7,7 @@ from pathlib import Path
 from gms_launch.cohort import proc
 from gms_launch.control.records import GmsStatus, GpuHolder, GpuStatus
 from gms_launch.gms import gpus, probe
-from gms_launch.gms.devices import TAGS, Device, socket_path
+from gms_launch.gms.devices import TAGS, Device, find_socket
 
 
 class GmsWatch:
@@ -15,11 +15,18 @@ class GmsWatch:
 
     def __init__(self, devices: list[Device], directory: Path) -> None:
         self.devices = devices
-        self.sockets = [socket_path(directory, d.uuid, tag) for d in devices for tag in TAGS]
         self._directory = directory
         self.gpu_uuids = frozenset(d.uuid for d in devices if not d.virtual)
         self.status: tuple[GmsStatus, ...] = ()
         self.gpus: tuple[GpuStatus, ...] = ()
+
+    @property
+    def sockets(self) -> list[Path]:
+        return [find_socket(self._directory, d, tag) for d in self.devices for tag in TAGS]
+
+    @property
+    def kv_sockets(self) -> list[Path]:
+        return [s for s in self.sockets if s.name.endswith("_kv_cache.sock")]
 
     def look(self) -> None:
         self.status = tuple(self._ask(d, tag) for d in self.devices for tag in TAGS)
@@ -37,7 +44,7 @@ class GmsWatch:
         )
 
     def _ask(self, device: Device, tag: str) -> GmsStatus:
-        path = socket_path(self._directory, device.uuid, tag)
+        path = find_socket(self._directory, device, tag)
         try:
             state = probe.runtime_state(path)
             events = probe.event_history(path)

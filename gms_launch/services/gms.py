@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from gms_launch.cohort.process import Command
-from gms_launch.engines.dynamo import missing_modules
+from gms_launch.engines import installed
 from gms_launch.errors import UsageError
 from gms_launch.gms import probe
-from gms_launch.gms.devices import CUDA_ORDER, TAGS, Device, socket_path
+from gms_launch.gms.devices import CUDA_ORDER, TAGS, Device, find_socket
 from gms_launch.services.base import NotReadyError, Service
 
 
@@ -24,14 +24,18 @@ def choose(setting: str, engine: str, python: str) -> str:
     if setting == "auto":
         if engine == "reference":
             return "builtin"
-        return "builtin" if missing_modules(python, ("gpu_memory_service",)) else "upstream"
+        return "builtin" if _no_upstream(python) else "upstream"
     if setting == "upstream" and engine == "reference":
         raise UsageError("--engine reference speaks to the builtin GMS server; use --gms-server builtin")
-    if setting == "upstream" and missing_modules(python, ("gpu_memory_service",)):
+    if setting == "upstream" and _no_upstream(python):
         raise UsageError("--gms-server upstream: gpu_memory_service cannot be imported (it is on no package index)")
     if setting == "builtin" and engine == "vllm":
         raise UsageError("--engine vllm comes with gpu_memory_service and its own server; use --gms-server upstream")
     return setting
+
+
+def _no_upstream(python: str) -> bool:
+    return bool(installed.look(python, ("gpu_memory_service",)).missing)
 
 
 def services(
@@ -65,12 +69,10 @@ def _service(
     tags: tuple[str, ...],
     timeout: float,
 ) -> Service:
-    paths = [socket_path(directory, device.uuid, tag) for tag in tags]
-
     def ready() -> None:
-        for path in paths:
+        for tag in tags:
             try:
-                probe.runtime_state(path)
+                probe.runtime_state(find_socket(directory, device, tag))
             except probe.ProbeError as exc:
                 raise NotReadyError(str(exc)) from None
 

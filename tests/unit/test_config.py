@@ -73,10 +73,33 @@ def test_what_is_refused(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("argument", ["--load-format=auto", "--model", "--headless", "-tp"])
-def test_engine_arguments_that_the_launcher_owns(argument: str) -> None:
-    with pytest.raises(UsageError, match="gms-launch sets it itself"):
-        resolve({}, {}, engine_args=["--max-model-len", "8", argument])
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--model", "x"], "use --model before the --"),
+        (["--tensor_parallel_size=2"], "use --tp before the --"),
+        (["-tp", "2"], "use --tp before the --"),
+        (["--headless"], "follows from the node rank"),
+        (["--load-format=auto"], "only gms works here"),
+        (["--load_format", "safetensors"], "only gms works here"),
+        (["--distributed-executor-backend", "ray"], "not with Ray"),
+        (["--data-parallel-size", "2"], "only 1 works here"),
+        (["--data-parallel-backend=ray"], "data parallelism does not work"),
+        (["--disaggregation-mode", "prefill"], "only agg works here"),
+        (["--no-enable-sleep-mode"], "parks by sleeping"),
+    ],
+)
+def test_engine_arguments_that_break_shadow_mode_are_refused_with_the_reason(args: list[str], says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve({}, {}, engine_args=["--max-model-len", "8", *args])
+    assert says in str(caught.value)
+    resolve({"engine": "command"}, {}, engine_args=args)
+
+
+def test_other_engine_arguments_pass() -> None:
+    args = ["--load-format", "gms", "--distributed-executor-backend=mp", "--max-model-len", "-1", "-dp", "1"]
+    args += ["--kv-events-config", '{"endpoint": "tcp://*:5557"}', "--no-enforce-eager"]
+    assert resolve({}, {}, engine_args=args).engine_args == tuple(args)
 
 
 def test_toml(tmp_path: Path) -> None:

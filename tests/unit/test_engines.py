@@ -11,16 +11,23 @@ import pytest
 from gms_launch import ports, topology
 from gms_launch.cli.plan import layout
 from gms_launch.cohort.model import Phase
-from gms_launch.config import resolve
-from gms_launch.engines import get
+from gms_launch.config import Settings, resolve
+from gms_launch.engines import arguments, get, installed, signals, vllm
 from gms_launch.engines.reference import weights
 from gms_launch.engines.reference.args import Knobs
 from gms_launch.engines.reference.compute import host
+from gms_launch.engines.reference.metrics import FailoverMetrics
 from gms_launch.errors import UsageError
 from gms_launch.gms.devices import choose, virtual_devices
 from gms_launch.gms.gpus import Gpu
+from gms_launch.plan import Layout
 
 RECORDED = Path(__file__).with_name("plans")
+
+
+def plan_of(settings: Settings) -> Layout:
+    """What would run on this node with these settings."""
+    return layout(settings)
 
 
 def normalised(text: str) -> str:
@@ -96,11 +103,144 @@ def test_phases_from_log_lines(engine: str) -> None:
 
 
 def test_an_engine_that_cannot_be_imported_is_named_and_not_replaced() -> None:
-    problems = get("vllm").problems("")
+    problems = get("vllm").problems(resolve({}, {}))
     assert len(problems) == 1
     assert "gpu_memory_service" in problems[0] and "--engine reference" in problems[0]
     with pytest.raises(UsageError):
         get("sglang")
+
+
+def test_an_engine_id_of_ones_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_ID", "0")
+    assert any("ENGINE_ID=0 is set" in p for p in get("vllm").problems(resolve({}, {})))
+
+
+@pytest.mark.parametrize(
+    ("version", "line"),
+    [("1.0.9", None), ("1.1.0", "1.1"), ("1.4.2.post1", "1.4"), ("1.6.1", "1.6"), ("1.9.0", "1.6"), ("x", None)],
+)
+def test_the_line_of_a_version(version: str, line: str | None) -> None:
+    found = vllm.line_of(version)
+    assert (found.dynamo if found else None) == line
+
+
+def test_each_cohort_publishes_kv_events_on_its_own_port() -> None:
+    config = '{"publisher": "zmq", "endpoint": "tcp://*:5557"}'
+    settings = resolve({"engine": "vllm", "model": "/m"}, {}, engine_args=["--kv-events-config", config])
+    argv = plan_of(settings).rank_command(1, 1, 29600).argv
+    assert json.loads(argv[argv.index("--kv-events-config") + 1])["endpoint"] == "tcp://*:5558"
+    assert arguments.stagger_kv_events([f"--kv_events_config={config}"], 2)[0].endswith('"tcp://*:5559"}')
+    assert arguments.stagger_kv_events(["--kv-events-config", "no json"], 2) == ("--kv-events-config", "no json")
+
+
+def test_caches_and_interface_are_the_users_word_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/mine")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    flags = {"engine": "vllm", "model": "/m", "cache_dir": "/local/cache", "nnodes": "2", "interface": "eth7"}
+    place = topology.Topology(0, 2, "n0", "10.0.0.1", "10.0.0.1")
+    env = layout(resolve(flags, {}), place).rank_command(0, 1, 29500).env
+    assert "VLLM_CACHE_ROOT" not in env and env["TRITON_CACHE_DIR"] == "/local/cache/triton"
+    assert env["NCCL_SOCKET_IFNAME"] == env["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert env["VLLM_USE_FLASHINFER_SAMPLER"] == "0", "flashinfer is not installed here"
+
+
+def test_another_interpreter_is_asked_without_importing(tmp_path: Path) -> None:
+    import sys
+
+    link = tmp_path / "python"
+    link.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    link.chmod(0o755)
+    found = installed.look(str(link), ("json", "no_such_module", "dynamo.no_such"), ("pytest", "no-such-dist"))
+    assert found.missing == ("no_such_module", "dynamo.no_such")
+    assert found.versions == {"pytest": pytest.__version__}
+    assert "a working interpreter" in installed.look(str(tmp_path / "none"), ("json",)).missing[0]
+
+
+METRICS = """
+# HELP dynamo_component_engine_failover_state 1 for the state
+dynamo_component_engine_failover_state{dynamo_component="backend",engine_id="1",model="m",state="init"} 0
+dynamo_component_engine_failover_state{dynamo_component="backend",engine_id="1",model="m",state="standby"} 1
+dynamo_component_engine_failover_transitions_total{from_state="init",to_state="standby"} 1
+"""
+
+
+def test_phase_by_the_strongest_sign() -> None:
+    assert signals.failover_state(METRICS) == "standby"
+    assert signals.failover_state("dynamo_component_uptime_seconds 1") == ""
+    none, healthy = signals.Health(), signals.Health(healthy=True)
+    assert signals.phase(signals.Signals(none)) is None
+    assert signals.phase(signals.Signals(signals.Health(healthy=False))) is None
+    assert signals.phase(signals.Signals(healthy)) is Phase.PARKED
+    assert signals.phase(signals.Signals(healthy, holds_lock=True)) is Phase.WAKING
+    assert signals.phase(signals.Signals(signals.Health(True, "init"))) is Phase.STARTING, "metrics above health"
+    assert signals.phase(signals.Signals(signals.Health(True, "standby"), holds_lock=True)) is Phase.PARKED
+    assert signals.phase(signals.Signals(signals.Health(True, "active"))) is Phase.ACTIVE
+    assert signals.phase(signals.Signals(none, registered=True)) is Phase.ACTIVE
+    assert signals.mapped(signals.Signals(holds_lock=True), kv_session=True)
+    assert not signals.mapped(signals.Signals(), kv_session=True)
+
+
+def test_the_metrics_of_the_reference_engine_are_read_as_upstreams(tmp_path: Path) -> None:
+    metrics = FailoverMetrics(1, "m", tmp_path)
+    for state, phase in signals.STATES.items():
+        metrics.enter(state)
+        assert signals.failover_state(metrics.text()) == state
+        assert signals.phase(signals.Signals(signals.Health(True, state))) is phase
+
+
+ENGINE_FILE = """
+[engine]
+command = ["{python}", "-m", "mine", "--id", "{cohort_id}", "--of", "{local_ranks}", "--json", '{{"a": 1}}']
+headless = ["sleep", "{node_rank}"]
+unset = ["NATS_SERVER"]
+[engine.environment]
+KV = "{port_kv}"
+HEALTH = "{system_port}"
+[engine.ports]
+kv = 20080
+[engine.phase]
+parked = "waiting for (the )?lock"
+awake = "^awake$"
+"""
+
+
+def test_an_engine_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text(ENGINE_FILE)
+    settings = resolve(
+        {"engine": "command", "engine_file": str(file), "model": "/m", "tp": "2", "nnodes": "2"}, {}, engine_args=["-x"]
+    )
+    plan = layout(settings, topology.Topology(0, 2, "n0", "10.0.0.1", "10.0.0.1"))
+    command = plan.rank_command(1, 3, 29600)
+    assert command.argv[1:] == ("-m", "mine", "--id", "1", "--of", "1", "--json", '{"a": 1}', "-x")
+    assert command.env["KV"] == "20081" and command.env["ENGINE_ID"] == "1"
+    assert command.env["DYN_DISCOVERY_BACKEND"] == "etcd", "a leader rank gets what Dynamo needs"
+    other = layout(settings, topology.Topology(1, 2, "n1", "10.0.0.2", "10.0.0.1"))
+    assert other.rank_command(1, 3, 29600).argv[:2] == ("sleep", "1")
+    assert "DYN_DISCOVERY_BACKEND" not in other.rank_command(1, 3, 29600).env
+    engine = plan.engine
+    assert engine.phase_of("x waiting for the lock") is Phase.PARKED and engine.phase_of("awake") is None
+    assert engine.is_awake("awake") and not engine.is_awake("awake now")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (('"{cohort_id}"', '"{cohort}"'), "{cohort} is not known"),
+        (("parked =", "sleeping ="), "the phases are parked"),
+        (('"waiting for (the )?lock"', '"("'), "no regular expression"),
+        (("headless =", "headles ="), "headles"),
+        (('{{"a": 1}}', '{"a": 1}'), "is not known"),
+        (('{{"a": 1}}', '{"a'), "written twice"),
+        (("command = [", "command = []\nx = ["), "unknown field"),
+    ],
+)
+def test_what_is_wrong_in_an_engine_file_is_said(tmp_path: Path, change: tuple[str, str], says: str) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text(ENGINE_FILE.replace(*change))
+    with pytest.raises(UsageError) as caught:
+        get("command", str(file))
+    assert says in str(caught.value) and str(file) in str(caught.value)
 
 
 def test_the_sum_notices_a_changed_and_a_moved_word() -> None:
@@ -157,7 +297,11 @@ def test_devices() -> None:
     found = [Gpu(f"GPU-{c * 3}", "H200", 1000, 0, "default") for c in "abc"]
     found.insert(1, Gpu("MIG-a1", "H200 MIG 1g", 100, 0, "default", mig=True))
     assert [d.uuid for d in choose(found, None)] == ["GPU-aaa", "GPU-bbb", "GPU-ccc"]
-    assert [(d.index, d.uuid) for d in choose(found, "2,0")] == [(0, "GPU-ccc"), (1, "GPU-aaa")]
+    assert [(d.index, d.uuid, d.alias) for d in choose(found, "2,0")] == [
+        (0, "GPU-ccc", "GPU-aaa"),
+        (1, "GPU-aaa", "GPU-bbb"),
+    ]
+    assert [d.alias for d in choose(found, None)] == ["", "", ""]
     assert [d.uuid for d in choose(found, "GPU-b")] == ["GPU-bbb"]
     assert [(d.uuid, d.memory) for d in choose(found, "MIG-a1")] == [("MIG-a1", 100)]
     assert choose(found, "") == []

@@ -1,0 +1,97 @@
+"""Does a rank still do anything? What a hang looks like from outside, and for how long it may.
+
+A rank that exits is noticed at once and elsewhere. This is for one that does not exit: a process of it is stopped, or
+its leader's system port, which answered before, does not answer any more. `Pulse` judges and is pure; `feel` looks.
+That an engine answers and yet serves no tokens is not seen here (`canary` sees that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gms_launch.cohort import proc
+from gms_launch.cohort.proc import ProcessId
+from gms_launch.engines import signals
+from gms_launch.engines.signals import Signals
+from gms_launch.gms import probe
+
+#: After how many looks the members of a group are found anew: that reads all of /proc.
+MEMBERS_EVERY = 10
+#: States of /proc/PID/stat: stopped by a signal. A tracer's stop (t) is a debugger at work, and somebody's choice.
+STOPPED = "T"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of a rank: its signs (leader ranks only), the KV memory's state, and its stopped processes."""
+
+    signals: Signals | None = None
+    kv_session: bool = False
+    stopped: tuple[int, ...] = ()
+
+
+@dataclass
+class Pulse:
+    """When a rank last did well. Times in seconds of one clock; `timeout` is how long it may do badly."""
+
+    timeout: float
+    answered: bool = False
+    silent_since: float | None = None
+    stopped_since: float | None = None
+
+    def judge(self, look: Look, now: float) -> str:
+        """Why the rank is to be taken for dead; empty while it is not.
+
+        A port that has never answered is that of an engine still starting, which has a deadline of its own.
+        """
+        self.stopped_since = None if not look.stopped else self.stopped_since or now
+        if look.signals is not None:
+            here = look.signals.health.healthy is not None
+            self.answered |= here
+            self.silent_since = None if here or not self.answered else self.silent_since or now
+        if self.stopped_since is not None and now - self.stopped_since >= self.timeout:
+            pids = ", ".join(map(str, look.stopped))
+            return f"hung: process {pids} has been stopped for {self.timeout:g} s (health_timeout)"
+        if self.silent_since is not None and now - self.silent_since >= self.timeout:
+            return f"hung: no answer on its system port for {self.timeout:g} s (health_timeout)"
+        return ""
+
+
+@dataclass
+class Feeler:
+    """Looks at one rank, in a thread. `port` is its system port, 0 for a headless rank, which has none."""
+
+    leader: ProcessId
+    address: str
+    port: int
+    lock: Path
+    timeout: float
+    _members: list[ProcessId] = field(default_factory=list)
+    _looks: int = 0
+
+    def feel(self, kv_sockets: Collection[Path], active: bool) -> Look:
+        """One look. Of an `active` engine only whether it answers is of interest, and the rest is not asked for."""
+        if self._looks % MEMBERS_EVERY == 0:
+            self._members = [info.identity for info in proc.group(self.leader.pid)]
+        self._looks += 1
+        found = [info for who in self._members if (info := proc.stat(who.pid)) is not None and info.start == who.start]
+        stopped = tuple(info.pid for info in found if info.state == STOPPED)
+        if not self.port:
+            return Look(stopped=stopped)
+        health = signals.ask(self.address, self.port, self.timeout, metrics=not active)
+        holds = not active and any(
+            (info := proc.stat(pid)) is not None and info.pgid == self.leader.pid
+            for pid in proc.flock_holders(str(self.lock))
+        )
+        return Look(Signals(health, holds, registered=active), holds and all(map(_has_writer, kv_sockets)), stopped)
+
+
+def _has_writer(socket: Path) -> bool:
+    """True when a writer is connected to the socket and has memory there; upstream's server tells as ours does."""
+    try:
+        state = probe.runtime_state(socket)
+    except probe.ProbeError:
+        return False
+    return state.has_rw_session and state.allocation_count > 0

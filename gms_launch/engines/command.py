@@ -1,0 +1,147 @@
+"""An engine that a TOML file describes: --engine command --engine-file FILE.
+
+The seam for engines that this package does not know. The file says how to run a rank, in which environment, which ports
+it wants, and which lines of a leader rank's log show its phase (docs/engines.md has the whole layout). What it must do
+by itself: load through GMS, park behind the lock in {lock_path}, and register with Dynamo when it has it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gms_launch.cohort.model import Phase
+from gms_launch.cohort.process import Command
+from gms_launch.config import Settings, read_toml
+from gms_launch.engines import RankSpec, installed
+from gms_launch.errors import UsageError
+from gms_launch.gms.devices import CUDA_ORDER
+
+#: What may stand in braces. `port_NAME` are those of [ports].
+PLACEHOLDERS = (
+    *("python", "model", "served_model_name", "tp", "pp", "local_ranks", "nnodes", "node_rank", "cohort_id"),
+    *("incarnation", "leader_address", "address", "namespace", "master_port", "system_port", "nixl_port", "vllm_port"),
+    *("gms_dir", "lock_path", "gms_memory", "cache_dir"),
+)
+_PHASES = {"parked": Phase.PARKED, "waking": Phase.WAKING, "active": Phase.ACTIVE}
+
+
+class File(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The file. `headless` is the command of node ranks above 0; `command` serves there too when it is empty."""
+
+    command: list[str]
+    headless: list[str] = []
+    needs: list[str] = []
+    environment: dict[str, str] = {}
+    unset: list[str] = []
+    ports: dict[str, int] = {}
+    phase: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class CommandEngine:
+    """The module behind --engine command."""
+
+    file: File
+    path: str
+    patterns: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
+    name: str = "command"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """First port of every name in [ports]; each cohort gets the first plus its number."""
+        return self.file.ports
+
+    def problems(self, settings: Settings) -> list[str]:
+        found = []
+        if missing := installed.look(settings.python, self.file.needs).missing:
+            found.append(f"{self.path} needs {' and '.join(missing)}, which cannot be imported")
+        program = self.file.command[0]
+        if "{" not in program and shutil.which(program) is None:
+            found.append(f"{self.path}: command: {program} is not an executable file")
+        return found
+
+    def describe(self, settings: Settings) -> str:
+        return f"as {self.path} says: {' '.join(self.file.command)}"
+
+    def command(self, spec: RankSpec) -> Command:
+        known = _values(spec)
+        argv = self.file.headless if spec.node_rank > 0 and self.file.headless else self.file.command
+        env: dict[str, str | None] = dict.fromkeys(self.file.unset)
+        if spec.gms_memory == "cuda":
+            env |= CUDA_ORDER
+        if spec.node_rank == 0:
+            env |= spec.plane.environment()
+        env |= {"ENGINE_ID": str(spec.cohort_id), "GMS_SOCKET_DIR": str(spec.gms_dir)}
+        env |= {"FAILOVER_LOCK_PATH": str(spec.lock_path)}
+        env |= {name: value.format_map(known) for name, value in self.file.environment.items()}
+        return Command((*(word.format_map(known) for word in argv), *spec.engine_args), env)
+
+    def phase_of(self, line: str) -> Phase | None:
+        return next((_PHASES[n] for n, p in self.patterns.items() if n in _PHASES and p.search(line)), None)
+
+    def is_awake(self, line: str) -> bool:
+        return "awake" in self.patterns and self.patterns["awake"].search(line) is not None
+
+
+def _values(spec: RankSpec) -> dict[str, Any]:
+    values: dict[str, Any] = {n: getattr(spec, n) for n in PLACEHOLDERS if hasattr(spec, n)}
+    values |= {"local_ranks": spec.tp * spec.pp // spec.nnodes, "address": spec.plane.address}
+    values |= {"namespace": spec.plane.namespace, "served_model_name": spec.served_model_name or spec.model}
+    return values | {f"port_{name}": port for name, port in spec.extra_ports.items()}
+
+
+def read(file: str) -> CommandEngine:
+    """The engine that a file describes. Raises `UsageError` that names what is wrong in it."""
+    if not file:
+        raise UsageError("--engine command needs --engine-file FILE, which says how to run it (docs/engines.md)")
+    path = Path(os.path.expanduser(file))
+    table = read_toml(path, "engine")
+    try:
+        described = msgspec.convert(table, File)
+    except msgspec.ValidationError as exc:
+        raise UsageError(f"engine file {path}: {exc}") from None
+    if not described.command:
+        raise UsageError(f"engine file {path}: command is empty")
+    texts = {"command": described.command, "headless": described.headless}
+    texts |= {f"environment.{k}": [v] for k, v in described.environment.items()}
+    for where, words in texts.items():
+        for word in words:
+            _check_placeholders(path, where, word, described.ports)
+    patterns = {}
+    for name, pattern in described.phase.items():
+        if name not in (*_PHASES, "awake"):
+            raise UsageError(f"engine file {path}: phase.{name}: the phases are parked, waking, awake and active")
+        try:
+            patterns[name] = re.compile(pattern)
+        except re.error as exc:
+            raise UsageError(f"engine file {path}: phase.{name}: {pattern!r} is no regular expression: {exc}") from None
+    if "parked" not in patterns and "{system_port}" not in " ".join(
+        [*described.command, *described.environment.values()]
+    ):
+        raise UsageError(
+            f"engine file {path}: nothing would show that the engine is parked: give phase.parked a pattern, or serve "
+            "/health on {system_port}"
+        )
+    return CommandEngine(described, str(path), patterns)
+
+
+def _check_placeholders(path: Path, where: str, word: str, ports: Mapping[str, int]) -> None:
+    known = {*PLACEHOLDERS, *(f"port_{name}" for name in ports)}
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(word) if name is not None]
+    except ValueError as exc:
+        raise UsageError(f"engine file {path}: {where}: {word!r}: {exc}; a brace is written twice") from None
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"engine file {path}: {where}: {{{name}}} is not known; known are {', '.join(sorted(known))}"
+            )

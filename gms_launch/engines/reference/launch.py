@@ -1,0 +1,51 @@
+"""How the launcher starts the reference engine and reads its signs: as it does with dynamo.vllm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gms_launch.cohort.model import Phase
+from gms_launch.cohort.process import Command
+from gms_launch.config import Settings
+from gms_launch.engines import RankSpec, dynamo, installed
+
+MODULES = ("dynamo.llm", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class ReferenceEngine:
+    """The module behind --engine reference."""
+
+    name: str = "reference"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        return {}
+
+    def problems(self, settings: Settings) -> list[str]:
+        found = []
+        if missing := installed.look(settings.python, MODULES).missing:
+            who = settings.python or "this Python"
+            found.append(
+                f"--engine reference needs {' and '.join(missing)}, which {who} cannot import; "
+                "pip install 'gms-launch[reference,dynamo]'"
+            )
+        if settings.pp > 1:
+            found.append("--engine reference has no pipeline parallelism; use --tp")
+        return found
+
+    def describe(self, settings: Settings) -> str:
+        return "the reference engine can start"
+
+    def command(self, spec: RankSpec) -> Command:
+        made = dynamo.command(spec, "gms_launch.engines.reference", always_master_port=True)
+        return Command(made.argv, {**made.env, "REFERENCE_DEVICE": "cuda" if spec.gms_memory == "cuda" else None})
+
+    def phase_of(self, line: str) -> Phase | None:
+        return dynamo.phase_of(line)
+
+    def is_awake(self, line: str) -> bool:
+        return dynamo.is_awake(line)
+
+
+ENGINE = ReferenceEngine()

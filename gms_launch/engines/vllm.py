@@ -1,0 +1,133 @@
+"""`python -m dynamo.vllm`, Dynamo 1.1 to 1.6: what the real engine needs beyond its command line.
+
+`LINES` is what differs between the releases, read from their wheels; tests/wheels checks it against them, and
+docs/compatibility.md is made from it. vLLM itself is never imported here: that takes half a minute and wants a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from gms_launch.cohort.model import Phase
+from gms_launch.cohort.process import Command
+from gms_launch.config import Settings
+from gms_launch.engines import RankSpec, arguments, dynamo, installed
+
+MODULES = ("dynamo.vllm", "vllm", "gpu_memory_service")
+DISTRIBUTIONS = ("ai-dynamo", "vllm", "flashinfer-python", "gpu-memory-service")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One release line of Dynamo, as its wheel shows it.
+
+    `control` is the prefix of the engine's sleep and wake routes, `parked` the word of the log line that says so,
+    `metrics` whether there are failover metrics, `event_plane` the default with etcd. With `needs_system_port` a
+    promotion fails at registration when DYN_SYSTEM_PORT is not set.
+    """
+
+    dynamo: str
+    release: str
+    vllm: str
+    control: str
+    parked: str
+    metrics: bool
+    event_plane: str
+    needs_system_port: bool
+
+
+LINES = (
+    Line("1.1", "1.1.1", "0.19.0", "", "sleeping", False, "nats", False),
+    Line("1.2", "1.2.1", "0.20.1", "", "sleeping", False, "nats", False),
+    Line("1.3", "1.3.1", "0.23.0", "control/", "sleeping", False, "zmq", False),
+    Line("1.4", "1.4.2", "0.26.0", "control/", "sleeping", True, "zmq", True),
+    Line("1.5", "1.5.1", "0.28.0", "control/", "paused", True, "zmq", True),
+    Line("1.6", "1.6.1", "0.31.0", "control/", "paused", True, "zmq", True),
+)
+_HINT = "run inside NVIDIA's vllm-runtime image from 1.4 on, or use --engine reference on a machine without a GPU"
+
+
+def line_of(version: str) -> Line | None:
+    """The line that a version of Dynamo belongs to; the newest known for a newer one; None for one that is too old."""
+    try:
+        major, minor = (int(p) for p in version.split(".")[:2])
+    except ValueError:
+        return None
+    known = {tuple(int(p) for p in line.dynamo.split(".")): line for line in LINES}
+    if (major, minor) > max(known):
+        return LINES[-1]
+    return known.get((major, minor))
+
+
+@dataclass(frozen=True)
+class VllmEngine:
+    """The module behind --engine vllm."""
+
+    name: str = "vllm"
+
+    @property
+    def ports(self) -> dict[str, int]:
+        return {}
+
+    def problems(self, settings: Settings) -> list[str]:
+        has = installed.look(settings.python, MODULES, DISTRIBUTIONS)
+        found = []
+        if has.missing:
+            who = settings.python or "this Python"
+            found.append(f"--engine vllm needs {' and '.join(has.missing)}, which {who} cannot import; {_HINT}")
+        version = has.versions.get("ai-dynamo", "")
+        if version and line_of(version) is None:
+            found.append(
+                f"--engine vllm: Dynamo {version} has no shadow mode with scratch KV; {LINES[0].dynamo} is the first"
+            )
+        if "ENGINE_ID" in os.environ:
+            found.append(
+                f"ENGINE_ID={os.environ['ENGINE_ID']} is set in the environment; every cohort gets its own number, and "
+                "exactly one of them may write the weights: unset it"
+            )
+        return found
+
+    def describe(self, settings: Settings) -> str:
+        """The versions found, for people."""
+        versions = installed.look(settings.python, MODULES, DISTRIBUTIONS).versions
+        text = ", ".join(f"{name} {version}" for name, version in versions.items())
+        line = line_of(versions.get("ai-dynamo", ""))
+        if line is not None and versions.get("vllm", line.vllm).split("+")[0] != line.vllm:
+            text += f" (Dynamo {line.release} was released with vllm {line.vllm})"
+        return text
+
+    def command(self, spec: RankSpec) -> Command:
+        spec = replace(spec, engine_args=arguments.stagger_kv_events(spec.engine_args, spec.cohort_id))
+        made = dynamo.command(spec, "dynamo.vllm", always_master_port=False)
+        env = {
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(spec.nixl_port),
+            "VLLM_NIXL_SIDE_CHANNEL_HOST": spec.plane.address,
+            "VLLM_PORT": str(spec.vllm_port),
+            "VLLM_HOST_IP": spec.plane.address,
+        }
+        # A relaunched engine finds what the first compiled: a cold cache doubled a peer's time to be re-armed.
+        suggested = {
+            "VLLM_CACHE_ROOT": str(spec.cache_dir / "vllm"),
+            "TORCHINDUCTOR_CACHE_DIR": str(spec.cache_dir / "torchinductor"),
+            "TRITON_CACHE_DIR": str(spec.cache_dir / "triton"),
+            "FLASHINFER_WORKSPACE_BASE": str(spec.cache_dir / "flashinfer"),
+        }
+        if installed.look(spec.python, ("flashinfer",)).missing:
+            # Without it the engine core dies 40 s into the start.
+            suggested["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        if spec.interface and spec.nnodes > 1:
+            suggested |= {"NCCL_SOCKET_IFNAME": spec.interface, "GLOO_SOCKET_IFNAME": spec.interface}
+        if port := os.environ.get("DYN_FORWARDPASS_METRIC_PORT", ""):
+            env["DYN_FORWARDPASS_METRIC_PORT"] = str(int(port) + spec.cohort_id) if port.isdigit() else port
+        env |= {k: v for k, v in suggested.items() if k not in os.environ}  # the user's own word wins
+        return Command(made.argv, {**made.env, **env})
+
+    def phase_of(self, line: str) -> Phase | None:
+        return dynamo.phase_of(line)
+
+    def is_awake(self, line: str) -> bool:
+        return dynamo.is_awake(line)
+
+
+ENGINE = VllmEngine()

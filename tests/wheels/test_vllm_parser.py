@@ -1,0 +1,67 @@
+"""vLLM's own parser on the command lines that we make. Heavy (9 GB): `make test-vllm`, which sets the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gms_launch import ports, topology
+from gms_launch.config import resolve
+from tests.unit.test_engines import plan_of
+
+PYTHON = os.environ.get("GMS_LAUNCH_VLLM_PYTHON", "")
+pytestmark = [pytest.mark.skipif(not PYTHON, reason="needs vLLM: make test-vllm"), pytest.mark.timeout(600)]
+
+
+def test_every_rank_is_understood_as_it_was_meant(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    assert config["architectures"], "vLLM looks at the model's config while it parses"
+    args = ["--max-model-len", "2048", "--gpu-memory-utilization", "0.08", "--kv-events-config"]
+    args += ['{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:5557"}']
+    flags = {"engine": "vllm", "model": str(model), "tp": "4", "pp": "2", "served_model_name": "m"}
+    settings = resolve(flags, {}, engine_args=args)
+    plan = plan_of(settings)
+    asked, meant = [], []
+    for nnodes in (1, 2):
+        for node_rank in range(nnodes):
+            place = topology.Topology(node_rank, nnodes, "n", f"10.0.0.{node_rank + 1}", "10.0.0.1")
+            here = replace(plan, topology=place, ports=ports.layout(settings, lambda _: True))
+            for cohort_id in (0, 1):
+                port = here.ports.master(cohort_id, 1)
+                command = here.rank_command(cohort_id, 1, port)
+                asked.append({"argv": list(command.argv[3:]), "env": dict(command.env)})
+                several = {"nnodes": nnodes, "node_rank": node_rank, "master_addr": "10.0.0.1", "master_port": port}
+                meant.append(
+                    {
+                        **(several if nnodes > 1 else {"nnodes": 1, "node_rank": 0}),
+                        "headless": node_rank > 0,
+                        "distributed_executor_backend": "mp" if nnodes > 1 else None,
+                        "load_format": "gms",
+                        "tensor_parallel_size": 4,
+                        "pipeline_parallel_size": 2,
+                        "enforce_eager": True,
+                        "enable_sleep_mode": True,
+                        "gms_shadow_mode": True,
+                        "max_model_len": 2048,
+                        "gpu_memory_utilization": 0.08,
+                        "model": str(model),
+                        "served_model_name": "m",
+                        "component": "backend",
+                        "endpoint": "generate",
+                    }
+                )
+                if node_rank == 0:
+                    meant[-1] |= {"namespace": "dynamo", "event_plane": "zmq"}
+    script = Path(__file__).with_name("vllm_parser.py")
+    done = subprocess.run(
+        [PYTHON, str(script)], input=json.dumps(asked), capture_output=True, text=True, timeout=580, check=False
+    )
+    lines = [x for x in done.stdout.splitlines() if x.startswith("UNDERSTOOD ")]
+    assert done.returncode == 0 and lines, done.stdout[-3000:] + done.stderr[-3000:]
+    for found, wanted in zip(json.loads(lines[0].partition(" ")[2]), meant, strict=True):
+        assert {k: found[k] for k in wanted} == wanted
