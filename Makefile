@@ -41,16 +41,20 @@ test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
 
 # The wheels of every Dynamo line that we drive, looked up in; part of `make test` too.
-.PHONY: test-wheels test-vllm
+.PHONY: test-wheels test-releases test-vllm
 test-wheels: setup
 	$(BIN)/python -m pytest -q tests/wheels
+
+# A failover on the native runtime of each: 75 MB a release, so not part of `make test`.
+test-releases: setup
+	$(BIN)/python -m pytest -q -m slow tests/wheels
 
 # vLLM's own parser on our command lines, without a GPU: 9 GB and some minutes, so not part of `make test`.
 VLLM_VENV := .venv-vllm
 test-vllm: setup
 	test -x $(VLLM_VENV)/bin/pip || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install -q vllm==0.23.0 ai-dynamo==1.3.1
-	GMS_LAUNCH_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q tests/wheels/test_vllm_parser.py
+	GMS_LAUNCH_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q tests/wheels/test_parser.py
 
 # On a machine with a GPU: the same contract tests, with its memory.
 .PHONY: test-gpu kernels

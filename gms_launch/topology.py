@@ -117,7 +117,8 @@ def discover(settings: Settings) -> Topology:
         return Topology(0, settings.nnodes, host, address, address)
     if not settings.was_set("leader_addr"):
         raise UsageError(f"node {settings.node_rank} of {settings.nnodes} needs --leader-addr (or LEADER_ADDR)")
-    if ipaddress.ip_address(leader).is_loopback:
+    # --interface lo says that all nodes of the run are on this machine.
+    if ipaddress.ip_address(leader).is_loopback and not (chosen and ipaddress.ip_address(chosen).is_loopback):
         raise UsageError(
             f"leader_addr {settings.leader_addr!r} is {leader} on this node ({host}), its own loopback; "
             "give a name or an address by which every node reaches the leader"

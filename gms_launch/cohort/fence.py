@@ -7,7 +7,6 @@ Blocking; runs in a thread. What cannot be killed is named.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ def destroy(
     deadline = time.monotonic() + timeout
     process.kill_group(leader)
     seen = {info.identity for info in proc.group(leader.pid)} | {leader}
-    fds = [fd for who in seen if (fd := _open(who)) is not None]
+    fds = [fd for who in seen if (fd := process.open_pidfd(who)) is not None]
     process.wait_gone(fds, max(0.0, deadline - time.monotonic()))
     dead_at = time.time()
     strays: set[int] = set()
@@ -73,18 +72,6 @@ def destroy(
     now = time.time()
     free_at = now if gpu_uuids and not on_gpu else 0.0
     return Fenced(dead_at, now, tuple(sorted(strays)), leftovers, tuple(held), tuple(sorted(on_gpu)), free_at)
-
-
-def _open(who: ProcessId) -> int | None:
-    """A pidfd of that very process, dead or alive; None when it is gone."""
-    try:
-        fd = os.pidfd_open(who.pid)
-    except ProcessLookupError:
-        return None
-    if proc.identity(who.pid) != who:
-        os.close(fd)
-        return None
-    return fd
 
 
 def _sessions(sockets: Sequence[Path], pids: set[int]) -> list[str]:

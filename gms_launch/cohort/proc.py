@@ -96,6 +96,15 @@ def tag_of(pid: int) -> str | None:
     return None
 
 
+def command_line(pid: int) -> str:
+    """The command line with spaces between its words, or the title that a process gave itself; empty when unknown."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def owner(pid: int) -> int | None:
     """The user id that `pid` runs as."""
     try:

@@ -158,6 +158,18 @@ def kill_group(leader: ProcessId, sig: int = signal.SIGKILL) -> bool:
     return True
 
 
+def open_pidfd(who: ProcessId) -> int | None:
+    """A pidfd of that very process, dead or alive; None when it is gone."""
+    try:
+        fd = os.pidfd_open(who.pid)
+    except ProcessLookupError:
+        return None
+    if proc.identity(who.pid) != who:
+        os.close(fd)
+        return None
+    return fd
+
+
 def kill_process(who: ProcessId, sig: int = signal.SIGKILL) -> int | None:
     """Signal one process through a pidfd and return the descriptor, readable once it is gone; None if it is gone.
 

@@ -1,13 +1,14 @@
 """Does a rank still do anything? What a hang looks like from outside, and for how long it may.
 
 A rank that exits is noticed at once and elsewhere. This is for one that does not exit: a process of it is stopped, or
-its leader's system port, which answered before, does not answer any more. `Pulse` judges and is pure; `feel` looks.
+its leader's system port, which answered before, does not answer any more. `Pulse` judges and is pure; `Feeler` looks,
+and finds the vital processes of the rank on the way, so that their end can be waited for.
 That an engine answers and yet serves no tokens is not seen here (`canary` sees that).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from gms_launch.engines import signals
 from gms_launch.engines.signals import Signals
 from gms_launch.gms import probe
 
-#: After how many looks the members of a group are found anew: that reads all of /proc.
+#: In the first looks the members of a group are found anew each time, later after so many: that reads all of /proc.
 MEMBERS_EVERY = 10
 #: States of /proc/PID/stat: stopped by a signal. A tracer's stop (t) is a debugger at work, and somebody's choice.
 STOPPED = "T"
@@ -25,11 +26,15 @@ STOPPED = "T"
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of a rank: its signs (leader ranks only), the KV memory's state, and its stopped processes."""
+    """What was seen of a rank: its signs (leader ranks only), the KV memory's state, its stopped processes.
+
+    `vital` are the processes without which it is dead.
+    """
 
     signals: Signals | None = None
     kv_session: bool = False
     stopped: tuple[int, ...] = ()
+    vital: tuple[ProcessId, ...] = ()
 
 
 @dataclass
@@ -68,24 +73,29 @@ class Feeler:
     port: int
     lock: Path
     timeout: float
+    is_vital: Callable[[str], bool]
     _members: list[ProcessId] = field(default_factory=list)
+    _vital: tuple[ProcessId, ...] = ()
     _looks: int = 0
 
     def feel(self, kv_sockets: Collection[Path], active: bool) -> Look:
         """One look. Of an `active` engine only whether it answers is of interest, and the rest is not asked for."""
-        if self._looks % MEMBERS_EVERY == 0:
-            self._members = [info.identity for info in proc.group(self.leader.pid)]
+        if self._looks < MEMBERS_EVERY or self._looks % MEMBERS_EVERY == 0:
+            self._members = [info.identity for info in proc.group(self.leader.pid) if not info.dead]
+            others = (who for who in self._members if who != self.leader)
+            self._vital = tuple(who for who in others if self.is_vital(proc.command_line(who.pid)))
         self._looks += 1
         found = [info for who in self._members if (info := proc.stat(who.pid)) is not None and info.start == who.start]
         stopped = tuple(info.pid for info in found if info.state == STOPPED)
         if not self.port:
-            return Look(stopped=stopped)
+            return Look(stopped=stopped, vital=self._vital)
         health = signals.ask(self.address, self.port, self.timeout, metrics=not active)
         holds = not active and any(
             (info := proc.stat(pid)) is not None and info.pgid == self.leader.pid
             for pid in proc.flock_holders(str(self.lock))
         )
-        return Look(Signals(health, holds, registered=active), holds and all(map(_has_writer, kv_sockets)), stopped)
+        mapped = holds and all(map(_has_writer, kv_sockets))
+        return Look(Signals(health, holds, registered=active), mapped, stopped, self._vital)
 
 
 def _has_writer(socket: Path) -> bool:

@@ -6,15 +6,16 @@ A `Rank` notices (an exit, a line of the log) and tells; what follows is decided
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gms_launch.cohort import fence, process
+from gms_launch.cohort import fence, proc, process
 from gms_launch.cohort.fence import Fenced
 from gms_launch.cohort.model import ALIVE, Phase, move
-from gms_launch.cohort.proc import flock_holders, stat
+from gms_launch.cohort.proc import ProcessId, flock_holders, stat
 from gms_launch.cohort.process import Child, Command
 from gms_launch.cohort.pulse import Look
 from gms_launch.cohort.reconciler import LocalRank
@@ -49,12 +50,15 @@ class Rank:
     role: str = ""
     child: Child | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
     stopping: bool = False
     awake: bool = False
     _follower: LogFollower | None = None
     _watcher: FileWatcher | None = None
     _watch: int | None = None
     _fencing: bool = False
+    _parts: dict[ProcessId, int] = field(default_factory=dict)
+    _first_gone: str = ""
 
     @property
     def life(self) -> tuple[int, int]:
@@ -127,9 +131,30 @@ class Rank:
             return
         now = time.time()
         self._move(phase, now)
+        self.news.set()
         self.on_event(self, {Phase.PARKED: "parked", Phase.WAKING: "lock", Phase.ACTIVE: "registered"}[phase], now, "")
         if phase is Phase.ACTIVE:
             self._unwatch()
+
+    def watch_parts(self, vital: Sequence[ProcessId], loop: asyncio.AbstractEventLoop) -> None:
+        """Wait for the end of processes whose end is this rank's: its main process may take its time to notice."""
+        for who in vital:
+            if who not in self._parts and self.phase in ALIVE and (fd := process.open_pidfd(who)) is not None:
+                self._parts[who] = fd
+                loop.add_reader(fd, self._part_ended, who, proc.command_line(who.pid)[:80], loop)
+
+    def _part_ended(self, who: ProcessId, name: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._drop_parts(loop)
+        assert self.child is not None
+        if self.phase in ALIVE and not self.child.ended and not self.stopping:
+            self._first_gone = f"; its process {who.pid} ({name}) ended first"
+            process.kill_group(self.child.id)  # and with that the main process, which `_exited` hears of
+
+    def _drop_parts(self, loop: asyncio.AbstractEventLoop) -> None:
+        for fd in self._parts.values():
+            loop.remove_reader(fd)
+            os.close(fd)
+        self._parts = {}
 
     def _unwatch(self) -> None:
         if self._watcher is not None and self._watch is not None:
@@ -144,11 +169,12 @@ class Rank:
     def _exited(self, loop: asyncio.AbstractEventLoop) -> None:
         assert self.child is not None
         loop.remove_reader(self.child.pidfd)
+        self._drop_parts(loop)
         now = time.time()
         # First the rest of the group, then everything else: this is the fast path.
         process.kill_group(self.child.id)
         self.read_log()
-        self.exit = self.exit or str(self.child.peek())
+        self.exit = self.exit or str(self.child.peek()) + self._first_gone
         self.failing()
         self.ended.set()
         if not self.stopping:
@@ -180,6 +206,7 @@ class Rank:
         self._fencing = True
         self.failing()
         loop = asyncio.get_running_loop()
+        self._drop_parts(loop)
         done: Fenced = await loop.run_in_executor(
             None, fence.destroy, self.child.id, self.tag, sockets, FENCE_TIMEOUT, gpu_uuids
         )

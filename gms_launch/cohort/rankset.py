@@ -93,14 +93,18 @@ class RankSet:
         settings, loop = self._layout.settings, asyncio.get_running_loop()
         port = self._layout.ports.system[rank.cohort_id] if self._node_rank == 0 else 0
         address, lock = self._layout.topology.address, self._layout.node_dir.lock
-        feeler = Feeler(leader, address, port, lock, max(1.0, settings.health_interval))
+        feeler = Feeler(leader, address, port, lock, max(1.0, settings.health_interval), rank.engine.is_vital)
         pulse = Pulse(settings.health_timeout)
         while True:
-            await asyncio.sleep(settings.health_interval)
+            rank.news.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(rank.news.wait(), settings.health_interval)
             if rank.phase not in ALIVE or rank.local().gone:
                 return
             active = rank.phase is Phase.ACTIVE
             look = await loop.run_in_executor(None, feeler.feel, self._gms.kv_sockets, active)
+            if settings.group_kill:
+                rank.watch_parts(look.vital, loop)
             rank.felt(look)
             why = pulse.judge(look, time.monotonic())
             if why and rank.phase in ALIVE and not rank.local().gone and settings.group_kill:

@@ -111,6 +111,9 @@ class Engine(Protocol):
     def phase_of(self, line: str) -> Phase | None:
         """The phase that a line of the leader rank's log announces, if it does."""
 
+    def is_vital(self, command_line: str) -> bool:
+        """True for a process of a rank, by its command line, without which the engine is dead whatever else lives."""
+
     def is_awake(self, line: str) -> bool:
         """True for the line that says the memory is mapped and only registration is left."""
 

@@ -35,7 +35,10 @@ _PHASES = {"parked": Phase.PARKED, "waking": Phase.WAKING, "active": Phase.ACTIV
 
 
 class File(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The file. `headless` is the command of node ranks above 0; `command` serves there too when it is empty."""
+    """The file. `headless` is the command of node ranks above 0; `command` serves there too when it is empty.
+
+    `vital` is a pattern for the command lines of processes whose end is the engine's end.
+    """
 
     command: list[str]
     headless: list[str] = []
@@ -44,6 +47,7 @@ class File(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     unset: list[str] = []
     ports: dict[str, int] = {}
     phase: dict[str, str] = {}
+    vital: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,9 @@ class CommandEngine:
     def phase_of(self, line: str) -> Phase | None:
         return next((_PHASES[n] for n, p in self.patterns.items() if n in _PHASES and p.search(line)), None)
 
+    def is_vital(self, command_line: str) -> bool:
+        return bool(self.file.vital) and re.search(self.file.vital, command_line) is not None
+
     def is_awake(self, line: str) -> bool:
         return "awake" in self.patterns and self.patterns["awake"].search(line) is not None
 
@@ -117,13 +124,11 @@ def read(file: str) -> CommandEngine:
         for word in words:
             _check_placeholders(path, where, word, described.ports)
     patterns = {}
+    _pattern(path, "vital", described.vital)
     for name, pattern in described.phase.items():
         if name not in (*_PHASES, "awake"):
             raise UsageError(f"engine file {path}: phase.{name}: the phases are parked, waking, awake and active")
-        try:
-            patterns[name] = re.compile(pattern)
-        except re.error as exc:
-            raise UsageError(f"engine file {path}: phase.{name}: {pattern!r} is no regular expression: {exc}") from None
+        patterns[name] = _pattern(path, f"phase.{name}", pattern)
     if "parked" not in patterns and "{system_port}" not in " ".join(
         [*described.command, *described.environment.values()]
     ):
@@ -132,6 +137,13 @@ def read(file: str) -> CommandEngine:
             "/health on {system_port}"
         )
     return CommandEngine(described, str(path), patterns)
+
+
+def _pattern(path: Path, where: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as exc:
+        raise UsageError(f"engine file {path}: {where}: {pattern!r} is no regular expression: {exc}") from None
 
 
 def _check_placeholders(path: Path, where: str, word: str, ports: Mapping[str, int]) -> None:

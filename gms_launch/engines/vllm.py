@@ -126,6 +126,16 @@ class VllmEngine:
     def phase_of(self, line: str) -> Phase | None:
         return dynamo.phase_of(line)
 
+    def is_vital(self, command_line: str) -> bool:
+        """The engine core and the workers. vLLM gives them titles where setproctitle is installed.
+
+        The main process sees a dead one only when its monitor looks, every 2 s, and then takes up to 30 s to exit
+        with the lock in its hand (engine_monitor.py).
+        """
+        return command_line.startswith("VLLM::") or (
+            "multiprocessing.spawn" in command_line and "spawn_main" in command_line
+        )
+
     def is_awake(self, line: str) -> bool:
         return dynamo.is_awake(line)
 

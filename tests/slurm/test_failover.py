@@ -139,12 +139,11 @@ def test_exit_code_0_counts_as_a_failure(lab: Lab, model: Path) -> None:
     with LabRun(lab, model) as run:
         before = run.text()
         primary, life = run.status()["primary"], 1
-        # A headless rank whose worker dies ends with exit code 0, as upstream's do.
-        workers = [i for i in run.tagged(primary, life, 1) if i.pid != i.pgid]
-        assert len(workers) == 1
-        os.kill(workers[0].pid, signal.SIGKILL)
+        # A serving engine ends with exit code 0 on SIGTERM, as upstream's do.
+        (leader,) = [i for i in run.tagged(primary, life, 0) if i.pid == i.pgid]
+        os.kill(leader.pid, signal.SIGTERM)
         eventually(lambda: run.text(2.0) == before and run.status()["primary"] == 1 - primary)
-        (exited,) = [e for e in run.events("exit") if e["node_rank"] == 1 and e["detail"] == "exit code 0"]
+        (exited,) = [e for e in run.events("exit") if e["node_rank"] == 0 and e["detail"] == "exit code 0"]
         assert exited["cohort_id"] == primary
         run.wait_full()
 

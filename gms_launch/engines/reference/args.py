@@ -21,6 +21,9 @@ CRASH_POINTS = ("starting", "before_commit", "parked", "waking", "serving")
 class Knobs:
     """For tests. Times in seconds, sizes in MiB.
 
+    `monitor_seconds` is how long a leader rank goes on, lock in hand, when a worker of its is dead: upstream's monitor
+    looks every 2 s.
+
     `crash` names a life and a point, as `cohort.incarnation:point`; `*` stands for any incarnation.
     """
 
@@ -29,6 +32,7 @@ class Knobs:
     token_seconds: float = 0.0
     kv_mib: int = 16
     lock_poll_seconds: float = 0.1
+    monitor_seconds: float = 2.0
     crash: str = ""
     stray: bool = False
 
@@ -40,6 +44,7 @@ class Knobs:
             token_seconds=float(environ.get("REFERENCE_TOKEN_SECONDS", "0")),
             kv_mib=int(environ.get("REFERENCE_KV_MIB", "16")),
             lock_poll_seconds=float(environ.get("REFERENCE_LOCK_POLL_SECONDS", "0.1")),
+            monitor_seconds=float(environ.get("REFERENCE_MONITOR_SECONDS", "2")),
             crash=environ.get("REFERENCE_CRASH", ""),
             stray=environ.get("REFERENCE_STRAY", "") == "1",
         )

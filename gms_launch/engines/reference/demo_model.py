@@ -21,7 +21,7 @@ _TEMPLATE = (
 def make(directory: Path, mib: int, seed: int = 1) -> int:
     """Write the model; returns the bytes of its weights (about `mib` MiB, at least 1). Replaces what is there."""
     directory.mkdir(parents=True, exist_ok=True)
-    vocabulary = _tokenizer(directory, seed)
+    vocabulary = make_tokenizer(directory, seed)
     size = _weights(directory, max(1, mib) * 1024 * 1024, seed)
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -58,7 +58,7 @@ def _weights(directory: Path, size: int, seed: int) -> int:
     return int(sum(t.nbytes for t in tensors.values()))
 
 
-def _tokenizer(directory: Path, seed: int) -> int:
+def make_tokenizer(directory: Path, seed: int) -> int:
     """A byte-level BPE over made-up words of two-letter syllables; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -44,6 +44,9 @@ class ReferenceEngine:
     def phase_of(self, line: str) -> Phase | None:
         return dynamo.phase_of(line)
 
+    def is_vital(self, command_line: str) -> bool:
+        return "gms_launch.engines.reference.worker" in command_line
+
     def is_awake(self, line: str) -> bool:
         return dynamo.is_awake(line)
 

@@ -94,8 +94,8 @@ def _vocabulary_size(model: Path) -> int:
 
 async def run(config: EngineConfig) -> None:
     """Serve until told to stop."""
+    from dynamo import llm
     from dynamo.common.utils.runtime import create_runtime
-    from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
 
     runtime, loop = create_runtime(
         os.environ.get("DYN_DISCOVERY_BACKEND", "etcd"),
@@ -115,7 +115,7 @@ async def run(config: EngineConfig) -> None:
     host = config.master_addr if several else "127.0.0.1"
     port = await group.listen(host, config.master_port)
     workers = Workers(config, host, port)
-    watching = loop.create_task(_watch(workers))
+    watching = loop.create_task(_watch(workers, config.knobs.monitor_seconds))
     await group.everybody()
     await group.all(op="load")
     engine = Engine(config, group)
@@ -139,18 +139,20 @@ async def run(config: EngineConfig) -> None:
     await engine.wake()
     log.info("[Shadow] Engine awake, registering with discovery")
 
-    limits = ModelRuntimeConfig()
+    limits = llm.ModelRuntimeConfig()
     limits.max_num_seqs = 64
     limits.total_kv_blocks = 1024
-    await register_model(
-        ModelInput.Tokens,
-        ModelType.Chat | ModelType.Completions,
+    # Named from 1.3 on.
+    kind = {"worker_type": llm.WorkerType.Aggregated} if hasattr(llm, "WorkerType") else {}
+    await llm.register_model(
+        llm.ModelInput.Tokens,
+        llm.ModelType.Chat | llm.ModelType.Completions,
         endpoint,
         str(config.model),
         config.served_model_name,
-        worker_type=WorkerType.Aggregated,
         kv_cache_block_size=16,
         runtime_config=limits,
+        **kind,
     )
     metrics.enter("active")
     if contended:
@@ -164,9 +166,10 @@ async def run(config: EngineConfig) -> None:
     os.close(lock_fd)
 
 
-async def _watch(workers: Workers) -> None:
-    """A dead local worker means a dead engine, as upstream's engine monitor decides it."""
+async def _watch(workers: Workers, monitor_seconds: float) -> None:
+    """A dead local worker means a dead engine, as upstream's engine monitor decides it when it looks next."""
     name, code = await workers.first_exit()
     log.error("Worker proc %s died unexpectedly (exit code %d), shutting down executor.", name, code)
+    await asyncio.sleep(monitor_seconds)
     log.error("EngineDeadError: engine core is gone; exiting")
     os._exit(1)
