@@ -39,6 +39,7 @@ from gms_launch.observe.rotate import rotate
 from gms_launch.plan import Layout
 from gms_launch.rundir import NodeEnd
 from gms_launch.services.base import Service
+from gms_launch.services.canary import Canary
 from gms_launch.services.confirm import TokenWatch
 from gms_launch.services.runner import ServiceRunner
 
@@ -94,6 +95,9 @@ class Agent:
             group_kill=self.settings.group_kill,
         )
         self.confirmed: tuple[int, int] | None = None
+        self.canary = Canary(layout) if self.is_leader and self.settings.canary else None
+        self.gms_epoch = 0
+        self._renewing = False
         self._shown = 0.0
         self.answered: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -211,6 +215,7 @@ class Agent:
             if (at := controller.next_look(view, self._memory, self._policy, now)) is not None:
                 pause = max(0.0, at - now)
         self._follow_the_run()
+        self._follow_gms()
         # Showing costs more than deciding, and while a cohort dies every moment brings news: not with each.
         left = self._shown + SHOW_PAUSE - time.monotonic()
         if left > 0:
@@ -270,6 +275,34 @@ class Agent:
                 elif node.stopping and node.node_rank != self.node_rank:
                     self.stop(f"{membership.name(node)} is stopping")
 
+    def _follow_gms(self) -> None:
+        """Start new GMS servers when the run calls for them and nothing here uses the old ones any more."""
+        run = self.mirror.run
+        if run is None or run.gms_epoch <= self.gms_epoch or self._renewing or self.stopping.is_set():
+            return
+        if all(rank.phase is Phase.FENCED for rank in self.ranks):
+            self._renewing = True
+            self.spawn(self._renew_gms(run.gms_epoch))
+
+    async def _renew_gms(self, epoch: int) -> None:
+        for service in self.layout.gms_services():
+            await self.services[service.name].renew()
+        await self.look_at_gms()
+        self.gms_epoch, self._renewing = epoch, False
+        self.wake.set()
+
+    async def _watch_tokens(self, rank: Rank) -> None:
+        """For as long as a rank serves, see that tokens come."""
+        assert self.canary is not None
+        watching = self.loop.create_task(self.canary.watch(rank.life))
+        ended = self.loop.create_task(rank.ended.wait())
+        try:
+            await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)
+            self.wake.set()
+        finally:
+            watching.cancel()
+            ended.cancel()
+
     # -- what the parts report ---------------------------------------------------------------------------------
 
     def _rank_event(self, rank: Rank, kind: str, detail: str) -> None:
@@ -298,6 +331,8 @@ class Agent:
                 self.confirmed = rank.life
                 self.report.emit("first_token", rank.cohort_id, rank.incarnation)
                 self.wake.set()
+                if self.canary is not None and self.settings.group_kill:
+                    self.spawn(self._watch_tokens(rank))
             return
 
     def control_changed(self) -> None:
@@ -324,10 +359,16 @@ class Agent:
     def _service_changed(self, runner: ServiceRunner, event: str, detail: str) -> None:
         name = runner.service.name
         self.report.emit(f"service_{event}", detail=f"{name} {detail}".strip())
-        if event != "ready":
+        if event not in ("ready", "failed"):
             self.progress(f"{name}: {event} {detail}".rstrip())
         if event == "exited" and name.startswith("gms"):
             self.gms.lost(name)
+            self.progress(
+                f"{name} is gone: engines go on with the memory that they have mapped, and no shadow can take over; "
+                "`gms-launch kill-primary --force`, or the primary's next failure, starts the group cold"
+            )
+        if event == "failed":
+            self.fail(LaunchError(f"{name} could not be brought back: {detail}"))
         self.wake.set()
 
     # -- what others see ---------------------------------------------------------------------------------------
@@ -337,6 +378,7 @@ class Agent:
         self.report.node(
             services=tuple(runner.status() for runner in self.services.values()),
             gms=self.gms.status,
+            gms_epoch=self.gms_epoch,
             gpu_memory=self.gms.gpus,
             lock_holder=self.ranks.lock_holder() if self.is_leader else "",
             stopping=self.stopping.is_set(),

@@ -131,11 +131,15 @@ SETTINGS: tuple[Setting, ...] = (
     _port("nixl_port", 8280, "first NIXL side-channel port; + 1 a cohort"),
     _port("vllm_port", 21000, "first port of vLLM's own range; + 100 a cohort"),
     _seconds("service_timeout", 30.0, "deadline for etcd, NATS and the frontend to be ready"),
+    _seconds("service_liveness", 4.0, "how long etcd, NATS or the frontend may be silent before it is restarted"),
     _seconds("gms_timeout", 60.0, "deadline for every GMS socket to answer"),
     _seconds("start_timeout", 1800.0, "deadline for an engine to be parked"),
     _seconds("promotion_timeout", 60.0, "deadline from the lock to a served token"),
     _seconds("health_interval", 2.0, "pause between two looks at a rank: system port, stopped processes"),
     _seconds("health_timeout", 20.0, "how long a rank may be silent or stopped before it is taken for dead"),
+    Setting("canary", bool, True, "ask the primary for a token when nobody else does", "timing"),
+    _seconds("canary_interval", 10.0, "how long nobody may have got a token before one is asked for"),
+    _seconds("canary_timeout", 60.0, "how long no token may come, although asked for, before the primary is killed"),
     _seconds("stop_timeout", 10.0, "time an engine gets between SIGTERM and SIGKILL"),
     _seconds("kill_wait", 30.0, "time from SIGTERM to the end of the whole stop; Slurm's KillWait"),
     _seconds("lease_ttl", 5.0, "lease of a node in etcd"),
@@ -198,11 +202,15 @@ class Settings:
     nixl_port: int
     vllm_port: int
     service_timeout: float
+    service_liveness: float
     gms_timeout: float
     start_timeout: float
     promotion_timeout: float
     health_interval: float
     health_timeout: float
+    canary: bool
+    canary_interval: float
+    canary_timeout: float
     stop_timeout: float
     kill_wait: float
     lease_ttl: float
@@ -225,6 +233,11 @@ class Settings:
     def world(self) -> int:
         """GPUs of one cohort, over all nodes."""
         return self.tp * self.pp
+
+    @property
+    def liveness(self) -> float:
+        """Seconds that a service may be silent: with 3 s for its restart it must fit into Dynamo's leases."""
+        return min(self.service_liveness, self.dynamo_lease_ttl - 3)
 
     @property
     def engine_grace(self) -> float:
@@ -367,6 +380,16 @@ def _check(s: Settings) -> None:
         raise UsageError(
             f"health_timeout {s.health_timeout:g} s is shorter than two health_intervals ({s.health_interval:g} s): "
             "one late answer would look like a hang"
+        )
+    if s.canary_timeout < 2 * s.canary_interval:
+        raise UsageError(
+            f"canary_timeout {s.canary_timeout:g} s is shorter than two canary_intervals ({s.canary_interval:g} s): "
+            "one unanswered request would look like a hang"
+        )
+    if s.was_set("service_liveness") and s.service_liveness + 3 > s.dynamo_lease_ttl:
+        raise UsageError(
+            f"service_liveness {s.service_liveness:g} s and 3 s for a restart are more than dynamo_lease_ttl "
+            f"{s.dynamo_lease_ttl:g} s: every Dynamo process would exit before a silent etcd is back"
         )
     if s.lease_ttl < 2:
         raise UsageError(f"lease_ttl {s.lease_ttl:g} s: below 2 s an ordinary pause would look like a lost node")

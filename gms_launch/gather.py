@@ -49,6 +49,7 @@ async def start(agent: Agent) -> None:
         if agent.mirror.run is not None and agent.mirror.run.state is RunState.ADMITTED:
             _take_over_place(agent)
         await _admission(agent)
+    agent.gms_epoch = agent.mirror.run.gms_epoch if agent.mirror.run else 0
     for service in layout.gms_services():
         await agent.start_service(service)
     await agent.look_at_gms()

@@ -16,6 +16,7 @@ from gms_launch.cohort.model import ENDED
 from gms_launch.control.records import CommandRecord, CommandResult, DesiredCohort, Wanted
 from gms_launch.errors import DeadlineError, LaunchError
 from gms_launch.observe import snapshot
+from gms_launch.observe.gms import DOWN
 from gms_launch.services.base import log_excerpt
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ def view(agent: Agent) -> controller.View:
             if r != agent.node_rank
         },
         lost=shot.lost,
+        gms_down=tuple(
+            membership.name(n)
+            for n in shot.nodes
+            if n.node_rank not in shot.lost and any(g.state == DOWN for g in n.gms)
+        ),
+        gms_restarting=any(n.gms_epoch < shot.gms_epoch for n in shot.nodes if n.node_rank not in shot.lost),
+        hung=agent.canary.hung if agent.canary is not None else {},
     )
 
 
@@ -64,7 +72,10 @@ def carry_out(agent: Agent, action: controller.Action) -> None:
         _want(agent, action.cohort_id, action.incarnation, Wanted.DEAD, action.why)
     elif isinstance(action, controller.GiveUp):
         agent.report.emit("given_up", action.cohort_id, action.incarnation, action.why)
-        agent.progress(f"cohort {action.cohort_id} is given up: {action.why}")
+        agent.progress(
+            f"cohort {action.cohort_id} is given up: {action.why}{_log_of(agent, action.cohort_id)}\n  another try "
+            f"when no start has failed for {agent.settings.restart_window:g} s (restart_window)"
+        )
         _want(agent, action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
     elif isinstance(action, controller.KillPart):
         part = f"rank:{action.node_rank}"
@@ -79,6 +90,12 @@ def carry_out(agent: Agent, action: controller.Action) -> None:
             agent.report.emit(kind, detail=gather.node_name(agent, rank))
             agent.progress(f"{gather.node_name(agent, rank)} {'is lost' if rank in action.lost else 'is back'}")
         agent.report.run(lost=action.lost)
+        agent.wake.set()
+    elif isinstance(action, controller.NewGms):
+        epoch = (agent.mirror.run.gms_epoch if agent.mirror.run else 0) + 1
+        agent.report.emit("gms_restart", detail=action.why)
+        agent.progress(f"{action.why}: starting new GMS servers on all nodes, and then the cohorts cold")
+        agent.report.run(gms_epoch=epoch)
         agent.wake.set()
     elif isinstance(action, controller.Answer):
         agent.answered.add(action.uuid)
@@ -115,13 +132,20 @@ def _abort(agent: Agent, action: controller.Abort) -> None:
     """End the run, with the log of the rank that is to blame."""
     text = action.why
     if action.cohort_id >= 0:
-        text = f"cohort {action.cohort_id} did not come up: {action.why}"
-        # The rank that died by itself, on whichever node, has the reason in its log; the others were killed for it.
-        records = [r for (c, _), r in sorted(agent.mirror.ranks.items()) if c == action.cohort_id and r.log]
-        ended = [r for r in records if r.exit]
-        first = min(ended, key=lambda r: (r.exit == "killed by SIGKILL", r.since), default=None)
-        found = first or next(iter(records), None)
-        if found is not None:
-            path = agent.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
-            text += f"\n  log: {path}\n{log_excerpt(path)}"
+        text = f"cohort {action.cohort_id} did not come up: {action.why}{_log_of(agent, action.cohort_id)}"
     agent.fail(DeadlineError(text) if action.late else LaunchError(text))
+
+
+def _log_of(agent: Agent, cohort_id: int) -> str:
+    """Where the log is of the rank that is to blame, and what it says.
+
+    The rank that died by itself, on whichever node, has the reason in its log; the others were killed for it.
+    """
+    records = [r for (c, _), r in sorted(agent.mirror.ranks.items()) if c == cohort_id and r.log]
+    ended = [r for r in records if r.exit]
+    first = min(ended, key=lambda r: (r.exit.startswith("killed by SIGKILL"), r.since), default=None)
+    found = first or next(iter(records), None)
+    if found is None:
+        return ""
+    path = agent.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
+    return f"\n  log: {path}\n{log_excerpt(path)}"

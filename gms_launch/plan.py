@@ -27,6 +27,8 @@ from gms_launch.services import etcd, frontend, gms, nats
 from gms_launch.services.base import Service, find_binary
 from gms_launch.topology import Topology
 
+#: Files that a model's weights may be in.
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 #: What stands for a secret in a printed plan.
 HIDDEN = "<hidden>"
 _SECRET = ("PASSWORD",)
@@ -151,6 +153,7 @@ class Layout:
             self.node_dir.etcd_data,
             self.credentials.admin_password,
             self.settings.service_timeout,
+            self.settings.liveness,
         )
 
     @property
@@ -166,6 +169,7 @@ class Layout:
             self.credentials.nats_user,
             self.credentials.nats_password,
             self.settings.service_timeout,
+            self.settings.liveness,
         )
 
     def frontend_service(self) -> Service:
@@ -176,6 +180,7 @@ class Layout:
             self.ports.frontend,
             self.settings.migration_limit,
             self.settings.service_timeout,
+            self.settings.liveness,
         )
 
     def rank_command(self, cohort_id: int, incarnation: int, master_port: int) -> Command:
@@ -293,6 +298,8 @@ def check_model(settings: Settings) -> None:
             raise UsageError(
                 f"model {settings.model!r}: {path.absolute()} is not a model directory (no config.json in it)"
             )
+        if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
+            raise UsageError(f"model {settings.model!r}: {path.absolute()} has no weights ({', '.join(WEIGHTS)})")
 
 
 #: Settings in which the nodes of a run may differ.

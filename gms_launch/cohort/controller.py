@@ -2,12 +2,14 @@
 
 `decide` takes a view of the run, the controller's memory and the time, and returns actions and the new memory. It
 keeps every slot running, starts a dead one again once it is fenced everywhere, delays starts that fail, gives up a
-slot that keeps failing, kills every cohort when a node is lost and starts them cold when it is back in time, and
-carries out what users ask for. Who serves is not decided here: the lock does that.
+slot that keeps failing until its budget has healed, kills every cohort when a node is lost and starts them cold when it
+is back in time, starts the whole group cold on new GMS servers when one of those is gone and nobody serves any more,
+and carries out what users ask for. Who serves is not decided here: the lock does that.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -63,6 +65,8 @@ class View:
     """The run as the leader sees it. `confirmed` is the life that last served a token, as (cohort, incarnation).
 
     `absent` are nodes without a lease now, by node rank, with a name for people; `lost` those that are taken for lost.
+    `gms_down` names the nodes with a dead GMS; `gms_restarting` until every node has the new ones that were wanted.
+    `hung` are lives that serve no tokens although their processes live, with the reason.
     """
 
     slots: Mapping[int, Slot]
@@ -70,6 +74,9 @@ class View:
     requests: tuple[KillRequest, ...] = ()
     absent: Mapping[int, str] = field(default_factory=dict)
     lost: tuple[int, ...] = ()
+    gms_down: tuple[str, ...] = ()
+    gms_restarting: bool = False
+    hung: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ class Memory:
     """What the controller remembers. `failures` are times of failed starts by slot.
 
     `initial` until redundancy was full once: until then a failure ends the run, since a start that fails is a
-    mistake that somebody is there to see. `judged` are lives whose end was counted; `not_before` by slot.
+    mistake that somebody is there to see. `judged` are lives whose end was counted; `not_before` by slot. `served` are
+    lives that gave a token.
     """
 
     initial: bool = True
@@ -85,6 +93,7 @@ class Memory:
     judged: frozenset[tuple[int, int]] = frozenset()
     not_before: Mapping[int, float] = field(default_factory=dict)
     best: Mapping[tuple[int, int], Phase] = field(default_factory=dict)
+    served: frozenset[tuple[int, int]] = frozenset()
     lost_primary: float | None = None
     absent_since: Mapping[int, float] = field(default_factory=dict)
 
@@ -153,7 +162,14 @@ class LoseNodes:
     lost: tuple[int, ...]
 
 
-Action = Start | Kill | KillPart | GiveUp | Answer | Abort | LoseNodes
+@dataclass(frozen=True)
+class NewGms:
+    """Every node shall end its GMS servers, whose memory nobody uses any more, and start new, empty ones."""
+
+    why: str
+
+
+Action = Start | Kill | KillPart | GiveUp | Answer | Abort | LoseNodes | NewGms
 
 
 def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list[Action], Memory]:
@@ -168,6 +184,11 @@ def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list
         return _without(lost, view, memory, policy, now, actions)
     if not policy.group_kill and len(view.slots) == policy.cohorts:
         return actions, memory
+    if view.gms_down and memory.initial:
+        where = ", ".join(view.gms_down)
+        return [*actions, Abort(-1, 0, f"GMS on {where} ended while the run was coming up")], memory
+    if view.gms_restarting or (view.gms_down and not _serving(view)):
+        return _cold(view, memory, actions)
     for cohort_id in range(policy.cohorts):
         slot = view.slots.get(cohort_id)
         if slot is None:
@@ -177,14 +198,20 @@ def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list
                 actions.append(Abort(cohort_id, slot.incarnation, slot.exit or "it ended while it was starting"))
                 return actions, memory
             actions.append(Kill(cohort_id, slot.incarnation, slot.exit or "a rank ended"))
+        elif slot.running and (why := view.hung.get((cohort_id, slot.incarnation))):
+            actions.append(Kill(cohort_id, slot.incarnation, why))
         elif slot.running and (late := _too_late(slot, view, policy, now)):
             if memory.initial:
                 actions.append(Abort(cohort_id, slot.incarnation, late, late=True))
                 return actions, memory
             actions.append(Kill(cohort_id, slot.incarnation, late))
-        elif not slot.running and slot.phase is Phase.FENCED and not slot.given_up:
+        elif not slot.running and slot.phase is Phase.FENCED:
             memory = _judge(slot, memory, policy, now)
             actions += _restart(slot, view, memory, policy, now)
+    if len(view.slots) == policy.cohorts and all(_over(s, actions) for s in view.slots.values()):
+        last = max(view.slots.values(), key=lambda s: (s.since, -s.cohort_id))
+        why = next((a.why for a in actions if isinstance(a, GiveUp)), last.exit or "it ended")
+        return [*actions, Abort(last.cohort_id, last.incarnation, f"every cohort is given up; {why}")], memory
     for request in view.requests:
         actions += _answer(request, view)
     return actions, memory
@@ -207,9 +234,38 @@ def _without(
     return actions, memory
 
 
+def _serving(view: View) -> bool:
+    """True while an engine serves on the mappings that it has; a GMS that is gone does not touch those."""
+    return any(s.running and s.phase is Phase.ACTIVE for s in view.slots.values())
+
+
+def _over(slot: Slot, actions: list[Action]) -> bool:
+    """True for a slot that is given up, now or before, and not started again now."""
+    mine = [a for a in actions if isinstance(a, (Start, GiveUp)) and a.cohort_id == slot.cohort_id]
+    return any(isinstance(a, GiveUp) for a in mine) or (slot.given_up and not mine)
+
+
+def _cold(view: View, memory: Memory, actions: list[Action]) -> tuple[list[Action], Memory]:
+    """A GMS is gone and nobody serves: its memory went with the last engine. Everything ends and begins anew.
+
+    The weights on the other nodes are of the same load, but half a load is none: all nodes get new servers.
+    """
+    where = ", ".join(view.gms_down)
+    for slot in view.slots.values():
+        if slot.running:
+            actions.append(Kill(slot.cohort_id, slot.incarnation, f"GMS on {where} is gone: the group starts cold"))
+            memory = replace(memory, judged=memory.judged | {(slot.cohort_id, slot.incarnation)})
+    fenced = all(not s.running and s.phase is Phase.FENCED for s in view.slots.values())
+    if fenced and not view.gms_restarting:
+        actions.append(NewGms(f"GMS on {where} was gone"))
+    actions += [Answer(r.uuid, False, "the group is starting cold; nobody is primary") for r in view.requests]
+    return actions, memory
+
+
 def next_look(view: View, memory: Memory, policy: Policy, now: float) -> float | None:
     """When `decide` might say something else although nothing happened; None for never."""
     times = [t for t in memory.not_before.values() if t > now]
+    times += [f[-1] + policy.window for f in memory.failures.values() if f]
     for since in memory.absent_since.values():
         times += [since + NODE_GRACE, since + policy.node_wait]
     if memory.lost_primary is not None:
@@ -236,7 +292,8 @@ def _remember(view: View, memory: Memory, now: float) -> Memory:
     )
     if served:
         lost = None
-    return replace(memory, best=best, lost_primary=lost)
+    confirmed = {view.confirmed} if view.confirmed is not None else set()
+    return replace(memory, best=best, lost_primary=lost, served=memory.served | confirmed)
 
 
 def _too_late(slot: Slot, view: View, policy: Policy, now: float) -> str:
@@ -249,15 +306,19 @@ def _too_late(slot: Slot, view: View, policy: Policy, now: float) -> str:
 
 
 def _judge(slot: Slot, memory: Memory, policy: Policy, now: float) -> Memory:
-    """Count the end of a life once: a life that never parked is a failed start, and delays the next one."""
+    """Count the end of a life once. One that never parked, or took the lock and gave no token, is a failed start.
+
+    A failed start delays the next one: doubling, with a share of chance so that slots do not start in step.
+    """
     life = (slot.cohort_id, slot.incarnation)
     if life in memory.judged:
         return memory
     recent = tuple(t for t in memory.failures.get(slot.cohort_id, ()) if now - t < policy.window)
     delay = 0.0
-    if life not in memory.best:
+    best = memory.best.get(life)
+    if best is None or (best in (Phase.WAKING, Phase.ACTIVE) and life not in memory.served):
         recent = (*recent, now)
-        delay = min(policy.backoff_max, policy.backoff * 2.0 ** min(len(recent) - 1, 30))
+        delay = min(policy.backoff_max, policy.backoff * 2.0 ** min(len(recent) - 1, 30)) * _jitter(life)
     return replace(
         memory,
         judged=memory.judged | {life},
@@ -266,10 +327,20 @@ def _judge(slot: Slot, memory: Memory, policy: Policy, now: float) -> Memory:
     )
 
 
+def _jitter(life: tuple[int, int]) -> float:
+    """Between a half and one, the same for the same life: a decision is a function of what it is told."""
+    return 0.5 + 0.5 * (zlib.crc32(f"{life[0]}.{life[1]}".encode()) / 2**32)
+
+
 def _restart(slot: Slot, view: View, memory: Memory, policy: Policy, now: float) -> list[Action]:
-    if slot.leftovers:
+    if slot.leftovers or view.gms_down:
         return []
     failed = [t for t in memory.failures.get(slot.cohort_id, ()) if now - t < policy.window]
+    if slot.given_up:
+        if failed:
+            return []
+        healed = f"no start has failed for {policy.window:g} s: another try"
+        return [Start(slot.cohort_id, slot.incarnation + 1, healed)]
     if len(failed) >= policy.limit:
         why = f"{len(failed)} starts failed within {policy.window:g} s; the last: {slot.exit or 'it ended'}"
         return [GiveUp(slot.cohort_id, slot.incarnation, why)]
@@ -291,15 +362,13 @@ def _answer(request: KillRequest, view: View) -> list[Action]:
     if target is None:
         return [Answer(request.uuid, False, "no cohort is primary now; see `gms-launch status`")]
     parked = [c for c in cohorts if c.phase is Phase.PARKED]
-    if not parked and not request.force:
-        return [
-            Answer(
-                request.uuid,
-                False,
-                f"cohort {target.cohort_id} is primary and no shadow is parked to take over; wait for redundancy full, "
-                "or use --force and accept an outage until a cold start",
-            )
-        ]
+    refused = f"cohort {target.cohort_id} is primary and "
+    if view.gms_down:
+        refused += f"no shadow can take over, since GMS on {', '.join(view.gms_down)} is gone; "
+    else:
+        refused += "no shadow is parked to take over; wait for redundancy full, or "
+    if (not parked or view.gms_down) and not request.force:
+        return [Answer(request.uuid, False, refused + "use --force and accept an outage until a cold start")]
     done = Answer(request.uuid, True, "killed", target.cohort_id, target.incarnation)
     if request.scope == "group":
         return [Kill(target.cohort_id, target.incarnation, "kill-primary"), done]

@@ -57,8 +57,8 @@ class RunState(str, Enum):
 class RunRecord(Record):
     """`run`: what everybody must agree on, and the leader's word on the whole. `created` is Unix time in seconds.
 
-    `attempt` is run.json's. `lost` are node ranks that are fenced without. A run that `failed` ends everywhere with
-    that text and `exit_code`.
+    `attempt` is run.json's. `lost` are node ranks that are fenced without. `gms_epoch` counts how often all
+    nodes were to begin with new GMS servers. A run that `failed` ends everywhere with that text and `exit_code`.
     """
 
     run: str
@@ -74,6 +74,7 @@ class RunRecord(Record):
     state: RunState = RunState.GATHERING
     redundancy: str = ""
     lost: tuple[int, ...] = ()
+    gms_epoch: int = 0
     failed: str = ""
     exit_code: int = 0
 
@@ -132,6 +133,7 @@ class NodeRecord(Record):
     The leader judges it by `version`, `settings_digest`, `differences` (settings that are others than its own, for
     people) and `clock_skew` (seconds ahead of its clock, 0 when not surely off). `stopping` begins the agent's end;
     `stopped` comes last, with what it could not kill in `left`. One that `failed` says so with its `exit_code`.
+    `gms_epoch` is the one that its servers are of.
     """
 
     node_rank: int
@@ -152,6 +154,7 @@ class NodeRecord(Record):
     clock_skew: float = 0.0
     stopped: bool = False
     left: str = ""
+    gms_epoch: int = 0
     failed: str = ""
     exit_code: int = 0
 

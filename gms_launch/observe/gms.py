@@ -9,6 +9,13 @@ from gms_launch.control.records import GmsStatus, GpuHolder, GpuStatus
 from gms_launch.gms import gpus, probe
 from gms_launch.gms.devices import TAGS, Device, find_socket
 
+#: The state of a socket whose server is gone or does not answer.
+DOWN = "DOWN"
+
+
+#: A server that is busy may miss a look; after so many in a row it is taken for gone. One that exits is at once.
+SILENT_LOOKS = 3
+
 
 class GmsWatch:
     """`look` asks every socket (blocking); `status` is the last answer."""
@@ -18,6 +25,7 @@ class GmsWatch:
         self._directory = directory
         self.gpu_uuids = frozenset(d.uuid for d in devices if not d.virtual)
         self.status: tuple[GmsStatus, ...] = ()
+        self._silent: dict[tuple[int, str], int] = {}
         self.gpus: tuple[GpuStatus, ...] = ()
 
     @property
@@ -37,19 +45,24 @@ class GmsWatch:
         """A server (`gms-<device>[-<tag>]`) is gone: its sockets are down, without asking."""
         device = int(name.split("-")[1])
         self.status = tuple(
-            GmsStatus(g.device, g.uuid, g.tag, "DOWN")
+            GmsStatus(g.device, g.uuid, g.tag, DOWN)
             if g.device == device and (name.count("-") == 1 or name.endswith(g.tag))
             else g
             for g in self.status
         )
 
     def _ask(self, device: Device, tag: str) -> GmsStatus:
-        path = find_socket(self._directory, device, tag)
+        path, key = find_socket(self._directory, device, tag), (device.index, tag)
         try:
             state = probe.runtime_state(path)
             events = probe.event_history(path)
         except probe.ProbeError:
-            return GmsStatus(device.index, device.uuid, tag, "DOWN")
+            self._silent[key] = self._silent.get(key, 0) + 1
+            known = [g for g in self.status if (g.device, g.tag) == key]
+            if known and self._silent[key] < SILENT_LOOKS:
+                return known[0]
+            return GmsStatus(device.index, device.uuid, tag, DOWN)
+        self._silent[key] = 0
         return GmsStatus(
             device=device.index,
             uuid=device.uuid,

@@ -47,6 +47,7 @@ class Snapshot:
     created: float
     stopping: bool
     lost: tuple[int, ...] = ()
+    gms_epoch: int = 0
 
     @property
     def primary(self) -> CohortStatus | None:
@@ -92,6 +93,7 @@ def build(mirror: Mirror) -> Snapshot:
         created=run.created if run else 0.0,
         stopping=any(n.stopping for n in nodes) or (run is not None and run.state is RunState.STOPPING),
         lost=run.lost if run else (),
+        gms_epoch=run.gms_epoch if run else 0,
     )
 
 

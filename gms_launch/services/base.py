@@ -29,7 +29,9 @@ class Service:
     """`probe` blocks for at most a second or two and raises `NotReadyError` until the service is ready.
 
     `port`: where it must itself be listening, since another server could answer the probe. `restart` False: when it
-    dies it stays dead, and what follows is for the controller to say.
+    dies it stays dead, and what follows is for the controller to say. `liveness`: once ready, it is killed when it
+    gives no answer for so long (seconds; 0: never); `alive` is a cheaper probe for that. `essential`: the run cannot go
+    on when it cannot be brought back within `timeout`.
     """
 
     name: str
@@ -38,6 +40,9 @@ class Service:
     timeout: float
     restart: bool = True
     port: int | None = None
+    liveness: float = 0.0
+    alive: Callable[[], None] | None = None
+    essential: bool = False
 
 
 def restart_delay(failures: int) -> float:

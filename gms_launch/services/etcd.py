@@ -5,6 +5,7 @@ Its data is in the node-local directory, so that a restarted etcd knows everythi
 
 from __future__ import annotations
 
+import http.client
 from pathlib import Path
 
 from gms_launch.cohort.process import Command
@@ -16,7 +17,15 @@ TOKEN_TTL = 10 * 365 * 24 * 3600
 
 
 def service(
-    binary: str, run: str, address: str, port: int, peer_port: int, data: Path, password: str, timeout: float
+    binary: str,
+    run: str,
+    address: str,
+    port: int,
+    peer_port: int,
+    data: Path,
+    password: str,
+    timeout: float,
+    liveness: float = 0.0,
 ) -> Service:
     """etcd listening on `address` only."""
     client, peer = f"http://{host(address)}:{port}", f"http://{host(address)}:{peer_port}"
@@ -33,7 +42,28 @@ def service(
         *("--logger", "zap", "--log-level", "warn"),
     )
     env: dict[str, str | None] = {"ETCD_UNSUPPORTED_ARCH": None, "ETCDCTL_API": None}
-    return Service("etcd", Command(argv, env), lambda: probe(client, password), timeout, port=port)
+    return Service(
+        *("etcd", Command(argv, env), lambda: probe(client, password), timeout),
+        port=port,
+        liveness=liveness,
+        alive=lambda: alive(address, port),
+        essential=True,  # every Dynamo process ends itself when its lease does
+    )
+
+
+def alive(address: str, port: int) -> None:
+    """GET /health, which reads through the leader and needs no password. Raises `NotReadyError`."""
+    connection = http.client.HTTPConnection(address, port, timeout=2.0)
+    try:
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        text = answer.read(200).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as exc:
+        raise NotReadyError(f"GET /health: {exc or type(exc).__name__}") from None
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise NotReadyError(f"GET /health: HTTP {answer.status}: {text}")
 
 
 def probe(url: str, password: str) -> None:

@@ -10,12 +10,21 @@ from gms_launch.engines import DynamoPlane
 from gms_launch.services.base import NotReadyError, Service
 
 
-def service(python: str, plane: DynamoPlane, address: str, port: int, migration_limit: int, timeout: float) -> Service:
+def service(
+    python: str,
+    plane: DynamoPlane,
+    address: str,
+    port: int,
+    migration_limit: int,
+    timeout: float,
+    liveness: float = 0.0,
+) -> Service:
     argv = (
         *(python, "-m", "dynamo.frontend", "--http-host", address, "--http-port", str(port)),
         *("--namespace", plane.namespace, "--migration-limit", str(migration_limit)),
     )
-    return Service("frontend", Command(argv, plane.environment()), lambda: probe(address, port), timeout, port=port)
+    command = Command(argv, plane.environment())
+    return Service("frontend", command, lambda: probe(address, port), timeout, port=port, liveness=liveness)
 
 
 def connect_address(address: str) -> str:
@@ -78,12 +87,13 @@ def traffic(address: str, port: int) -> tuple[float, float] | None:
 _TRAFFIC = ("dynamo_frontend_output_tokens_total", "dynamo_frontend_inflight_requests")
 
 
-def one_token(address: str, port: int, model: str, timeout: float = 5.0) -> None:
-    """Ask for one token of `model`. Raises `NotReadyError` unless one came."""
+def one_token(address: str, port: int, model: str, timeout: float = 5.0, name: str = "gms-launch-confirm") -> None:
+    """Ask for one token of `model`, under a request id that shows whose it is. Raises `NotReadyError`."""
     connection = http.client.HTTPConnection(connect_address(address), port, timeout=timeout)
     try:
         body = json.dumps({"model": model, "prompt": "ready?", "max_tokens": 1, "temperature": 0})
-        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        headers = {"content-type": "application/json", "x-request-id": name}
+        connection.request("POST", "/v1/completions", body, headers)
         answer = connection.getresponse()
         data = answer.read()
         if answer.status != 200:

@@ -24,9 +24,11 @@ def configure(path: Path, address: str, port: int, data: Path, user: str, passwo
     write_private(path, "\n".join(lines) + "\n")
 
 
-def service(binary: str, config: Path, address: str, port: int, user: str, password: str, timeout: float) -> Service:
+def service(
+    binary: str, config: Path, address: str, port: int, user: str, password: str, timeout: float, liveness: float = 0.0
+) -> Service:
     command = Command((binary, "-c", str(config)), {})
-    return Service("nats", command, lambda: probe(address, port, user, password), timeout, port=port)
+    return Service("nats", command, lambda: probe(address, port, user, password), timeout, port=port, liveness=liveness)
 
 
 def probe(address: str, port: int, user: str, password: str) -> None:

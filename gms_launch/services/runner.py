@@ -24,7 +24,10 @@ class ServiceError(LaunchError):
 
 
 class ServiceRunner:
-    """One service of this node. `on_change(event, detail)` is told: ready, exited, restarted, failed."""
+    """One service of this node. `on_change(event, detail)` is told: ready, exited, restarted, failed.
+
+    Only an essential one fails for good: when it cannot be brought back within its own timeout.
+    """
 
     def __init__(
         self,
@@ -122,15 +125,16 @@ class ServiceRunner:
         failures = 0
         while True:
             since = loop.time()
-            await self._exited.wait()
+            silent = await self._ended_or_silent()
             if self._stopping:
                 return
             assert self._child is not None
-            self._became("exited", str(self._child.exit))
+            self._became("exited", silent or str(self._child.exit))
             if not self.service.restart:
                 self.state = "failed"
                 return
             failures = 1 if loop.time() - since > STABLE_AFTER else failures + 1
+            gone = loop.time()
             while True:
                 self.state = "restarting"
                 await asyncio.sleep(restart_delay(failures))
@@ -142,7 +146,33 @@ class ServiceRunner:
                     self.detail = str(exc).splitlines()[0]
                     await self._kill()
                     failures += 1
+                    if self.service.essential and loop.time() - gone > self.service.timeout:
+                        self.state = "failed"
+                        self._on_change(self, "failed", str(exc))
+                        return
             self._became("restarted", f"start {self.starts}")
+
+    async def _ended_or_silent(self) -> str:
+        """Wait for its end, or bring it about when it does not answer any more; why, in that case."""
+        liveness, loop = self.service.liveness, asyncio.get_running_loop()
+        good = loop.time()
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._exited.wait(), liveness / 4 or None)
+            if self._exited.is_set():
+                return ""
+            reason = await asyncio.to_thread(_probe, self.service.alive or self.service.probe)
+            if reason is None or self._exited.is_set():
+                good = loop.time()
+            elif loop.time() - good >= liveness:
+                await self._kill()
+                return f"killed: no answer for {liveness:g} s ({reason})"
+
+    async def renew(self) -> None:
+        """End it and start it anew. Raises `ServiceError`."""
+        await self.stop()
+        self._stopping = False
+        await self.start()
 
     def _became(self, event: str, detail: str = "") -> None:
         self.state = {"ready": "ready", "restarted": "ready", "exited": "restarting"}.get(event, event)

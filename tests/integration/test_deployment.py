@@ -192,13 +192,13 @@ def test_two_deployments_side_by_side(tmp_path: Path, model: Path) -> None:
 
 
 def test_a_shadow_that_dies_while_starting_fails_up_in_seconds_with_its_log(tmp_path: Path, model: Path) -> None:
-    run = Deployment(tmp_path / "home", model, REFERENCE_CRASH="1.1:starting")
+    run = Deployment(tmp_path / "home", model, REFERENCE_FAULT="1.1:starting")
     begun = time.monotonic()
     done = run.up()
     assert time.monotonic() - begun < 15.0
     assert done.returncode == 1
     assert "cohort 1 did not come up" in done.stderr
-    assert "crashing at starting, as REFERENCE_CRASH says" in done.stderr
+    assert "crash at starting, as REFERENCE_FAULT says" in done.stderr
     assert run.alive() == []
     assert not Path(run.node_dir).exists()
 

@@ -51,7 +51,7 @@ def test_every_rank_of_the_primary_killed_ten_times_and_then_the_shadows(lab: La
                 "first_token",
                 "fenced",
             }
-            assert failover["cause"] == "killed by SIGKILL"
+            assert failover["cause"].startswith("killed by SIGKILL")
         down = run.cli("down")
         assert down.returncode == 0, down.stderr
         assert all(f"node {k} node{k + 1}: nothing of it is alive" in down.stdout for k in range(3))
@@ -136,14 +136,16 @@ def test_several_shadows_and_several_gpus_a_node(lab: Lab, model: Path) -> None:
 
 
 def test_exit_code_0_counts_as_a_failure(lab: Lab, model: Path) -> None:
-    with LabRun(lab, model) as run:
+    # So seldom are ranks looked at that the worker's own end is not waited for; see test_a_worker_that_dies_...
+    with LabRun(lab, model, "--health-interval", "60", "--health-timeout", "120") as run:
         before = run.text()
         primary, life = run.status()["primary"], 1
-        # A serving engine ends with exit code 0 on SIGTERM, as upstream's do.
-        (leader,) = [i for i in run.tagged(primary, life, 0) if i.pid == i.pgid]
-        os.kill(leader.pid, signal.SIGTERM)
+        # A headless rank whose worker dies ends with exit code 0, as upstream's do.
+        workers = [i for i in run.tagged(primary, life, 1) if i.pid != i.pgid]
+        assert len(workers) == 1
+        os.kill(workers[0].pid, signal.SIGKILL)
         eventually(lambda: run.text(2.0) == before and run.status()["primary"] == 1 - primary)
-        (exited,) = [e for e in run.events("exit") if e["node_rank"] == 0 and e["detail"] == "exit code 0"]
+        (exited,) = [e for e in run.events("exit") if e["node_rank"] == 1 and e["detail"] == "exit code 0"]
         assert exited["cohort_id"] == primary
         run.wait_full()
 

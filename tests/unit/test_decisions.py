@@ -30,7 +30,10 @@ from gms_launch.cohort.model import (
     move,
     redundancy,
 )
+from gms_launch.cohort.pulse import Look, Pulse
 from gms_launch.cohort.reconciler import Desire, KillRank, LocalRank, PeerRank, SkipRank, StartRank, decide
+from gms_launch.engines.signals import Health, Signals
+from gms_launch.services.canary import TokenClock
 
 POLICY = controller.Policy(
     cohorts=2, start_timeout=100, promotion_timeout=20, backoff=1, backoff_max=8, window=600, limit=3
@@ -229,8 +232,108 @@ def test_starts_that_fail_are_delayed_and_then_given_up() -> None:
         if isinstance(actions[0], GiveUp):
             break
         assert actions == [Start(1, life + 1, "re-arm")]
-    assert delays == [1.0, 2.0]
+    assert [0.5 * d <= found <= d for d, found in zip((1.0, 2.0), delays, strict=True)] == [True, True], delays
+    assert delays[1] != 2 * delays[0], "a share of chance"
     assert life == 3, "the limit"
+
+
+def test_a_promotion_that_gives_no_token_is_a_failed_start_and_one_that_does_is_none() -> None:
+    for confirmed, failures in (((0, 1), {1: (5.0,)}), ((1, 1), {1: ()})):
+        memory = RUNNING
+        for phase in (Phase.PARKED, Phase.WAKING, Phase.ACTIVE):
+            _, memory = controller.decide(view(slot(0, Phase.ACTIVE), slot(1, phase)), memory, POLICY, 0.0)
+        alive = view(slot(0, Phase.ACTIVE), slot(1, Phase.ACTIVE), confirmed=confirmed)
+        _, memory = controller.decide(alive, memory, POLICY, 1.0)
+        dead = view(slot(0, Phase.ACTIVE), slot(1, Phase.FENCED, running=False), confirmed=(0, 1))
+        _, memory = controller.decide(dead, memory, POLICY, 5.0)
+        assert memory.failures == failures
+
+
+def test_a_slot_that_was_given_up_gets_another_try_when_its_budget_has_healed() -> None:
+    memory = replace(RUNNING, failures={1: (0.0, 1.0, 2.0)}, judged=frozenset({(1, 3)}))
+    given_up = replace(slot(1, Phase.FENCED, 3, running=False), given_up=True)
+    dead = view(slot(0, Phase.ACTIVE), given_up, confirmed=(0, 1))
+    assert controller.decide(dead, memory, POLICY, 601.0)[0] == []
+    assert controller.next_look(dead, memory, POLICY, 500.0) == 602.0
+    (start,), _ = controller.decide(dead, memory, POLICY, 602.0)
+    assert isinstance(start, Start) and start.incarnation == 4
+
+
+def test_when_every_cohort_is_given_up_the_run_ends_and_says_why() -> None:
+    memory = replace(RUNNING, failures=dict.fromkeys((0, 1), (0.0, 1.0, 2.0)), judged=frozenset({(0, 3), (1, 3)}))
+    first = replace(slot(0, Phase.FENCED, 3, running=False), given_up=True)
+    last = replace(slot(1, Phase.FENCED, 3, running=False), exit="exit code 1")
+    actions, _ = controller.decide(view(first, last), memory, POLICY, 3.0)
+    assert isinstance(actions[0], GiveUp) and isinstance(actions[-1], Abort)
+    assert "every cohort is given up; 3 starts failed" in actions[-1].why and "exit code 1" in actions[-1].why
+
+
+def test_a_hung_primary_is_killed() -> None:
+    serving = view(slot(0, Phase.ACTIVE), slot(1, Phase.PARKED), confirmed=(0, 1))
+    assert controller.decide(replace(serving, hung={(0, 1): "no token"}), RUNNING, POLICY, 0.0)[0] == [
+        Kill(0, 1, "no token")
+    ]
+    assert controller.decide(replace(serving, hung={(0, 9): "no token"}), RUNNING, POLICY, 0.0)[0] == []
+
+
+def test_without_gms_the_primary_goes_on_and_its_end_starts_the_group_cold() -> None:
+    gone = {"gms_down": ("node 1 (b)",)}
+    serving = replace(view(slot(0, Phase.ACTIVE), slot(1, Phase.FENCED, running=False), confirmed=(0, 1)), **gone)
+    actions, memory = controller.decide(serving, RUNNING, POLICY, 0.0)
+    assert actions == [], "neither is the primary touched, nor a shadow started that could not load"
+    shadow_left = replace(view(slot(0, Phase.FAILING), slot(1, Phase.WAKING)), **gone)
+    actions, memory = controller.decide(shadow_left, memory, POLICY, 1.0)
+    assert [(a.cohort_id, type(a)) for a in actions] == [(0, Kill), (1, Kill)], "a shadow cannot take over"
+    dead = replace(view(slot(0, Phase.FENCED, running=False), slot(1, Phase.FAILING, running=False)), **gone)
+    assert controller.decide(dead, memory, POLICY, 2.0)[0] == [], "not before all are proved dead"
+    dead = replace(view(slot(0, Phase.FENCED, running=False), slot(1, Phase.FENCED, running=False)), **gone)
+    (action,), memory = controller.decide(dead, memory, POLICY, 3.0)
+    assert isinstance(action, controller.NewGms)
+    starting = replace(dead, gms_restarting=True)
+    assert controller.decide(starting, memory, POLICY, 4.0)[0] == []
+    ready = replace(dead, gms_down=())
+    actions, _ = controller.decide(ready, memory, POLICY, 5.0)
+    assert actions == [Start(0, 2, "re-arm"), Start(1, 2, "re-arm")], "and nobody's budget has suffered"
+
+
+def test_gms_that_ends_while_the_run_comes_up_ends_the_run() -> None:
+    actions, _ = controller.decide(replace(view(slot(0, Phase.STARTING)), gms_down=("node 0",)), Memory(), POLICY, 0.0)
+    assert isinstance(actions[-1], Abort) and "GMS on node 0" in actions[-1].why
+
+
+# -- hangs ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_pulse_of_a_rank() -> None:
+    silent, here = Look(Signals(Health())), Look(Signals(Health(healthy=False)))
+    pulse = Pulse(10.0)
+    assert [pulse.judge(silent, t) for t in (0.0, 100.0)] == ["", ""], "it is starting, and has never answered"
+    assert pulse.judge(here, 101.0) == ""
+    assert [pulse.judge(silent, t) for t in (102.0, 111.9)] == ["", ""]
+    assert pulse.judge(here, 112.0) == "", "one answer is enough"
+    assert [pulse.judge(silent, t) for t in (113.0, 122.9)] == ["", ""]
+    assert "no answer on its system port for 10 s" in pulse.judge(silent, 123.0)
+    headless = Pulse(10.0)
+    assert headless.judge(Look(), 0.0) == ""
+    assert headless.judge(Look(stopped=(7,)), 1.0) == ""
+    assert headless.judge(Look(), 5.0) == "", "it was let go"
+    assert headless.judge(Look(stopped=(7,)), 6.0) == ""
+    assert "process 7 has been stopped for 10 s" in headless.judge(Look(stopped=(7,)), 16.0)
+
+
+def test_tokens_that_come_slowly_are_no_hang_and_none_at_all_is_one_only_when_asked_for() -> None:
+    clock = TokenClock(interval=10.0, timeout=60.0, since=0.0)
+    for t in range(0, 3000, 50):
+        clock.counted(float(t), float(t))
+        assert not clock.hung(float(t) + 49.9), "a token every 50 s"
+    idle = TokenClock(interval=10.0, timeout=60.0, since=0.0)
+    idle.counted(5.0, 0.0)
+    idle.counted(5.0, 500.0)
+    assert idle.due(500.0) and not idle.hung(500.0), "nobody has asked"
+    idle.failed += 1
+    assert idle.hung(500.0)
+    idle.token(501.0)
+    assert not idle.hung(561.0)
 
 
 def test_the_budget_heals_with_time() -> None:

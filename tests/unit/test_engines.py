@@ -14,7 +14,7 @@ from gms_launch.cohort.model import Phase
 from gms_launch.config import Settings, resolve
 from gms_launch.engines import arguments, get, installed, signals, vllm
 from gms_launch.engines.reference import weights
-from gms_launch.engines.reference.args import Knobs
+from gms_launch.engines.reference.args import InjectedError, Knobs
 from gms_launch.engines.reference.compute import host
 from gms_launch.engines.reference.metrics import FailoverMetrics
 from gms_launch.errors import UsageError
@@ -280,14 +280,18 @@ def test_any_number_of_workers_computes_the_same(world: int) -> None:
 def test_crash_points_name_a_life(monkeypatch: pytest.MonkeyPatch) -> None:
     died: list[int] = []
     monkeypatch.setattr("os.kill", lambda pid, sig: died.append(sig))
-    knobs = Knobs.from_environ({"REFERENCE_CRASH": "1.2:parked"})
-    knobs.crash_here("parked", "run/1/1/0")
-    knobs.crash_here("waking", "run/1/2/0")
-    knobs.crash_here("parked", "run/0/2/0")
+    knobs = Knobs.from_environ({"REFERENCE_FAULT": "1.2:parked,0.*:waking=error"})
+    knobs.fail_here("parked", "run/1/1/0")
+    knobs.fail_here("waking", "run/1/2/0")
+    knobs.fail_here("parked", "run/0/2/0")
     assert died == []
-    knobs.crash_here("parked", "run/1/2/0")
-    Knobs(crash="1.*:waking").crash_here("waking", "run/1/9/0")
-    assert died == [9, 9]
+    with pytest.raises(InjectedError):
+        knobs.fail_here("parked", "run/1/2/0")  # the signal that would have ended it is only noted here
+    assert died == [9]
+    with pytest.raises(InjectedError, match="error at waking"):
+        knobs.fail_here("waking", "run/0/9/0")
+    assert Knobs(fault="*.*:tokens=hang").fault_at("tokens", "run/7/8/0") == "hang"
+    assert Knobs(fault="*.*:tokens=hang").fault_at("tokens", "no tag") == ""
 
 
 def test_devices() -> None:

@@ -1,7 +1,7 @@
 """What the reference engine is told: dynamo.vllm's flags and environment names.
 
 REFERENCE_DEVICE says whether GMS owns host memory (host) or a GPU's (cuda). Knobs for tests come from the environment,
-as REFERENCE_* too: costs of start and wake, and where to crash.
+as REFERENCE_* too: costs of start and wake, and where to fail.
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Points at which an engine can be made to die, in the order it passes them.
-CRASH_POINTS = ("starting", "before_commit", "parked", "waking", "serving")
+#: Points at which an engine can be made to fail, in the order it passes them, and the ways to fail.
+POINTS = ("starting", "before_commit", "parked", "waking", "serving", "tokens")
+KINDS = ("crash", "hang", "error")
+
+
+class InjectedError(RuntimeError):
+    """A fault that a test asked for."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Knobs:
     `monitor_seconds` is how long a leader rank goes on, lock in hand, when a worker of its is dead: upstream's monitor
     looks every 2 s.
 
-    `crash` names a life and a point, as `cohort.incarnation:point`; `*` stands for any incarnation.
+    `fault` is a list of `cohort.incarnation:point=kind` with commas between; `*` stands for any number.
     """
 
     start_seconds: float = 0.0
@@ -33,7 +38,7 @@ class Knobs:
     kv_mib: int = 16
     lock_poll_seconds: float = 0.1
     monitor_seconds: float = 2.0
-    crash: str = ""
+    fault: str = ""
     stray: bool = False
 
     @classmethod
@@ -45,21 +50,33 @@ class Knobs:
             kv_mib=int(environ.get("REFERENCE_KV_MIB", "16")),
             lock_poll_seconds=float(environ.get("REFERENCE_LOCK_POLL_SECONDS", "0.1")),
             monitor_seconds=float(environ.get("REFERENCE_MONITOR_SECONDS", "2")),
-            crash=environ.get("REFERENCE_CRASH", ""),
+            fault=environ.get("REFERENCE_FAULT", ""),
             stray=environ.get("REFERENCE_STRAY", "") == "1",
         )
 
-    def crash_here(self, point: str, tag: str) -> None:
-        """Die by SIGKILL if this life is to crash at `point`. `tag` is GMS_LAUNCH_TAG."""
-        assert point in CRASH_POINTS
-        life, _, where = self.crash.partition(":")
-        if where != point:
-            return
-        cohort, _, incarnation = life.partition(".")
+    def fault_at(self, point: str, tag: str) -> str:
+        """How this life is to fail at `point`; empty when it is not. `tag` is GMS_LAUNCH_TAG."""
+        assert point in POINTS
         parts = tag.split("/")
-        if len(parts) == 4 and parts[1] == cohort and incarnation in ("*", parts[2]):
-            print(f"reference engine: crashing at {point}, as REFERENCE_CRASH says", flush=True)
+        for word in filter(None, self.fault.split(",")):
+            life, _, what = word.partition(":")
+            where, _, kind = what.partition("=")
+            cohort, _, incarnation = life.partition(".")
+            if where == point and len(parts) == 4 and cohort in ("*", parts[1]) and incarnation in ("*", parts[2]):
+                return kind or "crash"
+        return ""
+
+    def fail_here(self, point: str, tag: str) -> None:
+        """Die by SIGKILL, block for ever or raise `InjectedError`, if this life is to fail at `point`."""
+        kind = self.fault_at(point, tag)
+        if not kind:
+            return
+        print(f"reference engine: {kind} at {point}, as REFERENCE_FAULT says", flush=True)
+        if kind == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
+        while kind == "hang":
+            signal.pause()
+        raise InjectedError(f"{kind} at {point}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gms_launch.engines.reference import lock
-from gms_launch.engines.reference.args import EngineConfig
+from gms_launch.engines.reference.args import EngineConfig, InjectedError
 from gms_launch.engines.reference.group import Leader
 from gms_launch.engines.reference.metrics import FailoverMetrics
 from gms_launch.engines.reference.spawn import Workers
@@ -35,6 +35,9 @@ class Engine:
         self.vocabulary = _vocabulary_size(config.model)
         self.asleep = False
         self.endpoint: Any = None
+        # For tests: while this file is there, no token comes.
+        life = "-".join(config.tag.split("/")[1:3])
+        self.wedge = f"{os.path.dirname(config.lock_path)}/wedge-{life}"
 
     async def sleep(self) -> None:
         await self.group.all(op="sleep")
@@ -66,6 +69,10 @@ class Engine:
 
     async def generate(self, request: dict[str, Any], context: Any) -> AsyncIterator[dict[str, Any]]:
         """Stream tokens for Dynamo's preprocessed request."""
+        if (kind := self.config.knobs.fault_at("tokens", self.config.tag)) == "error":
+            raise InjectedError("error at tokens")
+        if kind == "hang" or os.path.exists(self.wedge):
+            await asyncio.Event().wait()  # a collective that never ends, with everybody alive
         stop = request.get("stop_conditions") or {}
         count = stop.get("max_tokens") or 16
         state = _sum(await self.group.all(op="prefill"))
@@ -127,7 +134,7 @@ async def run(config: EngineConfig) -> None:
     metrics.enter("standby")
     runtime.set_health_status(True)
     log.info("[Shadow] Engine sleeping, startup probe now passing, waiting for lock")
-    config.knobs.crash_here("parked", config.tag)
+    config.knobs.fail_here("parked", config.tag)
     lock_fd, contended = await lock.acquire(config.lock_path, config.engine_id, config.knobs.lock_poll_seconds)
     if config.knobs.stray:
         lock.leave_a_stray(lock_fd)
@@ -157,7 +164,7 @@ async def run(config: EngineConfig) -> None:
     metrics.enter("active")
     if contended:
         metrics.count("success")
-    config.knobs.crash_here("serving", config.tag)
+    config.knobs.fail_here("serving", config.tag)
     await endpoint.serve_endpoint(
         engine.generate, health_check_payload={"token_ids": [1], "stop_conditions": {"max_tokens": 1}}
     )

@@ -118,7 +118,7 @@ def load_from_disk(model: Path, client: GmsClient, compute: Compute, rank: int, 
                 offset += _padded(8 * part.words)
             compute.fill(pieces)
     except (SafetensorError, OSError, ValueError, KeyError) as exc:
-        raise ModelError(f"weights of {model} cannot be read: {exc}") from None
+        raise ModelError(f"{model}: its weights cannot be read: {exc}") from None
     finally:
         for fd in fds.values():
             os.close(fd)

@@ -67,7 +67,7 @@ class Worker:
             log.info("Loading weights took %.2f seconds (%.2f GiB from disk, %.1f GiB/s)", took, disk / GIB, rate)
             with open(self.loads_file, "a") as file:
                 file.write(f"{config.tag} {disk}\n")
-            config.knobs.crash_here("before_commit", config.tag)
+            config.knobs.fail_here("before_commit", config.tag)
             self.weights.commit()
             self._connect(self.weights, LockType.RO)
             size = self.weights.remap_all()
@@ -103,7 +103,7 @@ class Worker:
         mapping = self.kv.allocate(self.kv_size, "kv_cache", address=self.kv_address)
         assert mapping.address == self.kv_address
         self.shards = weights.shards(self.weights)
-        self.config.knobs.crash_here("waking", self.config.tag)
+        self.config.knobs.fail_here("waking", self.config.tag)
         if self.config.knobs.wake_seconds:
             time.sleep(self.config.knobs.wake_seconds)
         seconds = time.monotonic() - begun
@@ -136,7 +136,7 @@ def main() -> None:
         stream=sys.stdout,
     )
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    config.knobs.crash_here("starting", config.tag)
+    config.knobs.fail_here("starting", config.tag)
     if config.knobs.start_seconds:
         time.sleep(config.knobs.start_seconds)
     serve_worker(host, port, rank, Worker(config, rank, local_rank).handle)

@@ -1,0 +1,330 @@
+"""Faults that are no plain death: hangs, promotions that fail, starts that fail, GMS and etcd. One deployment each."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gms_launch.cohort import proc
+from tests.support import Deployment, eventually, stopped
+
+Deploy = Callable[..., Deployment]
+QUICK = ("--health-interval", "0.2", "--health-timeout", "1.5")
+
+
+@pytest.fixture
+def deploy(tmp_path: Path, model: Path) -> Iterator[Deploy]:
+    """Start a deployment with more flags and environment; all are ended."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *flags, **env: stack.enter_context(Deployment(tmp_path / "home", model, *flags, **env))
+
+
+def rank(run: Deployment, cohort_id: int) -> dict[str, Any]:
+    found: dict[str, Any] = run.cohort(cohort_id)["ranks"][0]
+    return found
+
+
+def exits(run: Deployment, kind: str = "hung") -> list[str]:
+    return [e["detail"] for e in run.events(kind)]
+
+
+def service(run: Deployment, name: str) -> dict[str, Any]:
+    return next(s for s in run.status()["nodes"][0]["services"] if s["name"] == name)
+
+
+# -- hangs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whom", ["main", "worker"])
+def test_a_stopped_process_of_the_primary_is_a_dead_primary(deploy: Deploy, whom: str) -> None:
+    run = deploy(*QUICK)
+    before, primary = run.text(), run.wait_full()["primary"]
+    pid = rank(run, primary)["pid"]
+    victim = pid if whom == "main" else proc.children(pid)[0]
+    os.kill(victim, signal.SIGSTOP)
+    eventually(lambda: proc.stat(victim).state == "T")  # type: ignore[union-attr]
+    eventually(lambda: run.text() == before)
+    assert run.wait_full()["primary"] == 1 - primary
+    (why,) = exits(run)
+    assert f"process {victim} has been stopped for 1.5 s" in why or "no answer on its system port" in why
+
+
+def test_a_primary_that_serves_no_tokens_is_killed_although_it_lives_and_answers(deploy: Deploy) -> None:
+    run = deploy("--canary-interval", "1", "--canary-timeout", "3")
+    before, primary = run.text(), run.wait_full()["primary"]
+    wedge = run.node_dir / f"wedge-{primary}-1"
+    wedge.touch()
+    assert run.cohort(primary)["phase"] == "active"
+    eventually(lambda: run.status()["primary"] == 1 - primary, 30)
+    eventually(lambda: run.text() == before)
+    killed = [e["detail"] for e in run.events("kill") if e["cohort_id"] == primary]
+    assert any("no token for 3 s (canary_timeout)" in k for k in killed), killed
+    run.wait_full()
+
+
+def test_without_a_canary_nobody_is_killed_for_it(deploy: Deploy) -> None:
+    run = deploy("--no-canary", "--canary-interval", "1", "--canary-timeout", "2")
+    primary = run.wait_full()["primary"]
+    (run.node_dir / f"wedge-{primary}-1").touch()
+    time.sleep(5.0)  # the absence of an event cannot be waited for
+    assert run.status()["primary"] == primary and not run.events("kill")
+
+
+def test_a_slow_engine_at_full_load_is_not_killed(deploy: Deploy) -> None:
+    """Far more requests than it can serve, each token slow: our own request would never get its turn in time."""
+    run = deploy("--canary-interval", "1", "--canary-timeout", "2", *QUICK, REFERENCE_TOKEN_SECONDS="0.3")
+    status = run.wait_full()
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            run.text(tokens=8)
+
+    threads = [threading.Thread(target=load) for _ in range(24)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(8.0)  # four times the deadline under load
+        now = run.status()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert now["primary"] == status["primary"] and not run.events("kill") and not run.events("exit")
+
+
+# -- promotions that fail ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hang", "error", "crash"])
+def test_a_promotion_that_fails_while_it_wakes_goes_to_the_next_shadow(deploy: Deploy, kind: str) -> None:
+    flags = ("--shadows", "2", "--promotion-timeout", "3", "--restart-backoff", "0.2")
+    run = deploy(*flags, REFERENCE_FAULT=f"*.1:waking={kind}" if kind == "never" else "", REFERENCE_START_SECONDS="0")
+    status = run.wait_full()
+    before = run.text()
+    del status
+    assert before
+    # All first lives are up, so only lives from the second on can be told to fail; the next shadow then is a first.
+    run2 = deploy(*flags, REFERENCE_FAULT=f"*.2:waking={kind},0.3:waking={kind}", REFERENCE_MONITOR_SECONDS="0.2")
+    primary = run2.wait_full()["primary"]
+    parked = [k for k in range(3) if k != primary]
+    for k in parked:  # their second lives will fail to wake
+        os.killpg(rank(run2, k)["pgid"], signal.SIGKILL)
+        eventually(lambda k=k: run2.cohort(k)["incarnation"] == 2 and run2.cohort(k)["phase"] == "parked", 30)
+    os.killpg(rank(run2, primary)["pgid"], signal.SIGKILL)
+    assert eventually(run2.text, 60) == before
+    failed = {(e["cohort_id"], e["incarnation"]) for e in run2.events("lock")} & {(k, 2) for k in range(3)}
+    assert failed, "at least one of them had the lock and failed"
+    run2.wait_full(60)
+
+
+def test_an_endpoint_that_registers_broken_is_not_taken_for_a_promotion(deploy: Deploy) -> None:
+    """Registered, healthy, and every request an error: upstream has been seen to do that after a failed wake."""
+    run = deploy("--promotion-timeout", "3", "--restart-backoff", "0.2", REFERENCE_FAULT="*.2:tokens=error")
+    before, primary = run.text(), run.wait_full()["primary"]
+    shadow = 1 - primary
+    os.killpg(rank(run, shadow)["pgid"], signal.SIGKILL)
+    eventually(lambda: run.cohort(shadow)["incarnation"] == 2 and run.cohort(shadow)["phase"] == "parked", 30)
+    os.killpg(rank(run, primary)["pgid"], signal.SIGKILL)
+    assert eventually(run.text, 60) == before
+    reasons = [e["detail"] for e in run.events("kill") if (e["cohort_id"], e["incarnation"]) == (shadow, 2)]
+    assert any("no token within 3 s of the lock" in r for r in reasons), reasons
+
+
+# -- starts that fail ----------------------------------------------------------------------------------------------
+
+
+def start_fails(tmp_path: Path, model: Path, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+    run = Deployment(tmp_path / "home", model, *flags, **env)
+    done = run.up()
+    assert run.alive() == [], "nothing is left"
+    return done
+
+
+def test_a_writer_that_dies_before_its_commit_ends_the_first_start_with_its_log(tmp_path: Path, model: Path) -> None:
+    done = start_fails(tmp_path, model, REFERENCE_FAULT="0.1:before_commit=error", REFERENCE_MONITOR_SECONDS="0")
+    assert done.returncode == 1
+    assert "cohort 0 did not come up" in done.stderr and "InjectedError: error at before_commit" in done.stderr
+
+
+def test_a_writer_that_dies_later_comes_back_as_the_writer_and_shadows_wait(deploy: Deploy) -> None:
+    """The group starts cold on a new GMS, and the writer's second life dies before its commit: the third loads."""
+    fault = "0.2:before_commit"
+    run = deploy("--restart-backoff", "0.2", REFERENCE_FAULT=fault, REFERENCE_MONITOR_SECONDS="0.1")
+    before = run.text()
+    os.kill(service(run, "gms-0")["pid"], signal.SIGKILL)
+    eventually(lambda: run.status()["redundancy"] == "none")
+    assert run.cli("kill-primary", "--force").returncode in (0, 4)
+    assert eventually(run.text, 60) == before
+    run.wait_full(60)
+    lives = {(e["cohort_id"], e["incarnation"]) for e in run.events("started")}
+    assert (0, 3) in lives and (0, 4) not in lives
+    assert run.cohort(1)["incarnation"] == 2, "the shadow waited for the writer and was not started again"
+
+
+def test_weights_that_do_not_fit_are_said_so(tmp_path: Path, model: Path) -> None:
+    done = start_fails(tmp_path, model, "--virtual-gpu-mib", "4", "--start-timeout", "8")
+    assert done.returncode in (1, 4)
+    assert "did not come up" in done.stderr
+
+
+def test_an_engine_that_never_parks_ends_the_start_at_its_deadline(tmp_path: Path, model: Path) -> None:
+    done = start_fails(tmp_path, model, "--start-timeout", "3", REFERENCE_FAULT="1.1:starting=hang")
+    assert done.returncode == 4
+    assert "not parked within 3 s (start_timeout)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda d: (d / "model.safetensors").unlink(), "has no weights"),
+        (lambda d: os.truncate(d / "model.safetensors", 5000), "its weights cannot be read"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json"),
+    ],
+    ids=["missing", "truncated", "config"],
+)
+def test_a_spoilt_model_is_named(tmp_path: Path, model: Path, spoil: Callable[[Path], object], says: str) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    spoil(copy)
+    done = start_fails(tmp_path, copy, REFERENCE_MONITOR_SECONDS="0")
+    assert done.returncode in (1, 2), done.stderr
+    assert says in done.stderr, done.stderr[-2000:]
+
+
+def test_a_shadow_that_can_never_park_is_given_up_and_the_primary_serves_on(deploy: Deploy) -> None:
+    fault = ",".join(f"1.{k}:starting" for k in range(2, 9))
+    flags = ("--restart-backoff", "0.1", "--restart-limit", "2", "--restart-window", "8")
+    run = deploy(*flags, REFERENCE_FAULT=fault, REFERENCE_MONITOR_SECONDS="0.1")
+    status = run.wait_full()
+    if status["primary"] == 1:
+        assert run.cli("kill-primary").returncode == 0
+    else:
+        os.killpg(rank(run, 1)["pgid"], signal.SIGKILL)
+    eventually(lambda: run.cohort(1)["given_up"], 30)
+    assert run.text() and run.status()["redundancy"] == "none"
+    why = run.cohort(1)["why"]
+    assert "2 starts failed within 8 s" in why
+    (event,) = run.events("given_up")
+    agent_log = (run.home / run.run / "logs" / "agent.log").read_text()
+    assert "crash at starting, as REFERENCE_FAULT says" in agent_log, "the last log lines are told"
+    eventually(lambda: run.cohort(1)["incarnation"] > event["incarnation"], 30, "the budget heals")
+
+
+# -- GMS -----------------------------------------------------------------------------------------------------------
+
+
+def test_after_the_loss_of_gms_the_primarys_end_starts_the_group_cold(deploy: Deploy) -> None:
+    run = deploy()
+    before, status = run.text(), run.wait_full()
+    os.kill(service(run, "gms-0")["pid"], signal.SIGKILL)
+    eventually(lambda: run.status()["redundancy"] == "none")
+    assert run.text() == before, "the primary serves on what it has mapped"
+    assert run.cli("kill-primary").returncode == 3, "refused, since no shadow could take over"
+    os.killpg(rank(run, status["primary"])["pgid"], signal.SIGKILL)
+    assert eventually(run.text, 60) == before
+    after = run.wait_full(60)
+    assert {c["incarnation"] for c in after["cohorts"]} == {2}
+    assert service(run, "gms-0")["starts"] == 2
+    (weights,) = [g for g in after["nodes"][0]["gms"] if g["tag"] == "weights"]
+    assert weights["loads"] == 1, "by the new server's own count"
+    assert run.cli("kill-primary").returncode == 0, "and failover works again"
+
+
+def test_a_frozen_gms_does_not_disturb_the_primary(deploy: Deploy) -> None:
+    run = deploy()
+    before, primary = run.text(), run.wait_full()["primary"]
+    with stopped(service(run, "gms-0")["pid"]):
+        assert run.text() == before
+    assert run.status()["primary"] == primary and run.wait_full()
+
+
+# -- etcd ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_etcd_is_restarted_before_anybody_minds(deploy: Deploy) -> None:
+    run = deploy()
+    before = run.text()
+    pids = [rank(run, k)["pid"] for k in (0, 1)]
+    os.kill(service(run, "etcd")["pid"], signal.SIGSTOP)
+    eventually(lambda: run.events("service_restarted"), 20)
+    (gone,) = run.events("service_exited")
+    assert "no answer for 4 s" in gone["detail"]
+    run.wait_full()
+    assert [rank(run, k)["pid"] for k in (0, 1)] == pids, "no engine was touched"
+    assert run.text() == before
+    assert run.cli("kill-primary").returncode == 0
+
+
+def test_an_etcd_that_is_away_for_longer_than_the_leases_ends_the_engines_and_they_come_back(
+    deploy: Deploy, tmp_path: Path
+) -> None:
+    """20 s without etcd: every Dynamo process ends itself, and the run is whole again a little later, same text."""
+    real, broken = shutil.which("etcd"), tmp_path / "broken"
+    wrapper = tmp_path / "etcd"
+    wrapper.write_text(f'#!/bin/sh\ntest -e {broken} && exit 1\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    run = deploy("--etcd-bin", str(wrapper), "--dynamo-lease-ttl", "5", "--service-timeout", "60")
+    before = run.text()
+    pids = [rank(run, k)["pid"] for k in (0, 1)]
+    broken.touch()
+    os.kill(service(run, "etcd")["pid"], signal.SIGKILL)
+    eventually(lambda: not any(proc.stat(p) for p in pids), 30, "the engines end when their leases do")
+    time.sleep(10.0)  # the rest of the 20 s
+    broken.unlink()
+    assert eventually(run.text, 60) == before
+    run.wait_full(60)
+
+
+def test_an_etcd_that_cannot_be_brought_back_ends_the_run_with_its_log(deploy: Deploy, tmp_path: Path) -> None:
+    """A full disk looks like this: etcd says so and exits, again and again."""
+    real, broken = shutil.which("etcd"), tmp_path / "broken"
+    wrapper = tmp_path / "etcd"
+    said = "write /data: no space left on device"
+    wrapper.write_text(f'#!/bin/sh\ntest -e {broken} && echo "{said}" && exit 1\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    run = deploy("--etcd-bin", str(wrapper), "--service-timeout", "4")
+    broken.touch()
+    os.kill(service(run, "etcd")["pid"], signal.SIGKILL)
+    eventually(lambda: "ended" in run.run_file and run.run_file["ended"], 40)
+    found = run.run_file
+    assert found["exit_code"] == 1
+    assert "etcd could not be brought back" in found["reason"] and said in found["reason"]
+    eventually(lambda: run.alive() == [], 10)
+
+
+def test_a_wiped_etcd_is_filled_again(deploy: Deploy) -> None:
+    run = deploy("--dynamo-lease-ttl", "5")
+    before = run.text()
+    etcd = service(run, "etcd")["pid"]
+    data = run.node_dir / "etcd"
+    assert data.is_dir()
+    os.kill(etcd, signal.SIGSTOP)
+    shutil.rmtree(data)
+    os.kill(etcd, signal.SIGKILL)
+    eventually(lambda: run.events("service_restarted"), 20)
+    # Every Dynamo process ends when it learns that its lease is unknown, the frontend last.
+    eventually(lambda: len(run.events("service_restarted")) >= 2, 30)
+    assert eventually(run.text, 60) == before
+    found = run.wait_full(60)
+    assert min(c["incarnation"] for c in found["cohorts"]) >= 2
+    anonymous = subprocess.run(
+        ["etcdctl", "--endpoints", run.run_file["etcd_endpoints"][0], "get", "--prefix", "/gms-launch/"],
+        env=os.environ | {"ETCDCTL_API": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert anonymous.returncode != 0, "passwords are on again"
+    assert run.cli("kill-primary").returncode == 0
+    assert run.text() == before
