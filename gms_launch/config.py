@@ -131,7 +131,7 @@ SETTINGS: tuple[Setting, ...] = (
     _port("nixl_port", 8280, "first NIXL side-channel port; + 1 a cohort"),
     _port("vllm_port", 21000, "first port of vLLM's own range; + 100 a cohort"),
     _seconds("service_timeout", 30.0, "deadline for etcd, NATS and the frontend to be ready"),
-    _seconds("service_liveness", 4.0, "how long etcd, NATS or the frontend may be silent before it is restarted"),
+    _seconds("service_liveness", 3.0, "how long etcd, NATS or the frontend may be silent before it is restarted"),
     _seconds("gms_timeout", 60.0, "deadline for every GMS socket to answer"),
     _seconds("start_timeout", 1800.0, "deadline for an engine to be parked"),
     _seconds("promotion_timeout", 60.0, "deadline from the lock to a served token"),
@@ -144,7 +144,7 @@ SETTINGS: tuple[Setting, ...] = (
     _seconds("kill_wait", 30.0, "time from SIGTERM to the end of the whole stop; Slurm's KillWait"),
     _seconds("lease_ttl", 5.0, "lease of a node in etcd"),
     _seconds("node_wait", 300.0, "how long to wait for a node that has not come yet, or was lost"),
-    _seconds("dynamo_lease_ttl", 10.0, "lease of Dynamo's processes in etcd"),
+    _seconds("dynamo_lease_ttl", 20.0, "lease of Dynamo's processes in etcd"),
     _seconds("restart_backoff", 1.0, "first delay before a cohort that failed early is started again; doubles"),
     _seconds("restart_backoff_max", 60.0, "longest delay between two starts of a cohort"),
     _seconds("restart_window", 600.0, "window in which starts are counted"),
@@ -236,8 +236,12 @@ class Settings:
 
     @property
     def liveness(self) -> float:
-        """Seconds that a service may be silent: with 3 s for its restart it must fit into Dynamo's leases."""
-        return min(self.service_liveness, self.dynamo_lease_ttl - 3)
+        """Seconds that a service may be silent.
+
+        Dynamo renews its leases every third of their time, so two thirds may be left of one when etcd falls silent:
+        noticing (half as long again in the worst case) and a second for the restart must fit in.
+        """
+        return min(self.service_liveness, _longest_liveness(self.dynamo_lease_ttl))
 
     @property
     def engine_grace(self) -> float:
@@ -350,6 +354,10 @@ def resolve(
     return checked(Settings(**values, engine_args=tuple(engine_args), sources=sources))
 
 
+def _longest_liveness(lease_ttl: float) -> float:
+    return (2 / 3 * lease_ttl - 1) / 1.5
+
+
 def checked(settings: Settings) -> Settings:
     """The same settings. Raises `UsageError` for contradictions."""
     _check(settings)
@@ -386,10 +394,11 @@ def _check(s: Settings) -> None:
             f"canary_timeout {s.canary_timeout:g} s is shorter than two canary_intervals ({s.canary_interval:g} s): "
             "one unanswered request would look like a hang"
         )
-    if s.was_set("service_liveness") and s.service_liveness + 3 > s.dynamo_lease_ttl:
+    if s.was_set("service_liveness") and s.service_liveness > _longest_liveness(s.dynamo_lease_ttl):
         raise UsageError(
-            f"service_liveness {s.service_liveness:g} s and 3 s for a restart are more than dynamo_lease_ttl "
-            f"{s.dynamo_lease_ttl:g} s: every Dynamo process would exit before a silent etcd is back"
+            f"service_liveness {s.service_liveness:g} s is more than the {_longest_liveness(s.dynamo_lease_ttl):.1f} s "
+            f"that dynamo_lease_ttl {s.dynamo_lease_ttl:g} s leaves: Dynamo's processes would exit before a silent etcd is "
+            "back"
         )
     if s.lease_ttl < 2:
         raise UsageError(f"lease_ttl {s.lease_ttl:g} s: below 2 s an ordinary pause would look like a lost node")

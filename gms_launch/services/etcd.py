@@ -46,14 +46,14 @@ def service(
         *("etcd", Command(argv, env), lambda: probe(client, password), timeout),
         port=port,
         liveness=liveness,
-        alive=lambda: alive(address, port),
+        alive=lambda: alive(address, port, max(0.2, liveness / 4)),
         essential=True,  # every Dynamo process ends itself when its lease does
     )
 
 
-def alive(address: str, port: int) -> None:
+def alive(address: str, port: int, timeout: float) -> None:
     """GET /health, which reads through the leader and needs no password. Raises `NotReadyError`."""
-    connection = http.client.HTTPConnection(address, port, timeout=2.0)
+    connection = http.client.HTTPConnection(address, port, timeout=timeout)
     try:
         connection.request("GET", "/health")
         answer = connection.getresponse()

@@ -237,7 +237,7 @@ def test_hosts_that_cannot_be_reached_are_named_and_nothing_is_started(lab: Lab,
 def test_an_agent_that_fails_on_one_host_is_named_and_the_others_stop(lab: Lab, model: Path, ssh_home: Path) -> None:
     run = by_ssh(lab, model, ssh_home, "node[1-3]", "--virtual-gpus=1", "--tp=6")
     assert run.exit_codes() == [2]
-    assert "tp 6 over 3 nodes needs 2 devices on this node; it has 1" in run.output()
+    assert "6 GPUs over 3 nodes are 2 on this node; it has 1" in run.output()
     assert not run.tagged()
 
 

@@ -1,0 +1,420 @@
+"""Faults at random moments against a real three-node deployment under load, judged from outside.
+
+    python -m tests.chaos.chaos [--rounds 300] [--seed 1] [--only KIND ...]
+
+Each round injects one fault, waits until redundancy is full again, and checks what does not depend on what gms-launch
+says of itself: every text that a client got, the lock's file and holder, who is registered in Dynamo's discovery, which
+processes live, by their tags, how often the weights were written, and that no two cohorts served at once. One line a
+round; the first broken invariant ends it. The same seed injects the same faults. Needs root, for the namespaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gms_launch.cohort import proc
+from gms_launch.control.gateway import Gateway
+from gms_launch.gms import probe
+from tests.slurm.lab import Lab
+from tests.slurm.support import LabRun
+from tests.support import complete, eventually
+
+FLAGS = ("--health-interval", "0.3", "--health-timeout", "2", "--canary-interval", "1", "--canary-timeout", "4")
+FLAGS += ("--lease-ttl", "3", "--node-wait", "60", "--dynamo-lease-ttl", "12", "--service-liveness", "2")
+FLAGS += ("--restart-limit", "50", "--restart-backoff", "0.2", "--promotion-timeout", "10")
+INSTANCES = "v1/instances/dynamo/backend/generate/"
+
+
+class BrokenError(AssertionError):
+    """An invariant does not hold."""
+
+
+class Clients(threading.Thread):
+    """A few users who ask the same thing all the time. Every answer must be the same text."""
+
+    def __init__(self, host: str, port: int, text: str, users: int = 3) -> None:
+        super().__init__(daemon=True)
+        self._where, self._text, self._users = (host, port), text, users
+        self._stop_asking = threading.Event()
+        self.answers: list[tuple[float, float, bool]] = []
+        self.wrong: list[str] = []
+
+    def run(self) -> None:
+        threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(self._users)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _ask(self) -> None:
+        while not self._stop_asking.wait(0.01):
+            sent = time.monotonic()
+            text = complete(*self._where, "hello", 8, 3.0)
+            self.answers.append((sent, time.monotonic(), text is not None))
+            if text is not None and text != self._text:
+                self.wrong.append(text)
+
+    def outage(self, since: float) -> tuple[float, int]:
+        """From `since` to the first answer to a request sent after the first failed one; and how many failed.
+
+        Zero when none failed.
+        """
+        later = [a for a in list(self.answers) if a[1] >= since]
+        failed = [a for a in later if not a[2]]
+        if not failed:
+            return 0.0, 0
+        again = [done for sent, done, ok in later if ok and sent >= failed[0][0]]
+        return (min(again) - since if again else float("inf")), len(failed)
+
+    def close(self) -> None:
+        self._stop_asking.set()
+        self.join()
+
+
+@dataclass
+class Round:
+    """What faults act on. `undo` is done before redundancy is waited for."""
+
+    run: LabRun
+    rng: random.Random
+    status: dict[str, Any]
+    undo: list[Callable[[], object]] = field(default_factory=list)
+
+    @property
+    def primary(self) -> int:
+        return int(self.status["primary"])
+
+    @property
+    def shadow(self) -> int:
+        return 1 - self.primary
+
+    def group(self, cohort_id: int, node_rank: int) -> int:
+        life = self.status["cohorts"][cohort_id]["incarnation"]
+        (pgid,) = {i.pgid for i in self.run.tagged(cohort_id, life, node_rank)}
+        return pgid
+
+    def processes(self, cohort_id: int) -> list[proc.Stat]:
+        return self.run.tagged(cohort_id, self.status["cohorts"][cohort_id]["incarnation"])
+
+    def any_node(self, first: int = 0) -> int:
+        return self.rng.randrange(first, 3)
+
+    def service(self, name: str, node_rank: int = 0) -> int:
+        """The process of a service, as this machine numbers it."""
+        return next(i.pid for i in self.run.on_node(node_rank, name) if i.pid == i.pgid)
+
+    def wait_next_life(self, cohort_id: int) -> None:
+        """Wait until a fault that nobody sees at once has been seen: the cohort's next life is wanted."""
+        now = self.status["cohorts"][cohort_id]["incarnation"]
+        eventually(lambda: self.run.status()["cohorts"][cohort_id]["incarnation"] > now, 40)
+
+    def kill_group(self, cohort_id: int, node_rank: int) -> str:
+        os.killpg(self.group(cohort_id, node_rank), signal.SIGKILL)
+        return f"cohort {cohort_id} rank {node_rank}"
+
+
+# -- the kinds of fault --------------------------------------------------------------------------------------------
+
+
+def primary_leader(r: Round) -> str:
+    return r.kill_group(r.primary, 0)
+
+
+def primary_remote(r: Round) -> str:
+    return r.kill_group(r.primary, r.any_node(1))
+
+
+def primary_one_process(r: Round) -> str:
+    who = r.rng.choice(r.processes(r.primary))
+    os.kill(who.pid, signal.SIGKILL)
+    return f"process {who.pid} of cohort {r.primary}"
+
+
+def shadow_rank(r: Round) -> str:
+    return r.kill_group(r.shadow, r.any_node())
+
+
+def both_cohorts(r: Round) -> str:
+    return r.kill_group(r.primary, r.any_node()) + ", " + r.kill_group(r.shadow, r.any_node())
+
+
+def during_promotion(r: Round) -> str:
+    first = r.kill_group(r.primary, r.any_node())
+    pause = r.rng.uniform(0.0, 0.25)
+    time.sleep(pause)  # the moment is the point: anywhere in the promotion
+    with contextlib.suppress(ProcessLookupError, ValueError):
+        return f"{first}, and {pause * 1000:.0f} ms later {r.kill_group(r.shadow, r.any_node())}"
+    return first
+
+
+def stop_primary(r: Round) -> str:
+    who = r.rng.choice(r.processes(r.primary))
+    os.kill(who.pid, signal.SIGSTOP)
+    r.wait_next_life(r.primary)
+    return f"process {who.pid} of cohort {r.primary} stopped"
+
+
+def stop_shadow(r: Round) -> str:
+    who = r.rng.choice(r.processes(r.shadow))
+    os.kill(who.pid, signal.SIGSTOP)
+    r.wait_next_life(r.shadow)
+    return f"process {who.pid} of cohort {r.shadow} stopped"
+
+
+def no_tokens(r: Round) -> str:
+    life = r.status["cohorts"][r.primary]["incarnation"]
+    _lock(r.run).with_name(f"wedge-{r.primary}-{life}").touch()
+    r.wait_next_life(r.primary)
+    return f"cohort {r.primary} gives no more tokens"
+
+
+def users_command(r: Round) -> str:
+    done = r.run.cli("kill-primary")
+    if done.returncode != 0:
+        raise BrokenError(f"kill-primary: exit code {done.returncode}: {done.stderr}")
+    return "kill-primary"
+
+
+def kill_service(name: str) -> Callable[[Round], str]:
+    def fault(r: Round) -> str:
+        os.kill(pid := r.service(name), signal.SIGKILL)
+        return f"{name} {pid}"
+
+    fault.__name__ = f"kill_{name}"
+    return fault
+
+
+def freeze_service(name: str) -> Callable[[Round], str]:
+    def fault(r: Round) -> str:
+        os.kill(pid := r.service(name), signal.SIGSTOP)
+        return f"{name} {pid} stopped"
+
+    fault.__name__ = f"freeze_{name}"
+    return fault
+
+
+def kill_gms(r: Round) -> str:
+    node_rank = r.any_node()
+    os.kill(r.service("gms-0", node_rank), signal.SIGKILL)
+    eventually(lambda: r.run.status()["redundancy"] == "none", 10)
+    if r.run.text(3.0) is None:
+        raise BrokenError("the primary stopped serving when a GMS died")
+    return f"GMS of node {node_rank}, then {r.kill_group(r.primary, r.any_node())}"
+
+
+def cut_briefly(r: Round) -> str:
+    node = r.run.lab.node(r.run.nodes[r.any_node(1)])
+    node.cut()
+    time.sleep(1.0)  # well inside the lease
+    node.join()
+    return f"{node.name} cut off for 1 s"
+
+
+def cut_for_longer_than_the_lease(r: Round) -> str:
+    node = r.run.lab.node(r.run.nodes[r.any_node(1)])
+    node.cut()
+    r.undo.append(node.join)
+    eventually(lambda: r.run.status()["lost_nodes"], 20)
+    return f"{node.name} cut off until it was lost"
+
+
+def freeze_node(r: Round) -> str:
+    node = r.run.lab.node(r.run.nodes[r.any_node(1)])
+    node.freeze()
+    r.undo.append(node.thaw)
+    eventually(lambda: r.run.status()["lost_nodes"], 20)
+    return f"{node.name} frozen until it was lost"
+
+
+def kill_agent(r: Round) -> str:
+    node_rank = r.any_node(1)
+    pid = int(r.status["nodes"][node_rank]["agent_pid"])
+    node = r.run.lab.node(r.run.nodes[node_rank])
+    assert node.init is not None
+    # The record has the pid as its node's own namespace numbers it.
+    (agent,) = [p for p in proc.pids() if _inner_pid(p) == pid and _root(p) == _root(node.init.pid)]
+    os.kill(agent, signal.SIGKILL)
+    eventually(lambda: not r.run.on_node(node_rank), 5, "everything of a dead agent is dead")
+    eventually(lambda: node_rank in r.run.status()["lost_nodes"], 20)
+    r.run.hand(node_rank)
+    return f"agent of node {node_rank}, and a new one"
+
+
+def _inner_pid(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                return int(line.split()[-1])
+    return -1
+
+
+def _root(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+    return ""
+
+
+KINDS: tuple[Callable[[Round], str], ...] = (
+    *(primary_leader, primary_remote, primary_one_process, shadow_rank, both_cohorts, during_promotion),
+    *(stop_primary, stop_shadow, no_tokens, users_command, kill_service("etcd"), kill_service("nats")),
+    *(kill_service("frontend"), freeze_service("etcd"), kill_gms, cut_briefly, cut_for_longer_than_the_lease),
+    *(freeze_node, kill_agent),
+)
+
+
+# -- the invariants ------------------------------------------------------------------------------------------------
+
+
+def _lock(run: LabRun) -> Path:
+    """The failover lock as this machine sees it, inside the leader node's own /dev/shm."""
+    init = run.lab.node(run.nodes[0]).init
+    assert init is not None
+    return Path(f"/proc/{init.pid}/root") / run.run_file()["node_dir"].lstrip("/") / "failover.lock"
+
+
+def _sockets(run: LabRun, node_rank: int) -> list[Path]:
+    init = run.lab.node(run.nodes[node_rank]).init
+    assert init is not None
+    place = run.run_file()["node_dir"] + (f"+{node_rank}" if node_rank else "")
+    return sorted((Path(f"/proc/{init.pid}/root") / place.lstrip("/")).glob("gms_*_weights.sock"))
+
+
+def check(run: LabRun, inode: int, clients: Clients) -> None:
+    """Everything that must hold when redundancy is full. Raises `BrokenError`."""
+    if clients.wrong:
+        raise BrokenError(f"a client got another text: {clients.wrong[0]!r}")
+    status = run.status()
+    lock = _lock(run)
+    if lock.stat().st_ino != inode:
+        raise BrokenError("the lock file is another one")
+    primary, life = status["primary"], status["cohorts"][status["primary"]]["incarnation"]
+    tags = {tag for pid in proc.flock_holders(str(lock)) if (tag := proc.tag_of(pid))}
+    if tags != {f"{run.run}/{primary}/{life}/0"}:
+        raise BrokenError(f"the lock is held by {tags}, and the primary is cohort {primary} life {life}")
+    for info, tag in proc.tagged(run.run):
+        cohort, incarnation = [*tag.split("/"), "", ""][1:3]
+        if cohort.isdigit() and int(incarnation) != status["cohorts"][int(cohort)]["incarnation"]:
+            raise BrokenError(f"process {info.pid} of an old life is alive: {tag}")
+    for node_rank in range(len(run.nodes)):
+        for cohort_id, slot in enumerate(status["cohorts"]):
+            groups = {i.pgid for i in run.on_node(node_rank, cohort_id, slot["incarnation"], node_rank)}
+            if len(groups) != 1:
+                raise BrokenError(f"cohort {cohort_id} has {len(groups)} groups on node {node_rank}")
+        for socket in _sockets(run, node_rank):
+            written = sum(e.kind == "committed" for e in probe.event_history(socket))
+            if written != 1:
+                raise BrokenError(f"the weights of node {node_rank} were published {written} times")
+    file = run.run_file()
+    secret = json.loads((run.home / "credentials.json").read_text())
+    gateway = Gateway(tuple(file["etcd_endpoints"]), "root", secret["admin_password"])
+    eventually(lambda: len(gateway.get_prefix(INSTANCES)) == 1, 15, "one registered engine, and no dead one")
+    serving: dict[tuple[int, int], float] = {}
+    for event in run.events():
+        who = (event["cohort_id"], event["incarnation"])
+        if event["kind"] == "registered":
+            if serving:
+                raise BrokenError(f"{who} registered while {list(serving)} was not dead")
+            serving[who] = event["time"]
+        elif event["kind"] in ("dead", "exit", "kill") and event["node_rank"] == 0:
+            serving.pop(who, None)
+
+
+# -- rounds --------------------------------------------------------------------------------------------------------
+
+
+def rounds(run: LabRun, kinds: list[Callable[[Round], str]], rng: random.Random) -> list[dict[str, Any]]:
+    """One round for each of `kinds`. Raises `BrokenError` or what a wait for full redundancy raises."""
+    results: list[dict[str, Any]] = []
+    text = run.text()
+    assert text is not None
+    inode = _lock(run).stat().st_ino
+    host, port = run.run_file()["frontend_url"].removeprefix("http://").split(":")
+    clients = Clients(host, int(port), text)
+    clients.start()
+    try:
+        check(run, inode, clients)
+        for number, kind in enumerate(kinds, 1):
+            time.sleep(rng.uniform(0.0, 0.5))  # a random moment
+            this = Round(run, rng, run.wait_full(60))
+            begun = time.monotonic()
+            what = kind(this)
+            for undo in this.undo:
+                undo()
+            run.wait_full(90)
+            took = time.monotonic() - begun
+            # Full may be from before the fault: what follows must hold a moment later too.
+            eventually(lambda since=begun: any(s >= since and ok for s, _, ok in list(clients.answers)[-50:]), 90)
+            run.wait_full(90)
+            check(run, inode, clients)
+            outage, failed = clients.outage(begun)
+            row = {"round": number, "kind": kind.__name__, "what": what, "outage_s": round(outage, 3)}
+            row |= {"failed": failed, "full_s": round(took, 2)}
+            results.append(row)
+            print(
+                f"{number:4d} {kind.__name__:32s} outage {outage:7.3f} s, {failed:4d} failed, "
+                f"full again after {took:6.2f} s: {what}",
+                flush=True,
+            )
+    finally:
+        clients.close()
+    return results
+
+
+def plan(count: int, rng: random.Random, only: list[str] | None = None) -> list[Callable[[Round], str]]:
+    """Which faults, in which order: every kind equally often, shuffled."""
+    chosen = [k for k in KINDS if not only or k.__name__ in only]
+    many = [chosen[k % len(chosen)] for k in range(count)]
+    rng.shuffle(many)
+    return many
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", nargs="*", metavar="KIND", choices=[k.__name__ for k in KINDS])
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    from gms_launch.engines.reference.demo_model import make
+
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name, Lab(3, slurm=False) as lab:
+        make(Path(name) / "model", 8)
+        with LabRun(lab, Path(name) / "model", *FLAGS).hand() as run:
+            try:
+                results = rounds(run, plan(options.rounds, rng, options.only), rng)
+            except BaseException:
+                print(run.output()[-3000:], file=sys.stderr)
+                print(f"seed {options.seed}; the run's home: {run.home}", file=sys.stderr)
+                raise
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for row in results:
+        by_kind.setdefault(row["kind"], []).append(row)
+    print(f"\n{len(results)} rounds, seed {options.seed}: every invariant held")
+    for kind, rows in sorted(by_kind.items()):
+        outages = [r["outage_s"] for r in rows]
+        full = [r["full_s"] for r in rows]
+        print(
+            f"{kind:30s} {len(rows):3d} rounds, outage p50 {statistics.median(outages):6.3f} max {max(outages):6.3f}, "
+            f"full again p50 {statistics.median(full):6.2f} max {max(full):6.2f} s"
+        )
+    if options.out:
+        options.out.write_text(json.dumps({"seed": options.seed, "rounds": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
