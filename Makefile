@@ -56,6 +56,19 @@ test-vllm: setup
 	$(VLLM_VENV)/bin/pip install -q vllm==0.23.0 ai-dynamo==1.3.1
 	GMS_LAUNCH_VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -q tests/wheels/test_parser.py
 
+# 300 faults at random moments against a real three-node deployment: half an hour.
+.PHONY: chaos
+chaos: setup
+	$(BIN)/python -m tests.chaos.chaos --rounds 300 --seed $$RANDOM
+
+# Beside torchrun and ft_launcher, with torch in an environment of its own (9 GB).
+.PHONY: bench-peers
+PEERS_VENV := .venv-peers
+bench-peers: setup
+	test -x $(PEERS_VENV)/bin/pip || $(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/pip install -q torch nvidia-resiliency-ext
+	$(BIN)/python -m bench.peers --python $(PEERS_VENV)/bin/python
+
 # On a machine with a GPU: the same contract tests, with its memory.
 .PHONY: test-gpu kernels
 test-gpu: setup
@@ -69,6 +82,8 @@ bench: setup
 	$(BIN)/python -m bench.watch
 	$(BIN)/python -m bench.failover
 	$(BIN)/python -m bench.fence
+	$(BIN)/python -m bench.simulate
+	$(BIN)/python -m bench.overhead
 
 clean:
 	rm -rf $(VENV) build *.egg-info

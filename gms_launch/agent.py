@@ -40,7 +40,6 @@ from gms_launch.plan import Layout
 from gms_launch.rundir import NodeEnd
 from gms_launch.services.base import Service
 from gms_launch.services.canary import Canary
-from gms_launch.services.confirm import TokenWatch
 from gms_launch.services.runner import ServiceRunner
 
 log = logging.getLogger("agent")
@@ -49,8 +48,6 @@ log = logging.getLogger("agent")
 HOUSEKEEPING = 10.0
 #: Least time between two reports of this node and views for people (seconds).
 SHOW_PAUSE = 0.05
-#: Pause between two looks for a first token (seconds); the frontend announces nothing.
-CONFIRM_PAUSE = 0.005
 
 
 class Agent:
@@ -291,49 +288,17 @@ class Agent:
         self.gms_epoch, self._renewing = epoch, False
         self.wake.set()
 
-    async def _watch_tokens(self, rank: Rank) -> None:
-        """For as long as a rank serves, see that tokens come."""
-        assert self.canary is not None
-        watching = self.loop.create_task(self.canary.watch(rank.life))
-        ended = self.loop.create_task(rank.ended.wait())
-        try:
-            await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)
-            self.wake.set()
-        finally:
-            watching.cancel()
-            ended.cancel()
-
     # -- what the parts report ---------------------------------------------------------------------------------
 
     def _rank_event(self, rank: Rank, kind: str, detail: str) -> None:
         if kind == "registered":
-            self.spawn(self._confirm(rank))
+            self.spawn(leading.confirm(self, rank))
         elif kind == "unfenced":
             self.progress(f"cohort {rank.cohort_id} cannot be fenced: {detail}")
         elif kind == "fenced":
             services = {runner.pid for runner in self.services.values()}
             self.ranks.reap(frozenset(services | {self.guard_pid}))
         self.wake.set()
-
-    async def _confirm(self, rank: Rank) -> None:
-        """A promotion is done when a token comes through the frontend: a user's, or ours if nobody asks for one.
-
-        Ours costs a prefill, and users wait at that very moment.
-        """
-        begun = time.monotonic()
-        seen = TokenWatch(self.layout)
-        while rank.phase is Phase.ACTIVE and not self.stopping.is_set():
-            if not await self.loop.run_in_executor(None, seen.a_token_came):
-                # Quickly while it is about to come, then without getting in anybody's way.
-                await asyncio.sleep(CONFIRM_PAUSE if time.monotonic() - begun < 2.0 else 0.2)
-                continue
-            if rank.phase is Phase.ACTIVE:
-                self.confirmed = rank.life
-                self.report.emit("first_token", rank.cohort_id, rank.incarnation)
-                self.wake.set()
-                if self.canary is not None and self.settings.group_kill:
-                    self.spawn(self._watch_tokens(rank))
-            return
 
     def control_changed(self) -> None:
         self.wake.set()

@@ -397,8 +397,8 @@ def _check(s: Settings) -> None:
     if s.was_set("service_liveness") and s.service_liveness > _longest_liveness(s.dynamo_lease_ttl):
         raise UsageError(
             f"service_liveness {s.service_liveness:g} s is more than the {_longest_liveness(s.dynamo_lease_ttl):.1f} s "
-            f"that dynamo_lease_ttl {s.dynamo_lease_ttl:g} s leaves: Dynamo's processes would exit before a silent etcd is "
-            "back"
+            f"that dynamo_lease_ttl {s.dynamo_lease_ttl:g} s leaves: Dynamo's processes would exit before a silent etcd"
+            " could be back"
         )
     if s.lease_ttl < 2:
         raise UsageError(f"lease_ttl {s.lease_ttl:g} s: below 2 s an ordinary pause would look like a lost node")

@@ -1,10 +1,12 @@
 """The leader's part of the agent: what the controller is shown, and how its decisions are carried out.
 
-Decides nothing: that is `cohort.controller`. What every node does, the leader's too, is in `agent`.
+And the watch on what is served: a promotion is confirmed by a token, and tokens must go on coming. Decides nothing:
+that is `cohort.controller`. What every node does, the leader's too, is in `agent`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import uuid
@@ -12,15 +14,20 @@ from typing import TYPE_CHECKING
 
 from gms_launch import gather, ports
 from gms_launch.cohort import controller, membership
-from gms_launch.cohort.model import ENDED
+from gms_launch.cohort.model import ENDED, Phase
 from gms_launch.control.records import CommandRecord, CommandResult, DesiredCohort, Wanted
 from gms_launch.errors import DeadlineError, LaunchError
 from gms_launch.observe import snapshot
 from gms_launch.observe.gms import DOWN
 from gms_launch.services.base import log_excerpt
+from gms_launch.services.confirm import TokenWatch
 
 if TYPE_CHECKING:
     from gms_launch.agent import Agent
+    from gms_launch.cohort.ranks import Rank
+
+#: Pause between two looks for a first token (seconds); the frontend announces nothing.
+CONFIRM_PAUSE = 0.005
 
 
 def view(agent: Agent) -> controller.View:
@@ -149,3 +156,39 @@ def _log_of(agent: Agent, cohort_id: int) -> str:
         return ""
     path = agent.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
     return f"\n  log: {path}\n{log_excerpt(path)}"
+
+
+async def confirm(agent: Agent, rank: Rank) -> None:
+    """A promotion is done when a token comes through the frontend: a user's, or ours if nobody asks for one.
+
+    Ours costs a prefill, and users wait at that very moment.
+    """
+    begun = time.monotonic()
+    seen = TokenWatch(agent.layout)
+    while rank.phase is Phase.ACTIVE and not agent.stopping.is_set():
+        if not await agent.loop.run_in_executor(None, seen.a_token_came):
+            # Quickly while it is about to come, then without getting in anybody's way.
+            await asyncio.sleep(CONFIRM_PAUSE if time.monotonic() - begun < 2.0 else 0.2)
+            continue
+        if rank.phase is Phase.ACTIVE:
+            agent.confirmed = rank.life
+            agent.report.emit("first_token", rank.cohort_id, rank.incarnation)
+            agent.wake.set()
+            if agent.canary is not None and agent.settings.group_kill:
+                agent.spawn(_watch_tokens(agent, rank))
+        return
+
+
+async def _watch_tokens(agent: Agent, rank: Rank) -> None:
+    """For as long as a rank serves, see that tokens come."""
+    assert agent.canary is not None
+    watching = agent.loop.create_task(agent.canary.watch(rank.life))
+    ended = agent.loop.create_task(rank.ended.wait())
+    try:
+        await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            watching.result()
+        agent.wake.set()
+    finally:
+        watching.cancel()
+        ended.cancel()

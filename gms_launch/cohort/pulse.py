@@ -78,9 +78,12 @@ class Feeler:
     _vital: tuple[ProcessId, ...] = ()
     _looks: int = 0
 
-    def feel(self, kv_sockets: Collection[Path], active: bool) -> Look:
-        """One look. Of an `active` engine only whether it answers is of interest, and the rest is not asked for."""
-        if self._looks < MEMBERS_EVERY or self._looks % MEMBERS_EVERY == 0:
+    def feel(self, kv_sockets: Collection[Path], active: bool, fresh: bool) -> Look:
+        """One look. Of an `active` engine only whether it answers is of interest, and the rest is not asked for.
+
+        `fresh`: find its members anew, since it has just changed its phase.
+        """
+        if fresh or self._looks < MEMBERS_EVERY or self._looks % MEMBERS_EVERY == 0:
             self._members = [info.identity for info in proc.group(self.leader.pid) if not info.dead]
             others = (who for who in self._members if who != self.leader)
             self._vital = tuple(who for who in others if self.is_vital(proc.command_line(who.pid)))

@@ -131,7 +131,8 @@ class Rank:
             return
         now = time.time()
         self._move(phase, now)
-        self.news.set()
+        if phase is Phase.PARKED:
+            self.news.set()  # a good moment to look at it; later ones are not, while it takes over
         self.on_event(self, {Phase.PARKED: "parked", Phase.WAKING: "lock", Phase.ACTIVE: "registered"}[phase], now, "")
         if phase is Phase.ACTIVE:
             self._unwatch()

@@ -102,7 +102,8 @@ class RankSet:
             if rank.phase not in ALIVE or rank.local().gone:
                 return
             active = rank.phase is Phase.ACTIVE
-            look = await loop.run_in_executor(None, feeler.feel, self._gms.kv_sockets, active)
+            fresh = rank.news.is_set()
+            look = await loop.run_in_executor(None, feeler.feel, self._gms.kv_sockets, active, fresh)
             if settings.group_kill:
                 rank.watch_parts(look.vital, loop)
             rank.felt(look)

@@ -7,6 +7,7 @@ docs/compatibility.md is made from it. vLLM itself is never imported here: that 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 
 from gms_launch.cohort.model import Phase
@@ -45,6 +46,8 @@ LINES = (
     Line("1.5", "1.5.1", "0.28.0", "control/", "paused", True, "zmq", True),
     Line("1.6", "1.6.1", "0.31.0", "control/", "paused", True, "zmq", True),
 )
+#: The front can be set (VLLM_PROCESS_NAME_PREFIX).
+_VITAL = re.compile(r"\S*::(EngineCore|Worker)")
 _HINT = "run inside NVIDIA's vllm-runtime image from 1.4 on, or use --engine reference on a machine without a GPU"
 
 
@@ -127,14 +130,12 @@ class VllmEngine:
         return dynamo.phase_of(line)
 
     def is_vital(self, command_line: str) -> bool:
-        """The engine core and the workers. vLLM gives them titles where setproctitle is installed.
+        """The engine core and the workers, by the titles that vLLM gives them (VLLM::EngineCore, VLLM::Worker_TP0).
 
         The main process sees a dead one only when its monitor looks, every 2 s, and then takes up to 30 s to exit
         with the lock in its hand (engine_monitor.py).
         """
-        return command_line.startswith("VLLM::") or (
-            "multiprocessing.spawn" in command_line and "spawn_main" in command_line
-        )
+        return _VITAL.match(command_line) is not None
 
     def is_awake(self, line: str) -> bool:
         return dynamo.is_awake(line)

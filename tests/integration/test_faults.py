@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -176,6 +177,20 @@ def test_weights_that_do_not_fit_are_said_so(tmp_path: Path, model: Path) -> Non
     done = start_fails(tmp_path, model, "--virtual-gpu-mib", "4", "--start-timeout", "8")
     assert done.returncode in (1, 4)
     assert "did not come up" in done.stderr
+
+
+def test_a_rendezvous_port_that_is_taken_is_passed_over(deploy: Deploy) -> None:
+    run = deploy()
+    shadow = 1 - run.wait_full()["primary"]
+    base = run.run_file["ports"]["master_base"]
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", base + 100 * shadow + 1))  # the next life's, were it free
+        squatter.listen()
+        os.killpg(rank(run, shadow)["pgid"], signal.SIGKILL)
+        eventually(lambda: run.cohort(shadow)["incarnation"] == 2)
+        run.wait_full()
+        command = proc.command_line(rank(run, shadow)["pid"])
+        assert f"--master-port {base + 100 * shadow + 2}" in command
 
 
 def test_an_engine_that_never_parks_ends_the_start_at_its_deadline(tmp_path: Path, model: Path) -> None:

@@ -51,7 +51,10 @@ def test_the_modules_read_the_record_line_by_line(engine: str) -> None:
 def test_the_vital_processes_of_the_real_engine_are_known_by_their_titles() -> None:
     vllm = get("vllm")
     assert vllm.is_vital("VLLM::EngineCore") and vllm.is_vital("VLLM::Worker_TP1")
-    assert vllm.is_vital("/usr/bin/python3 -c from multiprocessing.spawn import spawn_main; spawn_main(tracker_fd=5)")
+    assert vllm.is_vital("MINE::Worker_PP1_TP0")
+    assert not vllm.is_vital(
+        "/usr/bin/python3 -c from multiprocessing.spawn import spawn_main; spawn_main(tracker_fd=5)"
+    )
     assert not vllm.is_vital("/usr/bin/python3 -c from multiprocessing.resource_tracker import main;main(4)")
     assert not vllm.is_vital("/usr/bin/python3 -m dynamo.vllm --model m")
 

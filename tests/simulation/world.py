@@ -103,6 +103,12 @@ class World:
         if revision > node.known.get(key, (0, None))[0]:
             node.known[key] = (revision, value)
 
+    def deliver_all(self, node: Node) -> None:
+        inbox, node.inbox = node.inbox, []
+        for revision, key, value in inbox:
+            if revision > node.known.get(key, (0, None))[0]:
+                node.known[key] = (revision, value)
+
     def resync(self, node: Node) -> None:
         """Read everything anew and report what runs here, as an agent does after a break."""
         node.inbox.clear()
@@ -446,10 +452,10 @@ class World:
                     continue
                 if not node.up or not node.connected:
                     self.come_back(node)
-                while node.inbox:
-                    self.deliver(node, 0)
+                self.deliver_all(node)
             self.lead()
             for node in (n for n in self.nodes if n.up):
+                self.deliver_all(node)
                 self.resync_if_behind(node)
                 self.agent(node)
                 for proc in list(node.procs.values()):

@@ -63,7 +63,7 @@ def test_the_recipes_names() -> None:
         ({}, None, {"restart_backoff": "90"}, "longer than restart_backoff_max"),
         ({}, None, {"health_timeout": "3"}, "shorter than two health_intervals"),
         ({}, None, {"canary_timeout": "15"}, "shorter than two canary_intervals"),
-        ({}, None, {"service_liveness": "9"}, "before a silent etcd is back"),
+        ({}, None, {"service_liveness": "9"}, "before a silent etcd could be back"),
         ({}, None, {"tp": "2", "pp": "3", "nnodes": "4"}, "tp 2 times pp 3 cannot be spread"),
         ({}, None, {"engine_file": "x"}, "--engine is vllm"),
     ],
