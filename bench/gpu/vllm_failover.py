@@ -171,6 +171,12 @@ class Traffic:
         return {"first_answer_s": first, "failed_requests": len(failed) - later, "failed_later": later}
 
 
+def environ() -> dict[str, str]:
+    """Ours without what would make a run of it: a NATS that is named and not there blocks a start for two minutes."""
+    drop = ("GMS_LAUNCH_", "SLURM_", "NATS_", "ETCD_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(drop)}
+
+
 class Node:
     """One node of the run on this machine: its GPU, its environment."""
 
@@ -178,7 +184,7 @@ class Node:
         self.rank = rank
         self.gms_dir = directory / f"g{rank}"
         self.gms_dir.mkdir()
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("GMS_LAUNCH_", "SLURM_"))}
+        self.env = environ()
         if options.nodes > 1:
             visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
             self.env["CUDA_VISIBLE_DEVICES"] = visible[rank] if len(visible) > rank else str(rank)
@@ -208,7 +214,7 @@ class Launched:
 
     def cli(self, *args: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-m", "gms_launch", *args]
-        env = os.environ | {"GMS_LAUNCH_HOME": str(self.home)}
+        env = environ() | {"GMS_LAUNCH_HOME": str(self.home)}
         return subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
 
     def wait_full(self, timeout: float) -> dict[str, Any]:
@@ -278,7 +284,7 @@ class Recipe:
         self.port, self._etcd, self._lives = free_port(), free_port(), 0
         self._all: list[subprocess.Popen[bytes]] = []
         self._env = {"ETCD_ENDPOINTS": f"http://127.0.0.1:{self._etcd}", "DYN_EVENT_PLANE": "zmq"}
-        self._env |= {"DYN_TCP_RPC_HOST": "127.0.0.1", "DYN_TCP_RESPONSE_STREAM_HOST": "lo", "NATS_SERVER": ""}
+        self._env |= {"DYN_TCP_RPC_HOST": "127.0.0.1", "DYN_TCP_RESPONSE_STREAM_HOST": "lo"}
 
     def _spawn(self, name: str, argv: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
         with open(self.place / f"{name}.log", "ab") as log:
@@ -301,7 +307,7 @@ class Recipe:
         for node in self.nodes:
             wait(lambda node=node: len(list(node.gms_dir.glob("gms_*.sock"))) == 2, 120, "the GMS sockets")
         argv = [sys.executable, "-m", "dynamo.frontend", "--http-port", str(self.port), "--http-host", "127.0.0.1"]
-        self._spawn("frontend", argv, os.environ | self._env)
+        self._spawn("frontend", argv, environ() | self._env)
 
     def cohort(self, engine_id: int) -> tuple[list[subprocess.Popen[bytes]], Path]:
         """Start a cohort; its ranks, and its leader's log."""

@@ -109,24 +109,20 @@ def test_a_slow_engine_at_full_load_is_not_killed(deploy: Deploy) -> None:
 
 @pytest.mark.parametrize("kind", ["hang", "error", "crash"])
 def test_a_promotion_that_fails_while_it_wakes_goes_to_the_next_shadow(deploy: Deploy, kind: str) -> None:
+    """First lives are up before anything fails; then the shadows' second lives fail to wake."""
     flags = ("--shadows", "2", "--promotion-timeout", "3", "--restart-backoff", "0.2")
-    run = deploy(*flags, REFERENCE_FAULT=f"*.1:waking={kind}" if kind == "never" else "", REFERENCE_START_SECONDS="0")
-    status = run.wait_full()
-    before = run.text()
-    del status
-    assert before
-    # All first lives are up, so only lives from the second on can be told to fail; the next shadow then is a first.
-    run2 = deploy(*flags, REFERENCE_FAULT=f"*.2:waking={kind},0.3:waking={kind}", REFERENCE_MONITOR_SECONDS="0.2")
-    primary = run2.wait_full()["primary"]
+    run = deploy(*flags, REFERENCE_FAULT=f"*.2:waking={kind}", REFERENCE_MONITOR_SECONDS="0.2")
+    before, primary = run.text(), run.wait_full()["primary"]
     parked = [k for k in range(3) if k != primary]
-    for k in parked:  # their second lives will fail to wake
-        os.killpg(rank(run2, k)["pgid"], signal.SIGKILL)
-        eventually(lambda k=k: run2.cohort(k)["incarnation"] == 2 and run2.cohort(k)["phase"] == "parked", 30)
-    os.killpg(rank(run2, primary)["pgid"], signal.SIGKILL)
-    assert eventually(run2.text, 60) == before
-    failed = {(e["cohort_id"], e["incarnation"]) for e in run2.events("lock")} & {(k, 2) for k in range(3)}
+    for k in parked:
+        os.killpg(rank(run, k)["pgid"], signal.SIGKILL)
+    for k in parked:
+        eventually(lambda k=k: run.cohort(k)["incarnation"] == 2 and run.cohort(k)["phase"] == "parked", 30)
+    os.killpg(rank(run, primary)["pgid"], signal.SIGKILL)
+    assert eventually(run.text, 60) == before
+    failed = {(e["cohort_id"], e["incarnation"]) for e in run.events("lock")} & {(k, 2) for k in range(3)}
     assert failed, "at least one of them had the lock and failed"
-    run2.wait_full(60)
+    run.wait_full(60)
 
 
 def test_an_endpoint_that_registers_broken_is_not_taken_for_a_promotion(deploy: Deploy) -> None:
@@ -184,6 +180,7 @@ def test_a_rendezvous_port_that_is_taken_is_passed_over(deploy: Deploy) -> None:
     shadow = 1 - run.wait_full()["primary"]
     base = run.run_file["ports"]["master_base"]
     with socket.socket() as squatter:
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         squatter.bind(("127.0.0.1", base + 100 * shadow + 1))  # the next life's, were it free
         squatter.listen()
         os.killpg(rank(run, shadow)["pgid"], signal.SIGKILL)

@@ -17,7 +17,7 @@ from gms_launch.cohort.model import Phase
 from tests.simulation import world
 from tests.simulation.world import Broken, explore, replay
 
-STEPS, FAULTS = 40, 2
+STEPS, FAULTS = 30, 2
 
 
 def one(seed: int, steps: int = STEPS, faults: int = FAULTS) -> bool:
@@ -70,7 +70,7 @@ def test_any_order_of_events(nnodes: int, cohorts: int, faults: int, picks: list
 def find(runs: int = 3000) -> Broken:
     for seed in range(runs):
         try:
-            one(seed, 2 * STEPS, 3 * FAULTS)
+            one(seed, 80, 6)
         except Broken as exc:
             return exc
     pytest.fail(f"not found in {runs} interleavings")

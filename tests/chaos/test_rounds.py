@@ -1,0 +1,27 @@
+"""A short run of the chaos test: the kinds of fault that no other test has, in a random order that the output tells."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import chaos
+from tests.slurm.lab import Lab
+from tests.slurm.support import LabRun
+
+KINDS = ["both_cohorts", "during_promotion", "cut_briefly", "primary_one_process", "freeze_etcd", "kill_agent"]
+
+
+@pytest.mark.timeout(300)
+def test_a_few_rounds_of_chaos(model: Path) -> None:
+    seed = int(time.time())
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    with Lab(3, slurm=False) as lab, LabRun(lab, model, *chaos.FLAGS).hand() as run:
+        done = chaos.rounds(run, chaos.plan(len(KINDS), rng, KINDS), rng)
+    assert {r["kind"] for r in done} == set(KINDS)
+    felt = {"both_cohorts", "during_promotion", "primary_one_process", "kill_agent"}
+    assert all(r["failed"] for r in done if r["kind"] in felt), done
