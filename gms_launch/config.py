@@ -131,7 +131,11 @@ SETTINGS: tuple[Setting, ...] = (
     _port("nixl_port", 8280, "first NIXL side-channel port; + 1 a cohort"),
     _port("vllm_port", 21000, "first port of vLLM's own range; + 100 a cohort"),
     _seconds("service_timeout", 30.0, "deadline for etcd, NATS and the frontend to be ready"),
-    _seconds("service_liveness", 3.0, "how long etcd, NATS or the frontend may be silent before it is restarted"),
+    _seconds(
+        "service_liveness",
+        3.0,
+        "how long etcd may be silent before it is restarted; NATS and the frontend: four times that",
+    ),
     _seconds("gms_timeout", 60.0, "deadline for every GMS socket to answer"),
     _seconds("start_timeout", 1800.0, "deadline for an engine to be parked"),
     _seconds("promotion_timeout", 60.0, "deadline from the lock to a served token"),

@@ -29,6 +29,8 @@ from gms_launch.topology import Topology
 
 #: Files that a model's weights may be in.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+#: NATS and the frontend may be silent for longer than etcd: nobody ends because of them.
+LATER = 4
 #: What stands for a secret in a printed plan.
 HIDDEN = "<hidden>"
 _SECRET = ("PASSWORD",)
@@ -169,7 +171,7 @@ class Layout:
             self.credentials.nats_user,
             self.credentials.nats_password,
             self.settings.service_timeout,
-            self.settings.liveness,
+            LATER * self.settings.liveness,
         )
 
     def frontend_service(self) -> Service:
@@ -180,7 +182,7 @@ class Layout:
             self.ports.frontend,
             self.settings.migration_limit,
             self.settings.service_timeout,
-            self.settings.liveness,
+            LATER * self.settings.liveness,
         )
 
     def rank_command(self, cohort_id: int, incarnation: int, master_port: int) -> Command:

@@ -78,10 +78,11 @@ class Feeler:
     _vital: tuple[ProcessId, ...] = ()
     _looks: int = 0
 
-    def feel(self, kv_sockets: Collection[Path], active: bool, fresh: bool) -> Look:
-        """One look. Of an `active` engine only whether it answers is of interest, and the rest is not asked for.
+    def feel(self, kv_sockets: Collection[Path], starting: bool, active: bool, fresh: bool) -> Look:
+        """One look. Its metrics are asked for while it is `starting`; once it is parked the lock tells the rest.
 
-        `fresh`: find its members anew, since it has just changed its phase.
+        Of an `active` engine only whether it answers is of interest. `fresh`: find its members anew, since it has just
+        changed its phase.
         """
         if fresh or self._looks < MEMBERS_EVERY or self._looks % MEMBERS_EVERY == 0:
             self._members = [info.identity for info in proc.group(self.leader.pid) if not info.dead]
@@ -92,7 +93,7 @@ class Feeler:
         stopped = tuple(info.pid for info in found if info.state == STOPPED)
         if not self.port:
             return Look(stopped=stopped, vital=self._vital)
-        health = signals.ask(self.address, self.port, self.timeout, metrics=not active)
+        health = signals.ask(self.address, self.port, self.timeout, metrics=starting)
         holds = not active and any(
             (info := proc.stat(pid)) is not None and info.pgid == self.leader.pid
             for pid in proc.flock_holders(str(self.lock))

@@ -101,9 +101,9 @@ class RankSet:
                 await asyncio.wait_for(rank.news.wait(), settings.health_interval)
             if rank.phase not in ALIVE or rank.local().gone:
                 return
-            active = rank.phase is Phase.ACTIVE
-            fresh = rank.news.is_set()
-            look = await loop.run_in_executor(None, feeler.feel, self._gms.kv_sockets, active, fresh)
+            starting, active = rank.phase is Phase.STARTING, rank.phase is Phase.ACTIVE
+            fresh, sockets = rank.news.is_set(), self._gms.kv_sockets
+            look = await loop.run_in_executor(None, feeler.feel, sockets, starting, active, fresh)
             if settings.group_kill:
                 rank.watch_parts(look.vital, loop)
             rank.felt(look)

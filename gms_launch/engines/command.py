@@ -13,6 +13,7 @@ import shutil
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,12 @@ def _values(spec: RankSpec) -> dict[str, Any]:
     return values | {f"port_{name}": port for name, port in spec.extra_ports.items()}
 
 
+@cache
 def read(file: str) -> CommandEngine:
-    """The engine that a file describes. Raises `UsageError` that names what is wrong in it."""
+    """The engine that a file describes, read once: a run goes on with what it began with.
+
+    Raises `UsageError` that names what is wrong in it.
+    """
     if not file:
         raise UsageError("--engine command needs --engine-file FILE, which says how to run it (docs/engines.md)")
     path = Path(os.path.expanduser(file))

@@ -16,8 +16,8 @@ from gms_launch.plan import Layout
 from gms_launch.services import frontend
 from gms_launch.services.base import NotReadyError
 
-#: Pause between two looks at the frontend's counters (seconds).
-LOOK_EVERY = 1.0
+#: Longest pause between two looks at the frontend's counters (seconds).
+LOOK_EVERY = 5.0
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Canary:
                 return
             if asking is None and clock.due(time.monotonic()):
                 asking = loop.run_in_executor(None, self._ask)
-            await asyncio.sleep(LOOK_EVERY)  # the frontend announces nothing
+            await asyncio.sleep(min(LOOK_EVERY, self._interval / 2))  # the frontend announces nothing
 
     def _ask(self) -> str:
         """Ask for one token; why none came, or nothing."""
