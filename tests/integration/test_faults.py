@@ -196,14 +196,22 @@ def test_an_engine_that_never_parks_ends_the_start_at_its_deadline(tmp_path: Pat
     assert "not parked within 3 s (start_timeout)" in done.stderr
 
 
+def wrong_dtype(file: Path) -> None:
+    """Say in the header that the tensors are of a type that there is not."""
+    data = bytearray(file.read_bytes())
+    assert b'"F32"' in data
+    file.write_bytes(data.replace(b'"F32"', b'"F33"'))
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (lambda d: (d / "model.safetensors").unlink(), "has no weights"),
         (lambda d: os.truncate(d / "model.safetensors", 5000), "its weights cannot be read"),
+        (lambda d: wrong_dtype(d / "model.safetensors"), "its weights cannot be read"),
         (lambda d: (d / "config.json").write_text("{"), "config.json"),
     ],
-    ids=["missing", "truncated", "config"],
+    ids=["missing", "truncated", "dtype", "config"],
 )
 def test_a_spoilt_model_is_named(tmp_path: Path, model: Path, spoil: Callable[[Path], object], says: str) -> None:
     copy = tmp_path / "model"
