@@ -24,8 +24,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gms_launch.cohort import proc
-from gms_launch.config import RUN_ID
 from gms_launch.errors import NoContactError, RefusedError, UsageError
+from gms_launch.rules import RUN_ID
 
 LOCAL_ROOT = Path("/dev/shm")
 #: sockaddr_un holds 107 bytes and a terminator; the longest name is gms_GPU-<36>_kv_cache.sock.

@@ -173,10 +173,10 @@ class Deployment:
     def alive(self) -> list[int]:
         return [info.pid for info, _ in proc.tagged(self.run)]
 
-    def text(self, prompt: str = "hello", tokens: int = 8) -> str | None:
-        """The completion of `prompt`; None when nobody answers."""
+    def text(self, prompt: str = "hello", tokens: int = 8, timeout: float = 10.0) -> str | None:
+        """The completion of `prompt`; None when nobody answers in time."""
         host, port = self.run_file["frontend_url"].removeprefix("http://").split(":")
-        return complete(host, int(port), prompt, tokens)
+        return complete(host, int(port), prompt, tokens, timeout)
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         lines = (self.home / self.run / "events.jsonl").read_text().splitlines()

@@ -9,8 +9,8 @@ import os
 import time
 
 from gms_launch import rundir
-from gms_launch.config import RUN_ID
 from gms_launch.errors import DeadlineError, by_code
+from gms_launch.rules import RUN_ID
 from gms_launch.rundir import RunDir, RunFile
 
 POLL = 0.2

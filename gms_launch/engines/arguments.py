@@ -66,7 +66,7 @@ def problem(args: Sequence[str]) -> str:
             return f"engine argument {name}: {REFUSED[name]}"
         if name in FIXED and value != FIXED[name][0]:
             return f"engine argument {name} {value}: only {FIXED[name][0]} works here: {FIXED[name][1]}"
-        if name.startswith("--data-parallel-") and name not in FIXED:
+        if name.startswith(("--data-parallel-", "-dp")) and name not in FIXED:
             return f"engine argument {name}: data parallelism does not work in shadow mode"
     return ""
 

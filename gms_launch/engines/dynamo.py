@@ -22,14 +22,18 @@ _PHASES: tuple[tuple[re.Pattern[str], Phase], ...] = (
 _AWAKE = re.compile(r"\[Shadow\] Engine awake, registering with discovery")
 
 
-def phase_of(line: str) -> Phase | None:
-    """The phase that a line of a leader rank's log announces, if it does."""
-    return next((phase for pattern, phase in _PHASES if pattern.search(line)), None)
+class Spoken:
+    """How an engine that speaks as dynamo.vllm does is read. It has no ports but those that every engine gets."""
 
+    @property
+    def ports(self) -> dict[str, int]:
+        return {}
 
-def is_awake(line: str) -> bool:
-    """True for the line that says the memory is mapped and only registration is left."""
-    return _AWAKE.search(line) is not None
+    def phase_of(self, line: str) -> Phase | None:
+        return next((phase for pattern, phase in _PHASES if pattern.search(line)), None)
+
+    def is_awake(self, line: str) -> bool:
+        return _AWAKE.search(line) is not None
 
 
 def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:

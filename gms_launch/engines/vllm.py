@@ -10,7 +10,6 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from gms_launch.cohort.model import Phase
 from gms_launch.cohort.process import Command
 from gms_launch.config import Settings
 from gms_launch.engines import RankSpec, arguments, dynamo, installed
@@ -64,14 +63,10 @@ def line_of(version: str) -> Line | None:
 
 
 @dataclass(frozen=True)
-class VllmEngine:
+class VllmEngine(dynamo.Spoken):
     """The module behind --engine vllm."""
 
     name: str = "vllm"
-
-    @property
-    def ports(self) -> dict[str, int]:
-        return {}
 
     def problems(self, settings: Settings) -> list[str]:
         has = installed.look(settings.python, MODULES, DISTRIBUTIONS)
@@ -126,9 +121,6 @@ class VllmEngine:
         env |= {k: v for k, v in suggested.items() if k not in os.environ}  # the user's own word wins
         return Command(made.argv, {**made.env, **env})
 
-    def phase_of(self, line: str) -> Phase | None:
-        return dynamo.phase_of(line)
-
     def is_vital(self, command_line: str) -> bool:
         """The engine core and the workers, by the titles that vLLM gives them (VLLM::EngineCore, VLLM::Worker_TP0).
 
@@ -136,9 +128,6 @@ class VllmEngine:
         with the lock in its hand (engine_monitor.py).
         """
         return _VITAL.match(command_line) is not None
-
-    def is_awake(self, line: str) -> bool:
-        return dynamo.is_awake(line)
 
 
 ENGINE = VllmEngine()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gms_launch.gms import protocol as p
+from gms_launch.gms import waiting
 from gms_launch.gms.backends import OutOfMemoryError
 from gms_launch.gms.locks import LockTable, State
 from gms_launch.gms.store import Allocation, LayoutStore, RequestError
@@ -160,7 +161,7 @@ class SocketServer:
                     sent = socket.send_fds(session.socket, [data], [fd])
                     break
                 except BlockingIOError:
-                    await _writable(session.socket)
+                    await waiting.writable(session.socket)
             data = data[sent:]
         await loop.sock_sendall(session.socket, data)
 
@@ -190,7 +191,7 @@ class SocketServer:
         timeout = None if request.timeout_ms is None else max(0, request.timeout_ms) / 1000
         writer = request.lock_type is p.LockType.RW
         self.locks.waiting_writers += writer
-        gone = asyncio.ensure_future(_hung_up(session.socket))
+        gone = asyncio.ensure_future(waiting.hung_up(session.socket))
         turn = asyncio.ensure_future(self._turn(session, request.lock_type))
         try:
             await asyncio.wait({gone, turn}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -305,7 +306,7 @@ class SocketServer:
             async with self._room.freed:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._room.freed.wait(), self._retry_interval)
-            if _closed(session.socket):
+            if waiting.closed(session.socket):
                 raise EOFError("closed while waiting for memory")
 
     def lock_state(self) -> p.GetLockStateResponse:
@@ -376,35 +377,3 @@ def _fields(a: Allocation) -> dict[str, Any]:
         "tag": a.tag,
         "layout_slot": a.layout_slot,
     }
-
-
-def _closed(sock: socket.socket) -> bool:
-    try:
-        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-async def _hung_up(sock: socket.socket) -> None:
-    """Return when the peer has closed. Data it sent ahead of the answer is left in place, and watching ends."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    loop.add_reader(sock.fileno(), readable.set)
-    try:
-        await readable.wait()
-    finally:
-        loop.remove_reader(sock.fileno())
-    if not _closed(sock):
-        await loop.create_future()  # it spoke out of turn; wait for the lock to be decided
-
-
-async def _writable(sock: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_writer(sock.fileno(), ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_writer(sock.fileno())

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,22 @@ class Service:
     liveness: float = 0.0
     alive: Callable[[], None] | None = None
     essential: bool = False
+
+
+def http_get(address: str, port: int, path: str, timeout: float = 2.0) -> str:
+    """The body of an answer 200. Raises `NotReadyError` for any other and for none."""
+    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        body = answer.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as exc:
+        raise NotReadyError(f"GET {path}: {exc or type(exc).__name__}") from None
+    finally:
+        connection.close()
+    if answer.status != 200:
+        raise NotReadyError(f"GET {path}: HTTP {answer.status}: {body[:200]}")
+    return body
 
 
 def restart_delay(failures: int) -> float:

@@ -5,12 +5,11 @@ Its data is in the node-local directory, so that a restarted etcd knows everythi
 
 from __future__ import annotations
 
-import http.client
 from pathlib import Path
 
 from gms_launch.cohort.process import Command
 from gms_launch.errors import LaunchError
-from gms_launch.services.base import NotReadyError, Service
+from gms_launch.services.base import NotReadyError, Service, http_get
 
 #: Tokens of a parked engine must be good after weeks without a request (seconds); etcd's default is 300.
 TOKEN_TTL = 10 * 365 * 24 * 3600
@@ -46,24 +45,9 @@ def service(
         *("etcd", Command(argv, env), lambda: probe(client, password), timeout),
         port=port,
         liveness=liveness,
-        alive=lambda: alive(address, port, max(0.2, liveness / 4)),
+        alive=lambda: _alive(address, port, max(0.2, liveness / 4)),
         essential=True,  # every Dynamo process ends itself when its lease does
     )
-
-
-def alive(address: str, port: int, timeout: float) -> None:
-    """GET /health, which reads through the leader and needs no password. Raises `NotReadyError`."""
-    connection = http.client.HTTPConnection(address, port, timeout=timeout)
-    try:
-        connection.request("GET", "/health")
-        answer = connection.getresponse()
-        text = answer.read(200).decode(errors="replace")
-    except (OSError, http.client.HTTPException) as exc:
-        raise NotReadyError(f"GET /health: {exc or type(exc).__name__}") from None
-    finally:
-        connection.close()
-    if answer.status != 200:
-        raise NotReadyError(f"GET /health: HTTP {answer.status}: {text}")
 
 
 def probe(url: str, password: str) -> None:
@@ -77,6 +61,11 @@ def probe(url: str, password: str) -> None:
         raise NotReadyError(str(exc)) from None
     finally:
         etcd.close()
+
+
+def _alive(address: str, port: int, timeout: float) -> None:
+    """GET /health reads through the leader and needs no password. Raises `NotReadyError`."""
+    http_get(address, port, "/health", timeout)
 
 
 def host(address: str) -> str:

@@ -7,7 +7,7 @@ import json
 
 from gms_launch.cohort.process import Command
 from gms_launch.engines import DynamoPlane
-from gms_launch.services.base import NotReadyError, Service
+from gms_launch.services.base import NotReadyError, Service, http_get
 
 
 def service(
@@ -34,33 +34,11 @@ def connect_address(address: str) -> str:
 
 def probe(address: str, port: int) -> None:
     """GET /health answers 200, with or without engines. Raises `NotReadyError`."""
-    connection = http.client.HTTPConnection(connect_address(address), port, timeout=2.0)
-    try:
-        connection.request("GET", "/health")
-        answer = connection.getresponse()
-        answer.read()
-        if answer.status != 200:
-            raise NotReadyError(f"GET /health: HTTP {answer.status}")
-    except (OSError, http.client.HTTPException) as exc:
-        raise NotReadyError(f"GET /health: {exc or type(exc).__name__}") from None
-    finally:
-        connection.close()
+    _get(address, port, "/health")
 
 
 def _get(address: str, port: int, path: str) -> str:
-    """The body of an answer 200. Raises `NotReadyError`."""
-    connection = http.client.HTTPConnection(connect_address(address), port, timeout=2.0)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        data = answer.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException) as exc:
-        raise NotReadyError(f"GET {path}: {exc or type(exc).__name__}") from None
-    finally:
-        connection.close()
-    if answer.status != 200:
-        raise NotReadyError(f"GET {path}: HTTP {answer.status}")
-    return data
+    return http_get(connect_address(address), port, path)
 
 
 def listed(address: str, port: int, model: str) -> bool:
@@ -74,7 +52,7 @@ def listed(address: str, port: int, model: str) -> bool:
 def traffic(address: str, port: int) -> tuple[float, float] | None:
     """Tokens that the frontend has passed on, and requests in flight; None when its metrics do not tell.
 
-    Names as in Dynamo 1.4 to 1.6. Raises `NotReadyError`.
+    Names as in Dynamo 1.1 to 1.6. Raises `NotReadyError`.
     """
     found: dict[str, float] = {}
     for line in _get(address, port, "/metrics").splitlines():

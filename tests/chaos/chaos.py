@@ -162,17 +162,18 @@ def during_promotion(r: Round) -> str:
 
 
 def stop_primary(r: Round) -> str:
-    who = r.rng.choice(r.processes(r.primary))
-    os.kill(who.pid, signal.SIGSTOP)
-    r.wait_next_life(r.primary)
-    return f"process {who.pid} of cohort {r.primary} stopped"
+    return _stop(r, r.primary)
 
 
 def stop_shadow(r: Round) -> str:
-    who = r.rng.choice(r.processes(r.shadow))
+    return _stop(r, r.shadow)
+
+
+def _stop(r: Round, cohort_id: int) -> str:
+    who = r.rng.choice(r.processes(cohort_id))
     os.kill(who.pid, signal.SIGSTOP)
-    r.wait_next_life(r.shadow)
-    return f"process {who.pid} of cohort {r.shadow} stopped"
+    r.wait_next_life(cohort_id)
+    return f"process {who.pid} of cohort {cohort_id} stopped"
 
 
 def no_tokens(r: Round) -> str:

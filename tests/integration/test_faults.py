@@ -77,31 +77,41 @@ def test_without_a_canary_nobody_is_killed_for_it(deploy: Deploy) -> None:
     run = deploy("--no-canary", "--canary-interval", "1", "--canary-timeout", "2")
     primary = run.wait_full()["primary"]
     (run.node_dir / f"wedge-{primary}-1").touch()
-    time.sleep(5.0)  # the absence of an event cannot be waited for
+    assert run.text(timeout=5.0) is None, "for longer than both deadlines nobody is answered, and nothing happens"
     assert run.status()["primary"] == primary and not run.events("kill")
 
 
 def test_a_slow_engine_at_full_load_is_not_killed(deploy: Deploy) -> None:
-    """Far more requests than it can serve, each token slow: our own request would never get its turn in time."""
-    run = deploy("--canary-interval", "1", "--canary-timeout", "2", *QUICK, REFERENCE_TOKEN_SECONDS="0.3")
+    """Each token takes longer than our own request would wait for it: only the users' tokens show that it lives."""
+    run = deploy("--canary-interval", "1", "--canary-timeout", "2", *QUICK, REFERENCE_TOKEN_SECONDS="1.5")
     status = run.wait_full()
     stop = threading.Event()
 
-    def load() -> None:
-        while not stop.is_set():
-            run.text(tokens=8)
+    answered: list[str | None] = []
 
-    threads = [threading.Thread(target=load) for _ in range(24)]
+    def load(later: float) -> None:
+        stop.wait(later)
+        while not stop.is_set():
+            answered.append(run.text(tokens=2))
+
+    threads = [threading.Thread(target=load, args=(k / 8,)) for k in range(24)]
     for thread in threads:
         thread.start()
     try:
-        time.sleep(8.0)  # four times the deadline under load
+        eventually(lambda: len(answered) >= 48, 40, "two rounds of requests, several times the deadline")
         now = run.status()
     finally:
         stop.set()
         for thread in threads:
             thread.join()
+    assert all(answered)
     assert now["primary"] == status["primary"] and not run.events("kill") and not run.events("exit")
+
+
+def test_the_same_engine_without_load_is_killed_since_its_token_comes_too_late(deploy: Deploy) -> None:
+    """What the test above would see if users' tokens did not count."""
+    run = deploy("--canary-interval", "1", "--canary-timeout", "2", *QUICK, REFERENCE_TOKEN_SECONDS="1.5")
+    eventually(lambda: any("no token for 2 s" in e["detail"] for e in run.events("kill")), 20)
 
 
 # -- promotions that fail ------------------------------------------------------------------------------------------
@@ -264,7 +274,9 @@ def test_after_the_loss_of_gms_the_primarys_end_starts_the_group_cold(deploy: De
 def test_a_frozen_gms_does_not_disturb_the_primary(deploy: Deploy) -> None:
     run = deploy()
     before, primary = run.text(), run.wait_full()["primary"]
-    with stopped(service(run, "gms-0")["pid"]):
+    pid = service(run, "gms-0")["pid"]
+    with stopped(pid):
+        eventually(lambda: proc.stat(pid).state == "T")  # type: ignore[union-attr]
         assert run.text() == before
     assert run.status()["primary"] == primary and run.wait_full()
 

@@ -248,7 +248,7 @@ def test_verbs_from_a_node_from_inside_the_job_and_from_the_login_node(lab: Lab,
 
 def test_kill_primary_while_etcd_is_frozen_goes_through_slurm(lab: Lab, model: Path) -> None:
     # The agent would restart a frozen etcd sooner than a person notices.
-    with LabRun(lab, model, "--service-liveness", "8") as run:
+    with LabRun(lab, model, "--service-liveness", "8", "--dynamo-lease-ttl", "30") as run:
         before = run.text()
         status = run.status()
         (etcd,) = run.on_node(0, "etcd")

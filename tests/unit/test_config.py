@@ -90,6 +90,7 @@ def test_what_is_refused(
         (["--distributed-executor-backend", "ray"], "not with Ray"),
         (["--data-parallel-size", "2"], "only 1 works here"),
         (["--data-parallel-backend=ray"], "data parallelism does not work"),
+        (["-dpl", "2"], "data parallelism does not work"),
         (["--disaggregation-mode", "prefill"], "only agg works here"),
         (["--no-enable-sleep-mode"], "parks by sleeping"),
     ],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gms_launch.cohort.model import Phase
 from gms_launch.cohort.process import Command
 from gms_launch.config import Settings
 from gms_launch.engines import RankSpec, dynamo, installed
@@ -13,14 +12,10 @@ MODULES = ("dynamo.llm", "numpy", "safetensors")
 
 
 @dataclass(frozen=True)
-class ReferenceEngine:
+class ReferenceEngine(dynamo.Spoken):
     """The module behind --engine reference."""
 
     name: str = "reference"
-
-    @property
-    def ports(self) -> dict[str, int]:
-        return {}
 
     def problems(self, settings: Settings) -> list[str]:
         found = []
@@ -41,14 +36,8 @@ class ReferenceEngine:
         made = dynamo.command(spec, "gms_launch.engines.reference", always_master_port=True)
         return Command(made.argv, {**made.env, "REFERENCE_DEVICE": "cuda" if spec.gms_memory == "cuda" else None})
 
-    def phase_of(self, line: str) -> Phase | None:
-        return dynamo.phase_of(line)
-
     def is_vital(self, command_line: str) -> bool:
         return "gms_launch.engines.reference.worker" in command_line
-
-    def is_awake(self, line: str) -> bool:
-        return dynamo.is_awake(line)
 
 
 ENGINE = ReferenceEngine()
