@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gms_launch.cohort import proc
+from gms_launch.cohort.model import Phase
 from gms_launch.cohort.proc import ProcessId
 from gms_launch.engines import signals
 from gms_launch.engines.signals import Signals
@@ -78,12 +79,13 @@ class Feeler:
     _vital: tuple[ProcessId, ...] = ()
     _looks: int = 0
 
-    def feel(self, kv_sockets: Collection[Path], starting: bool, active: bool, fresh: bool) -> Look:
-        """One look. Its metrics are asked for while it is `starting`; once it is parked the lock tells the rest.
+    def feel(self, kv_sockets: Collection[Path], phase: Phase, fresh: bool) -> Look:
+        """One look at a rank in `phase`. `fresh`: find its members anew, since it has just changed its phase.
 
-        Of an `active` engine only whether it answers is of interest. `fresh`: find its members anew, since it has just
-        changed its phase.
+        A parked engine's metrics are not asked for, since the lock tells when that ends; and of an active one only
+        whether it answers is of interest.
         """
+        active = phase is Phase.ACTIVE
         if fresh or self._looks < MEMBERS_EVERY or self._looks % MEMBERS_EVERY == 0:
             self._members = [info.identity for info in proc.group(self.leader.pid) if not info.dead]
             others = (who for who in self._members if who != self.leader)
@@ -93,7 +95,7 @@ class Feeler:
         stopped = tuple(info.pid for info in found if info.state == STOPPED)
         if not self.port:
             return Look(stopped=stopped, vital=self._vital)
-        health = signals.ask(self.address, self.port, self.timeout, metrics=starting)
+        health = signals.ask(self.address, self.port, self.timeout, metrics=phase in (Phase.STARTING, Phase.WAKING))
         holds = not active and any(
             (info := proc.stat(pid)) is not None and info.pgid == self.leader.pid
             for pid in proc.flock_holders(str(self.lock))

@@ -101,9 +101,8 @@ class RankSet:
                 await asyncio.wait_for(rank.news.wait(), settings.health_interval)
             if rank.phase not in ALIVE or rank.local().gone:
                 return
-            starting, active = rank.phase is Phase.STARTING, rank.phase is Phase.ACTIVE
-            fresh, sockets = rank.news.is_set(), self._gms.kv_sockets
-            look = await loop.run_in_executor(None, feeler.feel, sockets, starting, active, fresh)
+            phase, fresh = rank.phase, rank.news.is_set()
+            look = await loop.run_in_executor(None, feeler.feel, self._gms.kv_sockets, phase, fresh)
             if settings.group_kill:
                 rank.watch_parts(look.vital, loop)
             rank.felt(look)
@@ -203,13 +202,19 @@ class RankSet:
         self._on_event(rank, kind, detail)
 
     def instances_seen(self, keys: list[str]) -> None:
-        """Engines registered in Dynamo's discovery: only the holder of the lock does that."""
+        """Engines registered in Dynamo's discovery: only the holder of the lock does that.
+
+        The kernel names the holder, also of a lock that nothing has told of yet: a log may be silent.
+        """
+        lock = self._layout.node_dir.lock
         for key in keys:
             lease = dynamo_lease(key)
             if lease is None or any(lease in r.leases for r in self._by_slot.values()):
                 continue
             for rank in self._by_slot.values():
-                if rank.node_rank == 0 and rank.phase in (Phase.WAKING, Phase.ACTIVE):
+                if rank.node_rank != 0 or rank.phase not in ALIVE:
+                    continue
+                if rank.phase in (Phase.WAKING, Phase.ACTIVE) or rank.holds(lock):
                     rank.leases.add(lease)
                     rank.read_log()  # discovery may be quicker than the log
                     rank.reached(Phase.ACTIVE)

@@ -33,13 +33,15 @@ awake = "Engine awake"
 """
 
 
-@pytest.mark.parametrize("phases", [LINES, ""], ids=["by its log", "by its signs alone"])
-def test_an_engine_described_in_a_file_fails_over(tmp_path: Path, model: Path, phases: str) -> None:
-    """Without phases in the file, metrics and health must show them: the log is not read then."""
+@pytest.mark.parametrize(
+    ("phases", "metrics"), [(LINES, "1"), ("", "1"), ("", "0")], ids=["by its log", "by its metrics", "by its signs"]
+)
+def test_an_engine_described_in_a_file_fails_over(tmp_path: Path, model: Path, phases: str, metrics: str) -> None:
+    """Without phases in the file the log is not read. Then its metrics show them, or health, lock and discovery."""
     file, port = tmp_path / "engine.toml", free_port()
     file.write_text(FILE.replace("@phases", phases).replace("@port", str(port)))
     extra = ["--engine", "command", "--engine-file", str(file), "--health-interval", "0.2"]
-    with Deployment(tmp_path / "home", model, *extra) as run:
+    with Deployment(tmp_path / "home", model, *extra, REFERENCE_METRICS=metrics) as run:
         before = run.text()
         assert before
         found = run.wait_full()

@@ -27,7 +27,7 @@ class Knobs:
     """For tests. Times in seconds, sizes in MiB.
 
     `monitor_seconds` is how long a leader rank goes on, lock in hand, when a worker of its is dead: upstream's monitor
-    looks every 2 s.
+    looks every 2 s. Without `metrics` it shows no failover metrics, as Dynamo before 1.4.
 
     `fault` is a list of `cohort.incarnation:point=kind` with commas between; `*` stands for any number.
     """
@@ -38,6 +38,7 @@ class Knobs:
     kv_mib: int = 16
     lock_poll_seconds: float = 0.1
     monitor_seconds: float = 2.0
+    metrics: bool = True
     fault: str = ""
     stray: bool = False
 
@@ -50,6 +51,7 @@ class Knobs:
             kv_mib=int(environ.get("REFERENCE_KV_MIB", "16")),
             lock_poll_seconds=float(environ.get("REFERENCE_LOCK_POLL_SECONDS", "0.1")),
             monitor_seconds=float(environ.get("REFERENCE_MONITOR_SECONDS", "2")),
+            metrics=environ.get("REFERENCE_METRICS", "1") == "1",
             fault=environ.get("REFERENCE_FAULT", ""),
             stray=environ.get("REFERENCE_STRAY", "") == "1",
         )

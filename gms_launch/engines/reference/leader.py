@@ -113,7 +113,8 @@ async def run(config: EngineConfig) -> None:
         loop.add_signal_handler(sig, runtime.shutdown)
     endpoint = runtime.endpoint(f"{config.namespace}.backend.generate")
     metrics = FailoverMetrics(config.engine_id, config.served_model_name, Path(config.lock_path).parent)
-    endpoint.metrics.register_prometheus_expfmt_callback(metrics.text)
+    if config.knobs.metrics:
+        endpoint.metrics.register_prometheus_expfmt_callback(metrics.text)
     metrics.enter("init")
 
     log.info("[GMS] Failover enabled: will use scratch KV for initialization until engine is primary")
