@@ -11,12 +11,14 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
 _MODULES = ("kv_pb2", "auth_pb2", "rpc_pb2")
+_LITERAL = re.compile(r"serialized_pb=(?:_b\()?(b?'(?:[^'\\]|\\.)*')")
 
 
 def load() -> Any:
@@ -51,10 +53,12 @@ def _rebuild_messages() -> None:
 
 
 def _serialized_descriptor(path: Path) -> bytes:
-    """The literal passed as `serialized_pb=` in a generated module, read without running it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.keyword) and node.arg == "serialized_pb":
-            literal = node.value.args[0] if isinstance(node.value, ast.Call) else node.value
-            value = ast.literal_eval(literal)
-            return value.encode("latin1") if isinstance(value, str) else bytes(value)
-    raise ImportError(f"{path} holds no serialized descriptor; gms-launch needs etcd3 0.12.0")
+    """The literal passed as `serialized_pb=` in a generated module, read without running or parsing the rest of it.
+
+    A syntax tree of the whole module would cost the agent 6 MiB for good.
+    """
+    found = _LITERAL.search(path.read_text())
+    if found is None:
+        raise ImportError(f"{path} holds no serialized descriptor; gms-launch needs etcd3 0.12.0")
+    value = ast.literal_eval(found[1])
+    return value.encode("latin1") if isinstance(value, str) else bytes(value)
