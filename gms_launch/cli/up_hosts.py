@@ -6,6 +6,7 @@ Every agent is told to stop by the end of its standard input, so nothing outlive
 from __future__ import annotations
 
 import json
+import os
 import queue
 import re
 import signal
@@ -113,8 +114,10 @@ class Hosts:
         flags = [f"--run-id={settings.run_id}", f"--nnodes={nnodes}", f"--node-rank={rank}"]
         if nnodes > 1:
             flags.append(f"--leader-addr={self._leader_addr()}")
+        # In the working directory of this command where the host has it, as srun does: paths may be relative.
+        here = ["sh", "-c", 'cd -- "$0" 2>/dev/null; exec "$@"', os.getcwd()]
         home = ["env", f"GMS_LAUNCH_HOME={rundir.home().absolute()}"]
-        return [*home, *gms_launch("up", "--until-eof", "--notify-fd=1", *flags, *up.as_flags(own))]
+        return [*here, *home, *gms_launch("up", "--until-eof", "--notify-fd=1", *flags, *up.as_flags(own))]
 
     def _leader_addr(self) -> str:
         """How the hosts reach the first of them: as said, else by the name that leads there from here."""

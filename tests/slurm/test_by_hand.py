@@ -177,9 +177,11 @@ def ssh_home(lab: Lab, tmp_path: Path) -> Path:
 
 
 def by_ssh(lab: Lab, model: Path, home: Path, hosts: str = "node[1-3]", *flags: str) -> LabRun:
-    run = LabRun(lab, model, *flags)
+    """The model's path is relative: the agents run where the command does."""
+    run = LabRun(lab, Path(model.name), *flags)
     run._log = open(run.log_path, "w")  # noqa: SIM115
-    run.processes = [lab.popen(run.up("--hosts", hosts), env={"HOME": str(home)}, stdout=run._log, stderr=run._log)]
+    options = {"cwd": model.parent, "stdout": run._log, "stderr": run._log}
+    run.processes = [lab.popen(run.up("--hosts", hosts), env={"HOME": str(home)}, **options)]
     return run
 
 
