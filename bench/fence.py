@@ -28,6 +28,7 @@ from typing import Any
 
 from bench.failover import summary
 from gms_launch.cohort import proc
+from gms_launch.control.keys import prefix
 from gms_launch.control.records import RankRecord
 from gms_launch.control.store import Access, Etcd
 from gms_launch.control.watch import Change, Watch
@@ -105,7 +106,7 @@ def measure(kills: int, nodes: int) -> dict[str, Any]:
         with LabRun(lab, model).hand() as run:
             password = json.loads((run.home / "credentials.json").read_text())["admin_password"]
             etcd = Etcd(Access(tuple(run.run_file()["etcd_endpoints"]), "root", password))
-            watch = Watch(etcd, f"/gms-launch/{run.run}/ranks/", lambda _: None, seen)
+            watch = Watch(etcd, [prefix(f"/gms-launch/{run.run}/ranks/")], lambda _: None, seen)
             watch.start()
             agents = [p for node in lab.nodes.values() for p in node.pids("gms-launch")]
             found, floor = [], []

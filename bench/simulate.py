@@ -3,8 +3,9 @@
     python -m bench.simulate [--nodes 4 16 64 256 1024] [--plot simulate.svg]
 
 A remote rank of the primary dies. Counted until the group is whole again: records written to etcd, messages that etcd
-hands out (every agent watches every record), decisions taken. Timed on this machine, one core: the decision of the
-agent that sees the exit, that of an agent which hears of it, and the leader's. What the network adds is not in it.
+hands out (the leader watches every record, the others what `Keys.followed` says), decisions taken. Timed on this
+machine, one core: the decision of the agent that sees the exit, that of an agent which hears of it, and the leader's.
+What the network adds is not in it.
 """
 
 from __future__ import annotations

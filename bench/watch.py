@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from bench.bare import free_port
+from gms_launch.control.keys import prefix
 from gms_launch.control.store import Access, Etcd
 from gms_launch.control.watch import Watch
 
@@ -58,7 +59,7 @@ def measure(url: str, puts: int) -> list[float]:
         when[0] = time.perf_counter()
         arrived.set()
 
-    watch = Watch(etcd, "/b/", lambda _: None, change, lambda reason: reason is None and standing.set())
+    watch = Watch(etcd, [prefix("/b/")], lambda _: None, change, lambda reason: reason is None and standing.set())
     watch.start()
     standing.wait(20)
     times = []

@@ -26,7 +26,7 @@ from gms_launch.cohort import controller, guard, membership, process, reconciler
 from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.rankset import RankSet
-from gms_launch.cohort.reconciler import Desire, PeerRank
+from gms_launch.cohort.reconciler import Desire
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import CommandRecord, RunState, Wanted
 from gms_launch.control.session import Session
@@ -227,14 +227,10 @@ class Agent:
             k: Desire(k, d.incarnation, d.wanted is Wanted.RUNNING, d.master_port, d.why)
             for k, d in self.mirror.desired.items()
         }
-        peers = {
-            key: PeerRank(r.cohort_id, r.incarnation, r.node_rank, r.phase)
-            for key, r in self.mirror.ranks.items()
-            if r.node_rank != self.node_rank
-        }
+        ended = {life: record.node_rank for life, record in self.mirror.ended.items()}
         if self.session.is_cut_off:
             desired = {}  # what we know is out of date
-        for action in reconciler.decide(desired, self.ranks.local(), peers, self.settings.group_kill):
+        for action in reconciler.decide(desired, self.ranks.local(), ended, self.settings.group_kill):
             if isinstance(action, reconciler.StartRank):
                 self.ranks.start(action.desire, self.files, self.loop)
             elif isinstance(action, reconciler.SkipRank):

@@ -118,6 +118,7 @@ def _want(agent: Agent, cohort_id: int, incarnation: int, wanted: Wanted, why: s
     port = current.master_port if current and current.incarnation == incarnation else 0
     if wanted is Wanted.RUNNING:
         port = _master_port(agent, cohort_id, incarnation)
+        agent.report.delete(agent.mirror.keys.life_ended(cohort_id, incarnation - 1))  # fenced: nobody has to hear it
     record = DesiredCohort(cohort_id, incarnation, wanted, port, why, given_up)
     agent.mirror.desired[cohort_id] = record
     # A life that is ending anyway needs no word of ours to end.

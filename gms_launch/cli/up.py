@@ -235,8 +235,12 @@ class Terminal:
         place = layout.topology if layout is not None else None
         self._prefix = f"{place.node_rank} {place.host}: " if place is not None and place.nnodes > 1 else ""
         self._console = Console(stderr=True)
+        # Only the leader's agent knows how every rank of the run is.
+        whole = place is None or place.is_leader
         self._live = (
-            Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
+            Live(console=self._console, auto_refresh=False, transient=True)
+            if whole and self._console.is_terminal
+            else None
         )
         if self._live:
             self._live.start()

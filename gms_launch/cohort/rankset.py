@@ -14,14 +14,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from gms_launch.cohort import process
-from gms_launch.cohort.model import ALIVE, Phase
+from gms_launch.cohort.model import ALIVE, ENDED, Phase
 from gms_launch.cohort.proc import ProcessId
 from gms_launch.cohort.pulse import Feeler, Pulse
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.reconciler import PEER_ENDED, Desire, LocalRank
 from gms_launch.control.keys import dynamo_lease
 from gms_launch.control.mirror import Mirror
-from gms_launch.control.records import RankRecord
+from gms_launch.control.records import EndedRecord, RankRecord
 from gms_launch.errors import LaunchError
 from gms_launch.observe.follow import FileWatcher
 from gms_launch.observe.gms import GmsWatch
@@ -236,9 +236,14 @@ class RankSet:
                 self._put(rank.record())
 
     def _put(self, record: RankRecord, later: bool = False) -> None:
+        life, keys = (record.cohort_id, record.incarnation), self._mirror.keys
         self._mirror.ranks[record.cohort_id, self._node_rank] = record
-        key = self._mirror.keys.rank(record.cohort_id, self._node_rank)
-        self._report.put(key, record.encode(), later=later)
+        if record.phase in ENDED and life not in self._mirror.ended:
+            # Ahead of the record, which only the leader reads: the other nodes kill their ranks upon this.
+            ended = EndedRecord(*life, self._node_rank)
+            self._mirror.ended[life] = ended
+            self._report.put_once(keys.life_ended(*life), ended.encode())
+        self._report.put(keys.rank(record.cohort_id, self._node_rank), record.encode(), later=later)
 
     def _role(self, rank: Rank) -> str:
         """What the cohort is for, as its leader rank shows it; a headless rank has no signs of its own."""

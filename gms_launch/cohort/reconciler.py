@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gms_launch.cohort.model import ALIVE, ENDED, Phase
+from gms_launch.cohort.model import ALIVE, Phase
 
 #: How the reason begins when a rank is killed for another's sake: everybody knows by then.
 PEER_ENDED = "a rank of the same life ended"
@@ -23,16 +23,6 @@ class LocalRank:
     incarnation: int
     phase: Phase
     gone: bool = False
-
-
-@dataclass(frozen=True)
-class PeerRank:
-    """Another node's rank, as its record says."""
-
-    cohort_id: int
-    incarnation: int
-    node_rank: int
-    phase: Phase
 
 
 @dataclass(frozen=True)
@@ -76,16 +66,17 @@ Action = StartRank | KillRank | SkipRank
 def decide(
     desired: Mapping[int, Desire],
     local: Mapping[int, LocalRank],
-    peers: Mapping[tuple[int, int], PeerRank],
+    ended: Mapping[tuple[int, int], int],
     group_kill: bool = True,
 ) -> list[Action]:
-    """The actions that bring this node closer to what is wanted. `peers` is keyed by (cohort id, node rank).
+    """The actions that bring this node closer to what is wanted.
 
+    `ended` says of which lives (cohort id, incarnation) a rank has ended, and on which node, wherever that is.
     `group_kill` False leaves a rank alone whose peers are gone: a test's view of life without a launcher.
     """
     actions: list[Action] = []
     for cohort_id, rank in sorted(local.items()):
-        if rank.phase in ALIVE and (reason := _why_kill(rank, desired.get(cohort_id), peers if group_kill else {})):
+        if rank.phase in ALIVE and (reason := _why_kill(rank, desired.get(cohort_id), ended if group_kill else {})):
             actions.append(KillRank(cohort_id, rank.incarnation, reason))
     for cohort_id, desire in sorted(desired.items()):
         mine = local.get(cohort_id)
@@ -93,24 +84,18 @@ def decide(
             mine.incarnation >= desire.incarnation or mine.phase not in (Phase.PENDING, Phase.FENCED)
         ):
             continue
-        if desire.running and not _ended_elsewhere(desire.cohort_id, desire.incarnation, peers):
+        if desire.running and (desire.cohort_id, desire.incarnation) not in ended:
             actions.append(StartRank(desire))
         else:
             actions.append(SkipRank(cohort_id, desire.incarnation))
     return actions
 
 
-def _ended_elsewhere(cohort_id: int, incarnation: int, peers: Mapping[tuple[int, int], PeerRank]) -> PeerRank | None:
-    """A peer of that life that has ended."""
-    lives = (p for p in peers.values() if (p.cohort_id, p.incarnation) == (cohort_id, incarnation))
-    return next((p for p in lives if p.phase in ENDED), None)
-
-
-def _why_kill(rank: LocalRank, desire: Desire | None, peers: Mapping[tuple[int, int], PeerRank]) -> str:
+def _why_kill(rank: LocalRank, desire: Desire | None, ended: Mapping[tuple[int, int], int]) -> str:
     if rank.gone:
         return "its own process exited"
-    if peer := _ended_elsewhere(rank.cohort_id, rank.incarnation, peers):
-        return f"{PEER_ENDED}: rank {peer.node_rank}"
+    if (node_rank := ended.get((rank.cohort_id, rank.incarnation))) is not None:
+        return f"{PEER_ENDED}: rank {node_rank}"
     if desire is None:
         return ""  # the store may have been wiped: keep what runs
     if desire.incarnation > rank.incarnation:

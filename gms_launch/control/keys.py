@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 ROOT = "/gms-launch/"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Keys from `first` up to and without `end`; the one key `first` without an end."""
+
+    first: str
+    end: str = ""
+
+
+def prefix(start: str) -> Range:
+    """All keys that begin with `start`, which ends in an ASCII character."""
+    return Range(start, start[:-1] + chr(ord(start[-1]) + 1))
 
 
 class Keys:
@@ -14,6 +29,7 @@ class Keys:
         self.nodes = f"{self.prefix}nodes/"
         self.desired = f"{self.prefix}desired/cohorts/"
         self.ranks = f"{self.prefix}ranks/"
+        self.ended = f"{self.prefix}ended/"
         self.events = f"{self.prefix}events/"
         self.commands = f"{self.prefix}commands/"
         self.refusals = f"{self.prefix}refusals/"
@@ -26,6 +42,18 @@ class Keys:
 
     def rank(self, cohort_id: int, node_rank: int) -> str:
         return f"{self.ranks}{cohort_id}/{node_rank}"
+
+    def life_ended(self, cohort_id: int, incarnation: int) -> str:
+        return f"{self.ended}{cohort_id}/{incarnation}"
+
+    def followed(self, cohorts: int) -> list[Range]:
+        """What every agent follows, and not only the leader: as little as the rest of the run has to know at once.
+
+        That is what is commanded and wanted, which lives have ended, how the cohorts' leader ranks are, and the run.
+        Were it all records of all ranks, the messages of a failover would grow with the square of the nodes.
+        """
+        leaders = [self.rank(cohort_id, 0) for cohort_id in range(cohorts)]
+        return [prefix(p) for p in (self.commands, self.desired, self.ended)] + [Range(k) for k in (*leaders, self.run)]
 
     def event(self, time_ns: int, node_rank: int, serial: int) -> str:
         """Sorts by time; `serial` keeps two events of a node in one nanosecond apart."""

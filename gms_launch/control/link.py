@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from gms_launch.control.keys import DYNAMO_INSTANCES, Keys
+from gms_launch.control.keys import DYNAMO_INSTANCES, Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
 from gms_launch.control.store import Access, Etcd
-from gms_launch.control.watch import Change, Watch
+from gms_launch.control.watch import Watch
 
 
 class Listener(Protocol):
@@ -78,8 +78,12 @@ class ControlLink:
                 return holder
             time.sleep(0.2)  # the key goes when its lease does; a watch for this one moment is not worth it
 
-    def listen(self, keys: Keys, namespace: str, lease_ttl: float, listener: Listener, events: bool) -> None:
-        """Begin to write, to keep the lease and to watch. `events`: also those of all nodes."""
+    def listen(
+        self, ranges: Sequence[Range], lease_ttl: float, listener: Listener, namespace: str | None = None
+    ) -> None:
+        """Begin to write, to keep the lease and to watch: the run's keys in `ranges`, and what registers in a namespace
+        of Dynamo's.
+        """
         post = self._post
         self._publisher.start()
         self._keeper = LeaseKeeper(
@@ -92,25 +96,20 @@ class ControlLink:
             self._sent,
         )
 
-        def changed(change: Change) -> None:
-            # Dropped here and not on the agent's loop: every event of every node passes by.
-            if events or not change.key.startswith(keys.events):
-                post(listener.control_change, change.key, change.value)
-
         self._watches = [
             Watch(
                 self._etcd,
-                keys.prefix,
+                ranges,
                 lambda found: post(listener.control_snapshot, {k: kv.value for k, kv in found.items()}),
-                changed,
+                lambda change: post(listener.control_change, change.key, change.value),
                 lambda reason: post(listener.control_state, reason),
             ),
         ]
-        if events:
+        if namespace is not None:
             self._watches.append(
                 Watch(
                     self._etcd,
-                    f"{DYNAMO_INSTANCES}{namespace}/",
+                    [prefix(f"{DYNAMO_INSTANCES}{namespace}/")],
                     lambda found: post(listener.instances_seen, list(found)),
                     lambda change: post(listener.instances_seen, [change.key] if change.value is not None else []),
                 )
@@ -126,6 +125,10 @@ class ControlLink:
     def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
         """Store a value soon; `later` when nobody acts on it."""
         self._publisher.put(key, value, lease, later)
+
+    def put_once(self, key: str, value: bytes) -> None:
+        """Store a value soon, unless the key has one."""
+        self._publisher.put_once(key, value)
 
     def delete(self, key: str) -> None:
         self._publisher.delete(key)

@@ -12,6 +12,7 @@ from gms_launch.control.records import (
     CommandRecord,
     CommandResult,
     DesiredCohort,
+    EndedRecord,
     NodeRecord,
     RankRecord,
     Record,
@@ -34,6 +35,7 @@ class Mirror:
         self.nodes: dict[int, NodeRecord] = {}
         self.desired: dict[int, DesiredCohort] = {}
         self.ranks: dict[tuple[int, int], RankRecord] = {}
+        self.ended: dict[tuple[int, int], EndedRecord] = {}
         self.commands: dict[str, CommandRecord] = {}
         self.results: dict[str, CommandResult] = {}
         self.refusals: dict[str, str] = {}
@@ -59,6 +61,9 @@ class Mirror:
             elif key.startswith(keys.ranks):
                 cohort_id, _, node_rank = key[len(keys.ranks) :].partition("/")
                 _set(self.ranks, (int(cohort_id), int(node_rank)), RankRecord, value)
+            elif key.startswith(keys.ended):
+                cohort_id, _, incarnation = key[len(keys.ended) :].partition("/")
+                _set(self.ended, (int(cohort_id), int(incarnation)), EndedRecord, value)
             elif key.startswith(keys.refusals):
                 self.refusals[key] = (value or b"").decode(errors="replace")
             elif key.startswith(keys.commands):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import NamedTuple
 
 from gms_launch.control.store import Etcd, describe
 from gms_launch.errors import NoContactError
@@ -22,7 +23,16 @@ LINGER = 0.1
 #: Most keys in one transaction; etcd's default limit is 128.
 BATCH = 100
 
-Pending = dict[str, tuple[bytes | None, int]]
+
+class Entry(NamedTuple):
+    """What is to be written: `value` (None deletes) under `lease` (0: none); `once`: only if the key is not there."""
+
+    value: bytes | None
+    lease: int = 0
+    once: bool = False
+
+
+Pending = dict[str, Entry]
 
 
 class Publisher(threading.Thread):
@@ -38,19 +48,23 @@ class Publisher(threading.Thread):
         self._stopping = False
 
     def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
-        self._add(key, value, lease, later)
+        self._add(key, Entry(value, lease), later)
+
+    def put_once(self, key: str, value: bytes) -> None:
+        """Store a value, now, unless somebody has stored one: whatever many may say at once, all hear once."""
+        self._add(key, Entry(value, once=True), later=False)
 
     def delete(self, key: str) -> None:
-        self._add(key, None, 0, later=True)
+        self._add(key, Entry(None), later=True)
 
-    def _add(self, key: str, value: bytes | None, lease: int, later: bool) -> None:
+    def _add(self, key: str, entry: Entry, later: bool) -> None:
         with self._condition:
             if not later or key in self._now:  # what was urgent stays so
                 self._later.pop(key, None)
-                self._now[key] = (value, lease)
+                self._now[key] = entry
                 self._condition.notify()
                 return
-            self._later[key] = (value, lease)
+            self._later[key] = entry
             if self._due is None:
                 self._due = time.monotonic() + LINGER
                 self._condition.notify()
@@ -79,7 +93,10 @@ class Publisher(threading.Thread):
                 log.warning("etcd refused %s: %s", ", ".join(batch), describe(exc))
 
     def _next(self) -> Pending | None:
-        """Wait for something to write; None at the end. Keys with a lease come alone: a dead lease fails its batch."""
+        """Wait for something to write; None at the end.
+
+        Keys with a lease come alone, since a dead lease fails its batch, and those that may be there already.
+        """
         with self._condition:
             while not self._now:
                 wait = None if self._due is None else self._due - time.monotonic()
@@ -90,15 +107,17 @@ class Publisher(threading.Thread):
                     return None
                 self._condition.wait(wait)
             first = next(iter(self._now))
-            if self._now[first][1]:
+            if self._now[first].lease or self._now[first].once:
                 return {first: self._now.pop(first)}
-            keys = [k for k, (_, lease) in self._now.items() if not lease][:BATCH]
+            keys = [k for k, entry in self._now.items() if not entry.lease and not entry.once][:BATCH]
             return {k: self._now.pop(k) for k in keys}
 
     def _write(self, batch: Pending) -> None:
-        ((key, (value, lease)), *rest) = batch.items()
+        ((key, (value, lease, once)), *rest) = batch.items()
         if rest:
-            self._etcd.put_many({k: v for k, (v, _) in batch.items()}, retry=1.0)
+            self._etcd.put_many({k: entry.value for k, entry in batch.items()}, retry=1.0)
+        elif value is not None and once:
+            self._etcd.create(key, value, retry=1.0)
         elif value is None:
             self._etcd.delete(key, retry=1.0)
         else:

@@ -189,6 +189,18 @@ class RankRecord(Record):
 
 
 @dataclass(frozen=True)
+class EndedRecord(Record):
+    """`ended/<id>/<incarnation>`: a rank of that life has ended, and all others are to end at once.
+
+    The first agent that sees it writes it, and nobody after that.
+    """
+
+    cohort_id: int
+    incarnation: int
+    node_rank: int
+
+
+@dataclass(frozen=True)
 class EventRecord(Record):
     """`events/<n>`: something that happened. `time` is Unix time in seconds, good to a microsecond."""
 

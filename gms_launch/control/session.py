@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
+from gms_launch.control.keys import prefix
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import EventRecord, NodeRecord
 from gms_launch.errors import DeadlineError, UsageError
@@ -97,7 +98,10 @@ class Session:
             )
             link.put_now(keys.refusal(f"{record.boot_id}-{record.agent_pid}"), text.encode())
             raise UsageError(text)
-        link.listen(keys, self._settings.namespace, self._settings.lease_ttl, self, layout.topology.is_leader)
+        if layout.topology.is_leader:
+            link.listen([prefix(keys.prefix)], self._settings.lease_ttl, self, self._settings.namespace)
+        else:
+            link.listen(keys.followed(self._settings.cohorts), self._settings.lease_ttl, self)
 
     def _enable_auth(self) -> None:
         assert self._link is not None

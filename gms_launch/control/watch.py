@@ -1,9 +1,9 @@
-"""Watch a prefix of etcd and never miss or invent anything.
+"""Watch ranges of keys in etcd and never miss or invent anything.
 
 One thread and one stream a watch. It reads a snapshot, watches from the revision after it, and after a broken stream
-resumes from the last revision it saw. It starts over with a new snapshot when history was compacted away or when the
-store is not the one it knew (wiped, restored). Callbacks come in order, from the watch's own thread; they should only
-hand the message over.
+resumes each range from the last revision that it saw of it. It starts over with a new snapshot when history was
+compacted away or when the store is not the one it knew (wiped, restored). Callbacks come in order for each range, from
+the watch's own thread; they should only hand the message over.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import queue
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import gms_launch.control.store as door
+from gms_launch.control.keys import Range
 from gms_launch.control.store import Connection, Etcd, KeyValue, describe
 
 etcd3 = door.etcd3
@@ -39,17 +40,16 @@ class Watch(threading.Thread):
     def __init__(
         self,
         etcd: Etcd,
-        prefix: str,
+        ranges: Sequence[Range],
         on_snapshot: Callable[[dict[str, KeyValue]], None],
         on_change: Callable[[Change], None],
         on_state: Callable[[str | None], None] = lambda _: None,
     ) -> None:
-        super().__init__(name=f"watch {prefix}", daemon=True)
+        super().__init__(name=f"watch {ranges[0].first}", daemon=True)
         self._etcd = etcd
-        self._prefix = prefix.encode()
-        self._end = etcd3.utils.increment_last_byte(self._prefix)
+        self._ranges = [{"key": r.first.encode(), "range_end": r.end.encode()} for r in ranges]
         self._on_snapshot, self._on_change, self._on_state = on_snapshot, on_change, on_state
-        self._revision = 0
+        self._seen: list[int] = []
         self._landmark: tuple[bytes, int] | None = None
         self._stopping = threading.Event()
         self._call: object = None
@@ -69,9 +69,7 @@ class Watch(threading.Thread):
             try:
                 connection = self._etcd.connection()
                 generation = connection.generation
-                if self._revision and not self._same_store(connection):
-                    self._revision = 0
-                if not self._revision:
+                if not self._seen or not self._same_store(connection):
                     self._snapshot(connection)
                 self._stream(connection)
                 delay = 0.1
@@ -85,20 +83,22 @@ class Watch(threading.Thread):
             self._stopping.wait(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, 1.0)
 
-    def _range(self, connection: Connection, **request: object) -> object:
-        return connection.client.kvstub.Range(
-            etcd3.etcdrpc.RangeRequest(**request), timeout=self._etcd.timeout, metadata=connection.metadata
+    def _read(self, connection: Connection, ranges: Sequence[dict[str, bytes]]) -> tuple[dict[str, KeyValue], int]:
+        """What is in the ranges, all at one revision, and that."""
+        rpc = etcd3.etcdrpc
+        steps = [rpc.RequestOp(request_range=rpc.RangeRequest(**r)) for r in ranges]
+        reply = connection.client.kvstub.Txn(
+            rpc.TxnRequest(success=steps), timeout=self._etcd.timeout, metadata=connection.metadata
         )
+        kvs = [kv for response in reply.responses for kv in response.response_range.kvs]
+        found = [KeyValue(kv.key.decode(), kv.value, kv.create_revision, kv.mod_revision, kv.lease) for kv in kvs]
+        return {kv.key: kv for kv in found}, reply.header.revision
 
     def _snapshot(self, connection: Connection) -> None:
-        reply = self._range(connection, key=self._prefix, range_end=self._end)
-        found = {
-            kv.key.decode(): KeyValue(kv.key.decode(), kv.value, kv.create_revision, kv.mod_revision, kv.lease)
-            for kv in reply.kvs  # type: ignore[attr-defined]
-        }
+        found, revision = self._read(connection, self._ranges)
         oldest = min(found.values(), key=lambda kv: kv.create_revision, default=None)
         self._landmark = (oldest.key.encode(), oldest.create_revision) if oldest else None
-        self._revision = reply.header.revision  # type: ignore[attr-defined]
+        self._seen = [revision] * len(self._ranges)
         self.resyncs += 1
         self._on_snapshot(found)
 
@@ -107,41 +107,43 @@ class Watch(threading.Thread):
         if self._landmark is None:
             return False
         key, created = self._landmark
-        reply = self._range(connection, key=key)
-        kvs = reply.kvs  # type: ignore[attr-defined]
-        same_key = bool(kvs) and kvs[0].create_revision == created
-        return same_key and reply.header.revision >= self._revision  # type: ignore[attr-defined]
+        found, revision = self._read(connection, [{"key": key}])
+        same_key = any(kv.create_revision == created for kv in found.values())
+        return same_key and revision >= max(self._seen)
 
     def _stream(self, connection: Connection) -> None:
-        """Follow the stream until it must be made anew; sets the revision to 0 when a snapshot is needed."""
+        """Follow the stream until it must be made anew; forgets what was seen when a snapshot is needed."""
         rpc = etcd3.etcdrpc
         requests: queue.SimpleQueue[object] = queue.SimpleQueue()
-        create = rpc.WatchCreateRequest(
-            key=self._prefix, range_end=self._end, start_revision=self._revision + 1, progress_notify=True
-        )
-        requests.put(rpc.WatchRequest(create_request=create))
+        for where, revision in zip(self._ranges, self._seen, strict=True):
+            create = rpc.WatchCreateRequest(**where, start_revision=revision + 1, progress_notify=True)
+            requests.put(rpc.WatchRequest(create_request=create))
         call = rpc.WatchStub(connection.client.channel).Watch(iter(requests.get, None), metadata=connection.metadata)
         self._call = call
+        which: dict[int, int] = {}  # etcd's number of a range -> ours; it answers in the order of the requests
         try:
             for message in call:
                 if message.compact_revision or message.canceled:
                     # Compacted: history is gone. Cancelled otherwise: no longer allowed, so connect anew.
-                    self._revision = 0
+                    self._seen = []
                     if not message.compact_revision:
                         raise ConnectionError(f"etcd ended the watch: {message.cancel_reason or 'no reason given'}")
                     return
                 if message.created:
-                    if message.header.revision < self._revision:
-                        self._revision = 0
+                    which[message.watch_id] = len(which)
+                    if message.header.revision < max(self._seen):
+                        self._seen = []
                         return
-                    self.resumes += 1
-                    self._on_state(None)
+                    if len(which) == len(self._ranges):
+                        self.resumes += 1
+                        self._on_state(None)
                     continue
                 for event in message.events:
                     kv = event.kv
                     deleted = event.type == 1  # DELETE
                     self._on_change(Change(kv.key.decode(), None if deleted else kv.value, kv.mod_revision, kv.lease))
-                self._revision = max(self._revision, message.header.revision)
+                index = which[message.watch_id]
+                self._seen[index] = max(self._seen[index], message.header.revision)
         finally:
             requests.put(None)
             call.cancel()

@@ -53,6 +53,16 @@ class Reporter:
         assert self.link is not None, "nothing is reported before there is etcd"
         self.link.put(key, value, lease, later)
 
+    def put_once(self, key: str, value: bytes) -> None:
+        """Store a record in etcd, at once, unless somebody did."""
+        assert self.link is not None, "nothing is reported before there is etcd"
+        self.link.put_once(key, value)
+
+    def delete(self, key: str) -> None:
+        """Take a record out of etcd."""
+        assert self.link is not None, "nothing is reported before there is etcd"
+        self.link.delete(key)
+
     def emit(
         self,
         kind: str,

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from gms_launch.control.gateway import Gateway
+from gms_launch.control.keys import Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
 from gms_launch.control.store import Access, Etcd
@@ -37,10 +38,10 @@ class Seen:
     def __init__(self) -> None:
         self.messages: queue.Queue[tuple[str, Any]] = queue.Queue()
 
-    def watch(self, store: Etcd, prefix: str = "/a/") -> Watch:
+    def watch(self, store: Etcd, *ranges: Range) -> Watch:
         watch = Watch(
             store,
-            prefix,
+            ranges or [prefix("/a/")],
             lambda found: self.messages.put(("snapshot", {k: v.value for k, v in found.items()})),
             lambda change: self.messages.put(("change", (change.key, change.value))),
             lambda reason: self.messages.put(("state", reason)),
@@ -101,6 +102,63 @@ def test_watch_resumes_after_a_kill_without_losing_a_change(store: Etcd, etcd: E
     other.put("/a/2", b"2")
     seen.change("/a/2", b"2")
     assert watch.resyncs == 1, "it resumed, it did not start over"
+    watch.stop()
+
+
+def test_a_watch_of_several_ranges_sees_all_of_them_and_nothing_else(store: Etcd, etcd: EtcdServer) -> None:
+    for key in ("/a/1", "/b", "/b/1", "/c/1"):
+        store.put(key, b"1")
+    seen = Seen()
+    watch = seen.watch(store, prefix("/a/"), Range("/b"), prefix("/d/"))
+    assert seen.wait(lambda k, _: k == "snapshot") == {"/a/1": b"1", "/b": b"1"}
+    seen.wait(standing)
+    store.put_many({"/a/2": b"2", "/b": b"2", "/b/1": b"2", "/c/1": b"2", "/d/1": b"2"})
+    changed = [seen.wait(lambda k, _: k == "change") for _ in range(3)]
+    assert sorted(changed) == [("/a/2", b"2"), ("/b", b"2"), ("/d/1", b"2")]
+    etcd.kill()
+    assert seen.wait(lambda k, v: k == "state" and v is not None)
+    etcd.start()
+    other = Etcd(Access((etcd.url,)), timeout=1.0)
+    other.put_many({"/b": b"3", "/d/1": None, "/c/1": b"3"})
+    changed = [seen.wait(lambda k, _: k == "change") for _ in range(2)]
+    assert sorted(changed, key=str) == [("/b", b"3"), ("/d/1", None)]
+    assert watch.resyncs == 1, "it resumed, it did not start over"
+    watch.stop()
+
+
+def test_an_agent_follows_what_the_others_must_know_and_no_more() -> None:
+    keys = Keys("r")
+
+    def followed(key: str) -> bool:
+        ranges = keys.followed(cohorts=2)
+        return any(key == r.first if not r.end else r.first <= key < r.end for r in ranges)
+
+    for key in (keys.run, keys.cohort(1), keys.rank(1, 0), keys.life_ended(0, 7), keys.command("u"), keys.result("u")):
+        assert followed(key), key
+    for key in (
+        keys.rank(0, 1),
+        keys.rank(0, 10),
+        keys.node(0),
+        keys.event(1, 0, 1),
+        keys.refusal("w"),
+        "v1/instances/x",
+    ):
+        assert not followed(key), key
+
+
+def test_what_many_say_at_once_is_heard_once(store: Etcd) -> None:
+    publishers = [Publisher(store) for _ in range(3)]
+    seen = Seen()
+    watch = seen.watch(store)
+    seen.wait(standing)
+    for number, publisher in enumerate(publishers):
+        publisher.put_once("/a/ended", b"%d" % number)
+        publisher.put(f"/a/{number}", b"x")
+        publisher.start()
+    changes = [seen.wait(lambda k, _: k == "change")[0] for _ in range(4)]
+    assert sorted(changes) == ["/a/0", "/a/1", "/a/2", "/a/ended"]
+    for publisher in publishers:
+        publisher.stop(5.0)
     watch.stop()
 
 
@@ -218,7 +276,7 @@ def test_publisher_writes_the_last_value_when_etcd_is_back(store: Etcd, etcd: Et
 def test_what_is_kept_for_later_goes_out_together(store: Etcd) -> None:
     publisher = Publisher(store)
     changes: queue.Queue[Change] = queue.Queue()
-    watch = Watch(store, "/a/", lambda _: None, changes.put)
+    watch = Watch(store, [prefix("/a/")], lambda _: None, changes.put)
     watch.start()
     eventually(lambda: watch.resumes)
     publisher.start()

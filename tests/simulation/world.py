@@ -16,8 +16,8 @@ from typing import Any
 
 from gms_launch.cohort import controller, reconciler
 from gms_launch.cohort.controller import Memory, Policy, Slot, View
-from gms_launch.cohort.model import ALIVE, Phase, cohort_phase
-from gms_launch.cohort.reconciler import Desire, LocalRank, PeerRank
+from gms_launch.cohort.model import ALIVE, ENDED, Phase, cohort_phase
+from gms_launch.cohort.reconciler import Desire, LocalRank
 
 LEASE = 5.0
 Life = tuple[int, int]
@@ -61,6 +61,11 @@ class Node:
     epoch: int = 0
 
 
+def follows(node: Node, key: Any) -> bool:
+    """Which keys an agent watches (`Keys.followed`): the leader all, the others no ranks but the leader's."""
+    return node.rank == 0 or key[0] != "rank" or key[2] == 0
+
+
 class World:
     """`choose(n)` picks one of n things. `faults` is how many may still happen; `log` what has happened."""
 
@@ -94,9 +99,17 @@ class World:
         self.revision += 1
         self.store[key] = node.known[key] = (self.revision, value)
         for other in self.nodes:
-            if other is not node and other.up and other.connected:
-                other.inbox.append((self.revision, key, value))
+            if other.up and other.connected and follows(other, key):
                 self.messages += 1
+                if other is not node:
+                    other.inbox.append((self.revision, key, value))
+
+    def put_once(self, node: Node, key: Any, value: Any) -> None:
+        """A write that the store refuses when the key is there."""
+        if not node.connected or self.store.get(key, (0, None))[1] is None:
+            self.put(node, key, value)
+        else:
+            node.known[key] = self.store[key]
 
     def deliver(self, node: Node, index: int, keep: bool = False) -> None:
         revision, key, value = node.inbox[index] if keep else node.inbox.pop(index)
@@ -112,16 +125,22 @@ class World:
     def resync(self, node: Node) -> None:
         """Read everything anew and report what runs here, as an agent does after a break."""
         node.inbox.clear()
-        node.known = dict(self.store)
+        node.known = {k: v for k, v in self.store.items() if follows(node, k)}
         for cohort, incarnation in node.skipped.items():
             if cohort not in node.procs or node.procs[cohort].incarnation < incarnation:
-                self.put(node, ("rank", cohort, node.rank), (incarnation, Phase.FENCED, self.now))
+                self.record(node, (cohort, incarnation), Phase.FENCED, self.now)
         for proc in node.procs.values():
             if proc.incarnation >= node.skipped.get(proc.cohort, 0):
                 self.report(node, proc)
 
     def report(self, node: Node, proc: Proc) -> None:
-        self.put(node, ("rank", proc.cohort, node.rank), (proc.incarnation, proc.phase, proc.since))
+        self.record(node, proc.life, proc.phase, proc.since)
+
+    def record(self, node: Node, life: Life, phase: Phase, since: float) -> None:
+        """A rank's record, and for all other nodes that a life has ended, if this one has not heard of it."""
+        if phase in ENDED and node.known.get(("ended", *life), (0, None))[1] is None:
+            self.put_once(node, ("ended", *life), node.rank)
+        self.put(node, ("rank", life[0], node.rank), (life[1], phase, since))
 
     # -- an agent ----------------------------------------------------------------------------------------------
 
@@ -130,24 +149,23 @@ class World:
         for proc in node.procs.values():
             if proc.dead and proc.phase in ALIVE:
                 self.move(node, proc, Phase.FAILING)
-        desired, peers = {}, {}
+        desired, ended = {}, {}
         for key, (_, value) in node.known.items():
             if key[0] == "desired":
                 desired[key[1]] = value
-            elif key[0] == "rank" and key[2] != node.rank:
-                peers[key[1], key[2]] = PeerRank(key[1], value[0], key[2], value[1])
+            elif key[0] == "ended" and value is not None:
+                ended[key[1], key[2]] = value
         local = {c: LocalRank(c, p.incarnation, p.phase, p.dead) for c, p in node.procs.items()}
         for cohort, incarnation in node.skipped.items():
             if cohort not in local or local[cohort].incarnation < incarnation:
                 local[cohort] = LocalRank(cohort, incarnation, Phase.FENCED, True)
         self.decisions += 1
-        for action in reconciler.decide({} if node.cut_off else desired, local, peers):
+        for action in reconciler.decide({} if node.cut_off else desired, local, ended):
             if isinstance(action, reconciler.StartRank):
                 self.start(node, action.desire)
             elif isinstance(action, reconciler.SkipRank):
                 node.skipped[action.cohort_id] = action.incarnation
-                record = (action.incarnation, Phase.FENCED, self.now)
-                self.put(node, ("rank", action.cohort_id, node.rank), record)
+                self.record(node, (action.cohort_id, action.incarnation), Phase.FENCED, self.now)
             else:
                 proc = node.procs[action.cohort_id]
                 self.check_cause(node, proc, action.reason)
@@ -227,6 +245,9 @@ class World:
         actions, self.memory = controller.decide(view, self.memory, self.policy, self.now)
         for action in actions:
             if isinstance(action, controller.Start):
+                last = ("ended", action.cohort_id, action.incarnation - 1)
+                if self.store.get(last, (0, None))[1] is not None:
+                    self.put(leader, last, None)
                 desire = Desire(action.cohort_id, action.incarnation, True, 0, action.why)
                 self.put(leader, ("desired", action.cohort_id), desire)
             elif isinstance(action, (controller.Kill, controller.GiveUp)):
@@ -476,7 +497,7 @@ class World:
         raise Broken(f"neither full nor ended after {rounds} rounds: {self.describe()}")
 
     def resync_if_behind(self, node: Node) -> None:
-        if any(node.known.get(k, (0, None))[0] < r for k, (r, _) in self.store.items()):
+        if any(node.known.get(k, (0, None))[0] < r for k, (r, _) in self.store.items() if follows(node, k)):
             self.resync(node)
 
     def describe(self) -> str:

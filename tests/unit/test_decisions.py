@@ -31,7 +31,7 @@ from gms_launch.cohort.model import (
     redundancy,
 )
 from gms_launch.cohort.pulse import Look, Pulse
-from gms_launch.cohort.reconciler import Desire, KillRank, LocalRank, PeerRank, SkipRank, StartRank, decide
+from gms_launch.cohort.reconciler import Desire, KillRank, LocalRank, SkipRank, StartRank, decide
 from gms_launch.engines.signals import Health, Signals
 from gms_launch.services.canary import TokenClock
 
@@ -103,11 +103,10 @@ def test_the_next_life_waits_for_the_fence_of_this_one() -> None:
 def test_a_rank_dies_with_its_peer_and_nobody_else_does() -> None:
     wanted = {0: Desire(0, 1, True, 1), 1: Desire(1, 4, True, 2)}
     local = {0: LocalRank(0, 1, Phase.ACTIVE), 1: LocalRank(1, 4, Phase.PARKED)}
-    dead = {(0, 1): PeerRank(0, 1, 1, Phase.FAILING)}
-    (kill,) = decide(wanted, local, dead)
+    (kill,) = decide(wanted, local, {(0, 1): 1})
     assert isinstance(kill, KillRank)
     assert (kill.cohort_id, kill.incarnation, kill.reason) == (0, 1, "a rank of the same life ended: rank 1")
-    assert decide(wanted, local, {(1, 1): PeerRank(1, 3, 1, Phase.FENCED)}) == [], "that was an earlier life"
+    assert decide(wanted, local, {(1, 3): 1}) == [], "that was an earlier life"
 
 
 def test_a_store_that_forgot_everything_kills_nobody() -> None:
@@ -123,14 +122,14 @@ def test_wanted_dead() -> None:
 def test_a_life_that_ended_before_it_began_here_is_reported_dead_and_never_started() -> None:
     assert decide({0: Desire(0, 2, False, 1)}, {0: LocalRank(0, 1, Phase.FENCED)}, {}) == [SkipRank(0, 2)]
     assert decide({0: Desire(0, 1, False, 1)}, {}, {}) == [SkipRank(0, 1)]
-    ended = {(0, 1): PeerRank(0, 1, 1, Phase.FAILING)}
+    ended = {(0, 1): 1}
     assert decide({0: Desire(0, 1, True, 1)}, {}, ended) == [SkipRank(0, 1)]
     assert decide({0: Desire(0, 2, False, 1)}, {0: LocalRank(0, 1, Phase.FAILING)}, {}) == [], "the last one first"
 
 
 def test_without_group_kill_a_rank_outlives_its_peers() -> None:
     wanted = {0: Desire(0, 1, True, 1)}
-    ended = {(0, 1): PeerRank(0, 1, 1, Phase.FAILING)}
+    ended = {(0, 1): 1}
     assert decide(wanted, {0: LocalRank(0, 1, Phase.ACTIVE)}, ended, group_kill=False) == []
 
 
