@@ -137,10 +137,18 @@ SETTINGS: tuple[Setting, ...] = (
     _seconds("gms_timeout", 60.0, "deadline for every GMS socket to answer"),
     _seconds("start_timeout", 1800.0, "deadline for an engine to be parked"),
     _seconds("promotion_timeout", 60.0, "deadline from the lock to a served token"),
-    _seconds("health_interval", 2.0, "pause between two looks at a rank: system port, stopped processes"),
+    _seconds(
+        "health_interval",
+        5.0,
+        "pause between two looks at a rank: system port, stopped processes; if not given, health_timeout / 4 at most",
+    ),
     _seconds("health_timeout", 20.0, "how long a rank may be silent or stopped before it is taken for dead"),
     Setting("canary", bool, True, "ask the primary for a token when nobody else does", "timing"),
-    _seconds("canary_interval", 10.0, "how long nobody may have got a token before one is asked for"),
+    _seconds(
+        "canary_interval",
+        10.0,
+        "how long nobody may have got a token before one is asked for; if not given, canary_timeout / 4 at most",
+    ),
     _seconds("canary_timeout", 60.0, "how long no token may come, although asked for, before the primary is killed"),
     _seconds("stop_timeout", 10.0, "time an engine gets between SIGTERM and SIGKILL"),
     _seconds("kill_wait", 30.0, "time from SIGTERM to the end of the whole stop; Slurm's KillWait"),
@@ -349,6 +357,14 @@ def resolve(
             values[s.name] = s.default
     if "tp" not in sources:
         values["tp"] = max(1, values["nnodes"] // values["pp"])  # a GPU on every node; Slurm says when there are more
+    # A default gives way to what was said of its neighbour.
+    for name, most in (
+        ("health_interval", values["health_timeout"] / 4),
+        ("canary_interval", values["canary_timeout"] / 4),
+        ("restart_backoff", values["restart_backoff_max"]),
+    ):
+        if name not in sources:
+            values[name] = min(values[name], most)
     return checked(Settings(**values, engine_args=tuple(engine_args), sources=sources))
 
 

@@ -87,7 +87,7 @@ def gms_launch(*args: str, env: dict[str, str], timeout: float = 90.0) -> subpro
 
 
 def complete(host: str, port: int, prompt: str, tokens: int, timeout: float = 10.0, model: str = "tiny") -> str | None:
-    """The completion of `prompt`; None for anything but a 200 in time."""
+    """The completion of `prompt`; None for anything but a whole 200 in time: a server may die while it answers."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout)
     try:
         body = json.dumps({"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0})
@@ -95,7 +95,7 @@ def complete(host: str, port: int, prompt: str, tokens: int, timeout: float = 10
         answer = connection.getresponse()
         data = answer.read()
         return str(json.loads(data)["choices"][0]["text"]) if answer.status == 200 else None
-    except (OSError, http.client.HTTPException):
+    except (OSError, http.client.HTTPException, ValueError):
         return None
     finally:
         connection.close()

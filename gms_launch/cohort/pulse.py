@@ -20,7 +20,7 @@ from gms_launch.engines.signals import Signals
 from gms_launch.gms import probe
 
 #: In the first looks the members of a group are found anew each time, later after so many: that reads all of /proc.
-MEMBERS_EVERY = 10
+MEMBERS_EVERY = 5
 #: States of /proc/PID/stat: stopped by a signal. A tracer's stop (t) is a debugger at work, and somebody's choice.
 STOPPED = "T"
 

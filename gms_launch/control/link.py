@@ -1,4 +1,4 @@
-"""The agent's line to etcd: one client, a publisher, a lease and two watches, opened and closed together.
+"""The agent's line to etcd: one client, a publisher, a lease and a watch, opened and closed together.
 
 Their threads never touch the agent: every callback goes through `post`, which runs it on the agent's loop.
 """
@@ -12,8 +12,8 @@ from typing import Protocol
 from gms_launch.control.keys import DYNAMO_INSTANCES, Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
-from gms_launch.control.store import Access, Etcd
-from gms_launch.control.watch import Watch
+from gms_launch.control.store import Access, Etcd, KeyValue
+from gms_launch.control.watch import Change, Watch
 
 
 class Listener(Protocol):
@@ -51,7 +51,7 @@ class ControlLink:
         self._keeper: LeaseKeeper | None = None
         self._lease = 0
         self._sent = 0.0
-        self._watches: list[Watch] = []
+        self._watch: Watch | None = None
 
     def connect(self, keys: Keys, wait: float) -> None:
         """Make sure that etcd answers, within `wait` seconds. Blocks. Raises `NoContactError`."""
@@ -96,27 +96,23 @@ class ControlLink:
             self._sent,
         )
 
-        self._watches = [
-            Watch(
-                self._etcd,
-                ranges,
-                lambda found: post(listener.control_snapshot, {k: kv.value for k, kv in found.items()}),
-                lambda change: post(listener.control_change, change.key, change.value),
-                lambda reason: post(listener.control_state, reason),
-            ),
-        ]
-        if namespace is not None:
-            self._watches.append(
-                Watch(
-                    self._etcd,
-                    [prefix(f"{DYNAMO_INSTANCES}{namespace}/")],
-                    lambda found: post(listener.instances_seen, list(found)),
-                    lambda change: post(listener.instances_seen, [change.key] if change.value is not None else []),
-                )
-            )
+        def found(known: dict[str, KeyValue]) -> None:
+            instances = [k for k in known if k.startswith(DYNAMO_INSTANCES)]
+            post(listener.control_snapshot, {k: kv.value for k, kv in known.items() if k not in instances})
+            post(listener.instances_seen, instances)
+
+        def changed(change: Change) -> None:
+            if not change.key.startswith(DYNAMO_INSTANCES):
+                post(listener.control_change, change.key, change.value)
+            elif change.value is not None:
+                post(listener.instances_seen, [change.key])
+
+        dynamo = [prefix(f"{DYNAMO_INSTANCES}{namespace}/")] if namespace is not None else []
+        self._watch = Watch(
+            self._etcd, [*ranges, *dynamo], found, changed, lambda reason: post(listener.control_state, reason)
+        )
         self._keeper.start()
-        for watch in self._watches:
-            watch.start()
+        self._watch.start()
 
     def put_now(self, key: str, value: bytes) -> None:
         """Store a value before going on. Blocks. Raises `NoContactError`."""
@@ -143,8 +139,8 @@ class ControlLink:
 
     def close(self, timeout: float) -> None:
         """Stop listening and write what is left, for at most `timeout` seconds. Blocks."""
-        for watch in self._watches:
-            watch.stop()
+        if self._watch is not None:
+            self._watch.stop()
         if self._keeper is not None:
             self._keeper.stop()
         if self._publisher.is_alive():

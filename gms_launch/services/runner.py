@@ -158,7 +158,7 @@ class ServiceRunner:
         good = loop.time()
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._exited.wait(), liveness / 4 or None)
+                await asyncio.wait_for(self._exited.wait(), liveness / 3 or None)
             if self._exited.is_set():
                 return ""
             reason = await asyncio.to_thread(_probe, self.service.alive or self.service.probe)

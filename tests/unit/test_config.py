@@ -61,8 +61,8 @@ def test_the_recipes_names() -> None:
         ({}, None, {"lease_ttl": "1"}, "below 2 s"),
         ({}, None, {"dynamo_lease_ttl": "2"}, "use 5 or more"),
         ({}, None, {"restart_backoff": "90"}, "longer than restart_backoff_max"),
-        ({}, None, {"health_timeout": "3"}, "shorter than two health_intervals"),
-        ({}, None, {"canary_timeout": "15"}, "shorter than two canary_intervals"),
+        ({}, None, {"health_timeout": "3", "health_interval": "2"}, "shorter than two health_intervals"),
+        ({}, None, {"canary_timeout": "15", "canary_interval": "8"}, "shorter than two canary_intervals"),
         ({}, None, {"service_liveness": "9"}, "before a silent etcd could be back"),
         ({}, None, {"tp": "2", "pp": "3", "nnodes": "4"}, "tp 2 times pp 3 cannot be spread"),
         ({}, None, {"engine_file": "x"}, "--engine is vllm"),
@@ -118,3 +118,11 @@ def test_toml(tmp_path: Path) -> None:
     file.write_text("model = ")
     with pytest.raises(UsageError, match="not valid TOML"):
         read_toml(file)
+
+
+def test_a_default_gives_way_to_what_was_said_of_its_neighbour() -> None:
+    given = resolve({"health_timeout": "3", "canary_timeout": "6", "restart_backoff_max": "0.5"}, {})
+    assert (given.health_interval, given.canary_interval, given.restart_backoff) == (0.75, 1.5, 0.5)
+    usual = resolve({}, {})
+    assert (usual.health_interval, usual.canary_interval, usual.restart_backoff) == (5.0, 10.0, 1.0)
+    assert resolve({"health_timeout": "3", "health_interval": "1"}, {}).health_interval == 1.0
