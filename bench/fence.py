@@ -5,7 +5,7 @@
 Nodes are network namespaces of this machine (tests/slurm/lab.py), each with an agent of one run. A remote rank of the
 primary is SIGKILLed, in turns. Deaths are seen from outside, through pidfds of all processes of the cohort, so the
 figure does not rest on what the agents say; the split does: exit and kill times are from the run's events, all by
-one clock. `put_and_watch` ends when a watch of the bench's own gets the record of the dead rank. After every fourth
+one clock. `put_and_watch` ends when a watch of the bench's own hears that the life has ended. After every fourth
 kill comes one for the floor: all ranks killed from outside at once, with the agents stopped, so that nothing but the
 dying itself is measured.
 """
@@ -29,7 +29,7 @@ from typing import Any
 from bench.failover import summary
 from gms_launch.cohort import proc
 from gms_launch.control.keys import prefix
-from gms_launch.control.records import RankRecord
+from gms_launch.control.records import EndedRecord
 from gms_launch.control.store import Access, Etcd
 from gms_launch.control.watch import Change, Watch
 from gms_launch.engines.reference.demo_model import make
@@ -38,16 +38,15 @@ from tests.slurm.support import LabRun
 
 
 class Seen:
-    """When records of ended ranks came by: life and node -> Unix seconds."""
+    """When the word of a life's end came by: life -> Unix seconds."""
 
     def __init__(self) -> None:
-        self.times: dict[tuple[int, int, int], float] = {}
+        self.times: dict[tuple[int, int], float] = {}
 
     def __call__(self, change: Change) -> None:
-        if change.value is not None and "/ranks/" in change.key:
-            record = RankRecord.decode(change.value)
-            if record.phase.value == "failing":
-                self.times.setdefault((record.cohort_id, record.incarnation, record.node_rank), time.time())
+        if change.value is not None:
+            record = EndedRecord.decode(change.value)
+            self.times[record.cohort_id, record.incarnation] = time.time()
 
 
 def kill_one(run: LabRun, node_rank: int, agents: list[int]) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def split(kill: dict[str, Any], events: list[dict[str, Any]], seen: Seen) -> dic
     mine = [e for e in events if (e["cohort_id"], e["incarnation"]) == life]
     noticed = next(e["time"] for e in mine if e["kind"] == "exit" and e["node_rank"] == node_rank)
     kills = [e["time"] for e in mine if e["kind"] == "kill" and e["node_rank"] != node_rank]
-    put = seen.times[(*life, node_rank)]
+    put = seen.times[life]
     return {
         "noticed": noticed - kill["killed"],
         "put_and_watch": put - noticed,
@@ -106,7 +105,7 @@ def measure(kills: int, nodes: int) -> dict[str, Any]:
         with LabRun(lab, model).hand() as run:
             password = json.loads((run.home / "credentials.json").read_text())["admin_password"]
             etcd = Etcd(Access(tuple(run.run_file()["etcd_endpoints"]), "root", password))
-            watch = Watch(etcd, [prefix(f"/gms-launch/{run.run}/ranks/")], lambda _: None, seen)
+            watch = Watch(etcd, [prefix(f"/gms-launch/{run.run}/ended/")], lambda _: None, seen)
             watch.start()
             agents = [p for node in lab.nodes.values() for p in node.pids("gms-launch")]
             found, floor = [], []
