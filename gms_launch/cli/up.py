@@ -16,10 +16,10 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from gms_launch import __version__, engines, ports, rundir, topology
+from gms_launch.cli.reporters import Notify, Terminal
 from gms_launch.cohort import proc
 from gms_launch.config import SETTINGS, Settings, checked
 from gms_launch.errors import LaunchError, by_code
-from gms_launch.observe.snapshot import Snapshot
 from gms_launch.plan import Layout
 from gms_launch.rundir import Credentials, NodeDir, RunDir, RunFile
 from gms_launch.topology import Topology
@@ -222,89 +222,6 @@ def run_file(layout: Layout) -> RunFile:
         slurm=rundir.slurm_step(os.environ),
         ports=asdict(layout.ports),
     )
-
-
-class Terminal:
-    """Reports to the person at the terminal: lines, and a live view below them where there is a screen."""
-
-    def __init__(self, layout: Layout | None = None) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        # Under srun the lines of all nodes come out together.
-        place = layout.topology if layout is not None else None
-        self._prefix = f"{place.node_rank} {place.host}: " if place is not None and place.nnodes > 1 else ""
-        self._console = Console(stderr=True)
-        # Only the leader's agent knows how every rank of the run is.
-        whole = place is None or place.is_leader
-        self._live = (
-            Live(console=self._console, auto_refresh=False, transient=True)
-            if whole and self._console.is_terminal
-            else None
-        )
-        if self._live:
-            self._live.start()
-
-    def progress(self, text: str) -> None:
-        logging.info("%s", text)
-        self._console.print(
-            f"[{time.strftime('%H:%M:%S')}] {self._prefix}{text}", markup=False, highlight=False, soft_wrap=True
-        )
-
-    def changed(self, shot: Snapshot) -> None:
-        if self._live:
-            from gms_launch.observe import views
-
-            self._live.update(views.status(shot), refresh=True)
-
-    def ready(self, text: str) -> None:
-        self.progress(f"ready: {text}")
-
-    def failed(self, error: LaunchError) -> None:
-        pass  # the caller prints it
-
-    def close(self) -> None:
-        if self._live:
-            self._live.stop()
-
-
-class Notify:
-    """Reports to the command that started us, as JSON lines on a pipe; silently once that is gone.
-
-    `stays`: it goes on listening when we are ready.
-    """
-
-    def __init__(self, fd: int, stays: bool = False) -> None:
-        os.set_inheritable(fd, False)
-        self._fd, self._stays = fd, stays
-
-    def _send(self, **message: Any) -> None:
-        if self._fd < 0:
-            return
-        try:
-            os.write(self._fd, json.dumps(message).encode() + b"\n")
-        except BrokenPipeError:
-            self.close()
-
-    def progress(self, text: str) -> None:
-        logging.info("%s", text)
-        self._send(progress=text)
-
-    def changed(self, shot: Snapshot) -> None:
-        pass
-
-    def ready(self, text: str) -> None:
-        self._send(ready=text)
-        if not self._stays:
-            self.close()
-
-    def failed(self, error: LaunchError) -> None:
-        self._send(failed=str(error), exit=error.exit_code)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
 
 
 def background(settings: Settings) -> None:

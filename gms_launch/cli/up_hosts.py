@@ -18,6 +18,7 @@ from types import FrameType
 
 from gms_launch import rundir, topology
 from gms_launch.cli import up
+from gms_launch.cli.reporters import Notify, Terminal
 from gms_launch.config import Settings
 from gms_launch.errors import LaunchError, NoContactError, UsageError, by_code
 from gms_launch.transport import gms_launch, ssh
@@ -35,7 +36,7 @@ def main(settings: Settings, detach: bool, notify_fd: int) -> None:
     if detach:
         up.background(settings)
         return
-    reporter: up.Notify | up.Terminal = up.Notify(notify_fd) if notify_fd >= 0 else up.Terminal()
+    reporter: Notify | Terminal = Notify(notify_fd) if notify_fd >= 0 else Terminal()
     try:
         Hosts(hosts, settings, reporter).run()
     except LaunchError as exc:
@@ -66,7 +67,7 @@ def expand(hosts: str) -> list[str]:
 class Hosts:
     """The agents of a run, each behind its connection."""
 
-    def __init__(self, hosts: list[str], settings: Settings, reporter: up.Notify | up.Terminal) -> None:
+    def __init__(self, hosts: list[str], settings: Settings, reporter: Notify | Terminal) -> None:
         self._hosts, self._settings, self._reporter = hosts, settings, reporter
         self._news: queue.Queue[tuple[int, str, str]] = queue.Queue()
         self._failures: dict[int, LaunchError] = {}

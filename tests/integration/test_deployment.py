@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -321,3 +322,32 @@ def test_terminated_in_the_foreground_it_ends_in_order(tmp_path: Path, model: Pa
     primary = next(c for k, c in kinds if k == "lock")
     assert kinds[-2:] == [("dead", 1 - primary), ("dead", primary)], "the standby first, so that none is promoted"
     eventually(lambda: run.alive() == [], timeout=1.0, what="the guard ends after its agent")
+
+
+@pytest.mark.parametrize("listener", ["does not read", "is gone"])
+def test_an_agent_goes_on_when_nobody_reads_what_it_says(tmp_path: Path, model: Path, listener: str) -> None:
+    """A terminal that was stopped with Ctrl-S, a pager that waits, a `| head` that has ended."""
+    run = Deployment(tmp_path / "home", model)
+    reader, writer = os.pipe()
+    if listener == "is gone":
+        os.close(reader)
+    else:
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(writer, b"x" * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ))  # full: the next write blocks
+    argv = [*GMS_LAUNCH, "up", *run.flags]
+    agent = subprocess.Popen(argv, env=run.env, stdout=writer, stderr=writer, start_new_session=True)
+    os.close(writer)
+    try:
+        eventually(lambda: run.cli("status").returncode == 0, 30)
+        found = run.wait_full()
+        os.killpg(found["cohorts"][found["primary"]]["ranks"][0]["pgid"], signal.SIGKILL)
+        eventually(lambda: [e for e in run.events("first_token") if e["cohort_id"] != found["primary"]], 20)
+        assert run.wait_full()["primary"] != found["primary"]
+        assert run.cli("down").returncode == 0
+        assert agent.wait(20) == 0
+    finally:
+        run.__exit__()
+        agent.kill()
+        agent.wait()
+        if listener != "is gone":
+            os.close(reader)
