@@ -356,9 +356,9 @@ class Agent:
         shot = snapshot.build(self.mirror)
         if self.is_leader:
             confirmed = any((c.cohort_id, c.incarnation) == self.confirmed for c in shot.cohorts)
-            if shot.redundancy is not self.redundancy and (confirmed or shot.redundancy is Redundancy.DOWN):
-                self.report.emit("redundancy", detail=shot.redundancy.value)
-                self.report.run(redundancy=shot.redundancy.value)
+            if shot.records is not self.redundancy and (confirmed or shot.records is Redundancy.DOWN):
+                self.report.emit("redundancy", detail=shot.records.value)
+                self.report.run(redundancy=shot.records.value)
             self.report.ranks()
         announced = self.mirror.run.redundancy if self.mirror.run else ""
         if announced and announced != self.redundancy.value:

@@ -34,10 +34,11 @@ class CohortStatus:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment."""
+    """A run at one moment. `records` is the redundancy that the records of its ranks amount to."""
 
     run: str
-    redundancy: Redundancy
+    records: Redundancy
+    announced: Redundancy
     cohorts: tuple[CohortStatus, ...]
     nodes: tuple[NodeRecord, ...]
     nnodes: int
@@ -48,6 +49,14 @@ class Snapshot:
     stopping: bool
     lost: tuple[int, ...] = ()
     gms_epoch: int = 0
+
+    @property
+    def redundancy(self) -> Redundancy:
+        """The lower of what the records show and what the leader has announced.
+
+        Records may show what the leader has yet to act upon: it announces more only after a token came.
+        """
+        return max(self.records, self.announced, key=list(Redundancy).index)
 
     @property
     def primary(self) -> CohortStatus | None:
@@ -83,7 +92,8 @@ def build(mirror: Mirror) -> Snapshot:
     gms_ready = bool(nodes) and all(g.state != "DOWN" for n in nodes for g in n.gms)
     return Snapshot(
         run=run.run if run else "",
-        redundancy=redundancy((c.view for c in cohorts), shadows, gms_ready),
+        records=redundancy((c.view for c in cohorts), shadows, gms_ready),
+        announced=Redundancy(run.redundancy) if run and run.redundancy else Redundancy.DOWN,
         cohorts=cohorts,
         nodes=nodes,
         nnodes=nnodes,

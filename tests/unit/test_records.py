@@ -61,10 +61,10 @@ def test_keys_sort_by_time_and_leases_are_read() -> None:
     assert dynamo_lease("v1/instances/dynamo/backend/generate/x") is None
 
 
-def filled() -> Mirror:
+def filled(announced: str = "full") -> Mirror:
     mirror = Mirror("r")
     keys = mirror.keys
-    run = RunRecord("r", "d", "127.0.0.1", "0", 1.0, nnodes=1, shadows=1, frontend_url="u", model_name="m")
+    run = RunRecord("r", "d", "127.0.0.1", "0", 1.0, shadows=1, redundancy=announced)
     mirror.replace(
         {
             keys.run: run.encode(),
@@ -87,6 +87,15 @@ def test_a_snapshot_of_the_mirror() -> None:
     assert snapshot.build(mirror).redundancy is Redundancy.NONE, "a record of an earlier life says nothing of this one"
     mirror.apply(mirror.keys.node(0), None)
     assert mirror.nodes == {}
+
+
+def test_no_more_redundancy_is_shown_than_the_leader_has_announced() -> None:
+    """A user who sees `full` may kill at once, and the leader must be ready for it."""
+    assert snapshot.build(filled("")).redundancy is Redundancy.DOWN
+    assert snapshot.build(filled("none")).redundancy is Redundancy.NONE
+    mirror = filled("full")
+    mirror.apply(mirror.keys.rank(0, 0), RankRecord(0, 0, 1, Phase.FAILING).encode())
+    assert snapshot.build(mirror).redundancy is Redundancy.DOWN, "nor more than the records show"
 
 
 def test_one_bad_record_does_not_hide_the_others() -> None:
