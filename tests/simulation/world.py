@@ -267,7 +267,8 @@ class World:
             elif isinstance(action, controller.Answer):
                 self.requests = [r for r in self.requests if r.uuid != action.uuid]
             elif isinstance(action, controller.Abort):
-                if not self.gone and not self.spoilt:
+                late = any(n.lease - LEASE + self.policy.node_wait <= self.now for n in self.nodes[1:])
+                if not self.gone and not self.spoilt and not late:
                     raise Broken(f"the run ended for no good reason: {action.why}")
                 self.aborted = action.why
                 self.log.append(f"# the run ends: {action.why}")
