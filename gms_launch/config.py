@@ -132,7 +132,8 @@ SETTINGS: tuple[Setting, ...] = (
     _seconds(
         "service_liveness",
         3.0,
-        "how long etcd may be silent before it is restarted; NATS and the frontend: four times that",
+        "how long etcd may be silent before it is restarted; NATS and the frontend: four times that; "
+        "if not given, what dynamo_lease_ttl leaves at most",
     ),
     _seconds("gms_timeout", 60.0, "deadline for every GMS socket to answer"),
     _seconds("start_timeout", 1800.0, "deadline for an engine to be parked"),
@@ -243,11 +244,6 @@ class Settings:
     def world(self) -> int:
         """GPUs of one cohort, over all nodes."""
         return self.tp * self.pp
-
-    @property
-    def liveness(self) -> float:
-        """Seconds that etcd may be silent: as set, or as long as Dynamo's leases leave when those are short."""
-        return min(self.service_liveness, rules.longest_liveness(self.dynamo_lease_ttl))
 
     @property
     def engine_grace(self) -> float:
@@ -362,6 +358,7 @@ def resolve(
         ("health_interval", values["health_timeout"] / 4),
         ("canary_interval", values["canary_timeout"] / 4),
         ("restart_backoff", values["restart_backoff_max"]),
+        ("service_liveness", rules.longest_liveness(values["dynamo_lease_ttl"])),
     ):
         if name not in sources:
             values[name] = min(values[name], most)

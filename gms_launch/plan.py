@@ -155,7 +155,7 @@ class Layout:
             self.node_dir.etcd_data,
             self.credentials.admin_password,
             self.settings.service_timeout,
-            self.settings.liveness,
+            self.settings.service_liveness,
         )
 
     @property
@@ -171,7 +171,7 @@ class Layout:
             self.credentials.nats_user,
             self.credentials.nats_password,
             self.settings.service_timeout,
-            LATER * self.settings.liveness,
+            LATER * self.settings.service_liveness,
         )
 
     def frontend_service(self) -> Service:
@@ -182,7 +182,7 @@ class Layout:
             self.ports.frontend,
             self.settings.migration_limit,
             self.settings.service_timeout,
-            LATER * self.settings.liveness,
+            LATER * self.settings.service_liveness,
         )
 
     def rank_command(self, cohort_id: int, incarnation: int, master_port: int) -> Command:

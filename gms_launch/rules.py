@@ -57,7 +57,7 @@ def check(s: Settings) -> None:
             f"canary_timeout {s.canary_timeout:g} s is shorter than two canary_intervals ({s.canary_interval:g} s): "
             "one unanswered request would look like a hang"
         )
-    if s.was_set("service_liveness") and s.service_liveness > longest_liveness(s.dynamo_lease_ttl):
+    if s.service_liveness > longest_liveness(s.dynamo_lease_ttl):
         raise UsageError(
             f"service_liveness {s.service_liveness:g} s is more than the {longest_liveness(s.dynamo_lease_ttl):.1f} s "
             f"that dynamo_lease_ttl {s.dynamo_lease_ttl:g} s leaves: Dynamo's processes would exit before a silent etcd"

@@ -39,7 +39,8 @@ class Talker:
     def say(self, call: Callable[[], None]) -> bool:
         """Make the call soon; False when too many are waiting.
 
-        A call that raises `OSError`, as when nobody can hear it any more, was in vain.
+        A call that raises `OSError`, as when nobody can hear it any more, was in vain. Rich answers a pipe that nobody
+        reads with `SystemExit`, which ends the thread, and rightly: there is nobody to talk to.
         """
         try:
             self._calls.put_nowait(call)
@@ -55,7 +56,7 @@ class Talker:
     def close(self) -> bool:
         """Wait for what is left to be said, within `LAST_WORDS`; False when nobody listened."""
         with contextlib.suppress(queue.Full):
-            self._calls.put(None, timeout=LAST_WORDS)
+            self._calls.put_nowait(None)
             self._thread.join(LAST_WORDS)
         return not self._thread.is_alive()
 

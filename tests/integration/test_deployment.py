@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gms_launch.cohort import proc
+from gms_launch.control.store import Access, Etcd
 from tests.support import GMS_LAUNCH, Deployment, eventually, gms_launch, stopped
 
 
@@ -62,6 +63,12 @@ def test_twenty_failovers_in_a_row(run: Deployment) -> None:
     assert sum(c["incarnation"] for c in run.status()["cohorts"]) == 22
     timeline = json.loads(run.cli("timeline", "--json").stdout)
     assert [f["complete"] for f in timeline["failovers"]] == [True] * 20
+    password = json.loads((run.home / run.run / "credentials.json").read_text())["admin_password"]
+    etcd = Etcd(Access(tuple(run.run_file["etcd_endpoints"]), "root", password))
+    eventually(
+        lambda: etcd.get_prefix(f"/gms-launch/{run.run}/ended/") == {}, what="no word is left of lives long gone"
+    )
+    etcd.close()
     node_dir = run.node_dir
     assert run.cli("down").returncode == 0
     assert run.alive() == []
@@ -334,7 +341,7 @@ def test_an_agent_goes_on_when_nobody_reads_what_it_says(tmp_path: Path, model: 
         os.close(reader)
     else:
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-        os.write(writer, b"x" * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ))  # full: the next write blocks
+        filled = os.write(writer, b"x" * fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ))  # full: the next write blocks
     argv = [*GMS_LAUNCH, "up", *run.flags]
     agent = subprocess.Popen(argv, env=run.env, stdout=writer, stderr=writer, start_new_session=True)
     os.close(writer)
@@ -346,9 +353,12 @@ def test_an_agent_goes_on_when_nobody_reads_what_it_says(tmp_path: Path, model: 
         assert run.wait_full()["primary"] != found["primary"]
         assert run.cli("down").returncode == 0
         assert agent.wait(20) == 0
+        assert "ready: http" in (run.home / run.run / "logs" / "agent.log").read_text(), "it had something to say"
+        if listener == "does not read":
+            assert os.read(reader, 1 << 20) == b"x" * filled, "and not a word of it got through"
     finally:
         run.__exit__()
         agent.kill()
         agent.wait()
-        if listener != "is gone":
+        if listener == "does not read":
             os.close(reader)

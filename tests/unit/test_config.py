@@ -123,6 +123,8 @@ def test_toml(tmp_path: Path) -> None:
 def test_a_default_gives_way_to_what_was_said_of_its_neighbour() -> None:
     given = resolve({"health_timeout": "3", "canary_timeout": "6", "restart_backoff_max": "0.5"}, {})
     assert (given.health_interval, given.canary_interval, given.restart_backoff) == (0.75, 1.5, 0.5)
+    assert resolve({"dynamo_lease_ttl": "5"}, {}).service_liveness == 1.0
     usual = resolve({}, {})
+    assert usual.service_liveness == 3.0
     assert (usual.health_interval, usual.canary_interval, usual.restart_backoff) == (5.0, 10.0, 1.0)
     assert resolve({"health_timeout": "3", "health_interval": "1"}, {}).health_interval == 1.0
