@@ -27,6 +27,7 @@ from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.rankset import RankSet
 from gms_launch.cohort.reconciler import Desire
+from gms_launch.cohort.view import Memory, Policy
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import CommandRecord, RunState, Wanted
 from gms_launch.control.session import Session
@@ -79,8 +80,8 @@ class Agent:
         self.wake = asyncio.Event()
         self.hurry = False
         self.ends: tuple[NodeEnd, ...] = ()
-        self._memory = controller.Memory()
-        self._policy = controller.Policy(
+        self._memory = Memory()
+        self._policy = Policy(
             cohorts=self.settings.cohorts,
             start_timeout=self.settings.start_timeout,
             promotion_timeout=self.settings.promotion_timeout,

@@ -13,8 +13,9 @@ import uuid
 from typing import TYPE_CHECKING
 
 from gms_launch import gather, ports
-from gms_launch.cohort import controller, membership
+from gms_launch.cohort import actions, membership
 from gms_launch.cohort.model import ENDED, Phase
+from gms_launch.cohort.view import KillRequest, Slot, View
 from gms_launch.control.records import CommandRecord, CommandResult, DesiredCohort, Wanted
 from gms_launch.errors import DeadlineError, LaunchError
 from gms_launch.observe import snapshot
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 CONFIRM_PAUSE = 0.005
 
 
-def view(agent: Agent) -> controller.View:
+def view(agent: Agent) -> View:
     """The run as the leader sees it now."""
     shot = snapshot.build(agent.mirror)
     slots = {}
     for c in shot.cohorts:
         desired = agent.mirror.desired[c.cohort_id]
-        slots[c.cohort_id] = controller.Slot(
+        slots[c.cohort_id] = Slot(
             cohort_id=c.cohort_id,
             incarnation=c.incarnation,
             running=desired.wanted is Wanted.RUNNING,
@@ -51,10 +52,10 @@ def view(agent: Agent) -> controller.View:
         for c in agent.mirror.commands.values()
         if c.verb == "kill" and c.uuid not in agent.mirror.results and c.uuid not in agent.answered
     ]
-    return controller.View(
+    return View(
         slots=slots,
         confirmed=agent.confirmed,
-        requests=tuple(controller.KillRequest(c.uuid, c.scope, c.force) for c in waiting),
+        requests=tuple(KillRequest(c.uuid, c.scope, c.force) for c in waiting),
         absent={
             r: gather.node_name(agent, r)
             for r in membership.missing(agent.mirror.nodes, agent.layout.topology.nnodes)
@@ -71,26 +72,26 @@ def view(agent: Agent) -> controller.View:
     )
 
 
-def carry_out(agent: Agent, action: controller.Action) -> None:
+def carry_out(agent: Agent, action: actions.Action) -> None:
     """Do what the controller decided."""
-    if isinstance(action, controller.Start):
+    if isinstance(action, actions.Start):
         _want(agent, action.cohort_id, action.incarnation, Wanted.RUNNING, action.why)
-    elif isinstance(action, controller.Kill):
+    elif isinstance(action, actions.Kill):
         _want(agent, action.cohort_id, action.incarnation, Wanted.DEAD, action.why)
-    elif isinstance(action, controller.GiveUp):
+    elif isinstance(action, actions.GiveUp):
         agent.report.emit("given_up", action.cohort_id, action.incarnation, action.why)
         agent.progress(
             f"cohort {action.cohort_id} is given up: {action.why}{_log_of(agent, action.cohort_id)}\n  another try "
             f"when no start has failed for {agent.settings.restart_window:g} s (restart_window)"
         )
         _want(agent, action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
-    elif isinstance(action, controller.KillPart):
+    elif isinstance(action, actions.KillPart):
         part = f"rank:{action.node_rank}"
         drill = CommandRecord(uuid.uuid4().hex, "kill-rank", time.time(), action.cohort_id, action.incarnation, part)
         agent.mirror.commands[drill.uuid] = drill
         agent.report.put(agent.mirror.keys.command(drill.uuid), drill.encode())
         agent.wake.set()
-    elif isinstance(action, controller.LoseNodes):
+    elif isinstance(action, actions.LoseNodes):
         known = agent.mirror.run.lost if agent.mirror.run else ()
         for rank in sorted(set(action.lost) ^ set(known)):
             kind = "node_lost" if rank in action.lost else "node_back"
@@ -98,13 +99,13 @@ def carry_out(agent: Agent, action: controller.Action) -> None:
             agent.progress(f"{gather.node_name(agent, rank)} {'is lost' if rank in action.lost else 'is back'}")
         agent.report.run(lost=action.lost)
         agent.wake.set()
-    elif isinstance(action, controller.NewGms):
+    elif isinstance(action, actions.NewGms):
         epoch = (agent.mirror.run.gms_epoch if agent.mirror.run else 0) + 1
         agent.report.emit("gms_restart", detail=action.why)
         agent.progress(f"{action.why}: starting new GMS servers on all nodes, and then the cohorts cold")
         agent.report.run(gms_epoch=epoch)
         agent.wake.set()
-    elif isinstance(action, controller.Answer):
+    elif isinstance(action, actions.Answer):
         agent.answered.add(action.uuid)
         result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, time.time())
         agent.report.put(agent.mirror.keys.result(action.uuid), result.encode())
@@ -136,7 +137,7 @@ def _master_port(agent: Agent, cohort_id: int, incarnation: int) -> int:
     return next((p for p in candidates if ports.is_free(address, p)), candidates[0])
 
 
-def _abort(agent: Agent, action: controller.Abort) -> None:
+def _abort(agent: Agent, action: actions.Abort) -> None:
     """End the run, with the log of the rank that is to blame."""
     text = action.why
     if action.cohort_id >= 0:

@@ -1,0 +1,87 @@
+"""What the controller is shown of a run, what it remembers and how patient it is. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gms_launch.cohort.model import Phase
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Times in seconds. `limit` failed starts in `window` give a slot up.
+
+    `group_kill` False: start cohorts and then watch them die, as if there were no launcher (a test switch).
+    """
+
+    cohorts: int
+    start_timeout: float
+    promotion_timeout: float
+    backoff: float
+    backoff_max: float
+    window: float
+    limit: int
+    node_wait: float = 300.0
+    group_kill: bool = True
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One cohort slot: the wanted life, what the records say of it, and when it got to its phase."""
+
+    cohort_id: int
+    incarnation: int
+    running: bool
+    given_up: bool
+    phase: Phase
+    since: float
+    exit: str = ""
+    leftovers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class KillRequest:
+    """A user's wish: kill the primary, or (scope leader, rank:N) a part of it."""
+
+    uuid: str
+    scope: str
+    force: bool
+
+
+@dataclass(frozen=True)
+class View:
+    """The run as the leader sees it. `confirmed` is the life that last served a token, as (cohort, incarnation).
+
+    `absent` are nodes without a lease now, by node rank, with a name for people; `lost` those that are taken for lost.
+    `gms_down` names the nodes with a dead GMS; `gms_restarting` until every node has the new ones that were wanted.
+    `hung` are lives that serve no tokens although their processes live, with the reason.
+    """
+
+    slots: Mapping[int, Slot]
+    confirmed: tuple[int, int] | None
+    requests: tuple[KillRequest, ...] = ()
+    absent: Mapping[int, str] = field(default_factory=dict)
+    lost: tuple[int, ...] = ()
+    gms_down: tuple[str, ...] = ()
+    gms_restarting: bool = False
+    hung: Mapping[tuple[int, int], str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the controller remembers. `failures` are times of failed starts by slot.
+
+    `initial` until redundancy was full once: until then a failure ends the run, since a start that fails is a
+    mistake that somebody is there to see. `judged` are lives whose end was counted; `not_before` by slot. `served` are
+    lives that gave a token.
+    """
+
+    initial: bool = True
+    failures: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    judged: frozenset[tuple[int, int]] = frozenset()
+    not_before: Mapping[int, float] = field(default_factory=dict)
+    best: Mapping[tuple[int, int], Phase] = field(default_factory=dict)
+    served: frozenset[tuple[int, int]] = frozenset()
+    lost_primary: float | None = None
+    absent_since: Mapping[int, float] = field(default_factory=dict)
