@@ -80,10 +80,17 @@ async def serve(options: argparse.Namespace) -> None:
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, stop.set)
     tasks = [loop.create_task(server.serve()) for server in servers]
-    await stop.wait()
-    for task, server in zip(tasks, servers, strict=True):
-        task.cancel()
-        server.close()
+    stopping = loop.create_task(stop.wait())
+    try:
+        # A socket that nobody serves any more must not look like a server that is merely slow.
+        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stopping}:
+            task.result()
+            raise RuntimeError("a socket is not served any more")
+    finally:
+        for task, server in zip(tasks, servers, strict=True):
+            task.cancel()
+            server.close()
 
 
 def main() -> None:

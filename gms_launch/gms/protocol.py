@@ -241,10 +241,10 @@ def frame(message: Message) -> bytes:
 
 
 def decode(body: bytes) -> Any:
-    """The message in a frame's body. Raises `ProtocolError`."""
+    """The message in a frame's body. Raises `ProtocolError`, whatever it was that the body broke."""
     try:
         return _decoder.decode(body)
-    except msgspec.MsgspecError as exc:
+    except Exception as exc:  # the decoder's own errors, and RecursionError, UnicodeDecodeError, OverflowError, ...
         raise ProtocolError(f"not a GMS message: {exc}") from None
 
 

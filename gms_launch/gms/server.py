@@ -29,6 +29,9 @@ log = logging.getLogger("gms")
 #: What a writer may ask beyond a reader.
 _WRITES = (p.AllocateRequest, p.FreeAllocationRequest, p.MetadataPutRequest, p.MetadataDeleteRequest, p.CommitRequest)
 
+#: Seconds between attempts to accept while the process has no descriptor left.
+_ACCEPT_PAUSE = 0.1
+
 
 class AlreadyRunningError(Exception):
     """A live server has the socket."""
@@ -106,11 +109,22 @@ class SocketServer:
         self._listener = listener
 
     async def serve(self) -> None:
-        """Accept until cancelled."""
+        """Accept until cancelled. Running out of descriptors delays those who wait and ends nothing."""
         assert self._listener is not None, "bind comes first"
         loop = asyncio.get_running_loop()
+        failing = False
         while True:
-            connection, _ = await loop.sock_accept(self._listener)
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except OSError as exc:
+                if not failing:  # once, not at every attempt
+                    log.error("%s: cannot accept: %s; trying again each %g s", self.path, exc, _ACCEPT_PAUSE)
+                failing = True
+                await asyncio.sleep(_ACCEPT_PAUSE)
+                continue
+            if failing:
+                log.warning("%s: accepting again", self.path)
+            failing = False
             connection.setblocking(False)
             self._serial += 1
             task = loop.create_task(self._connection(Session(self._serial, connection)))
@@ -134,7 +148,7 @@ class SocketServer:
         try:
             if await self._handshake(session):
                 await self._requests(session)
-        except (p.ProtocolError, UnicodeDecodeError) as exc:
+        except p.ProtocolError as exc:
             log.warning("session %d from pid %d: %s; closing it", session.number, session.pid, exc)
             with contextlib.suppress(OSError):
                 await self._send(session, p.ErrorResponse(error=str(exc)))

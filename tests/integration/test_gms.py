@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import struct
@@ -50,9 +51,10 @@ class Server:
     def events(self) -> list[str]:
         return [e.kind for e in probe.event_history(self.weights)]
 
-    def stop(self) -> None:
+    def stop(self) -> str:
+        """End it; returns its log."""
         self.process.terminate()
-        self.process.communicate(timeout=10)
+        return self.process.communicate(timeout=10)[1].decode()
 
 
 @pytest.fixture
@@ -241,6 +243,48 @@ def test_a_bad_client_costs_its_own_connection_only(server: Server, data: bytes)
     eventually(lambda: server.state().state in ("COMMITTED", "EMPTY"))
     assert server.process.poll() is None
     assert reader.allocate(4096).mapped, "the other session goes on"
+
+
+def ask_raw(path: Path, data: bytes) -> bytes:
+    """What the server says to `data`, up to the end of the connection or 64 KiB."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(path))
+        sock.sendall(data)
+        return sock.recv(65536)
+
+
+def nested_probe(depth: int) -> bytes:
+    """A valid probe with an unknown field that is `depth` arrays deep."""
+    body = b"\x82\xa4type\xb9get_runtime_state_request\xa1x" + b"\x91" * depth + b"\xc0"
+    return struct.pack("!I", len(body)) + body
+
+
+@pytest.mark.parametrize("depth", [5, 400, 990, 1100, 100_000])
+def test_a_deeply_nested_field_costs_its_own_connection_only(server: Server, depth: int) -> None:
+    publish(server)
+    answer = ask_raw(server.weights, nested_probe(depth))
+    assert b"get_runtime_state_response" in answer or b"not a GMS message" in answer
+    assert server.process.poll() is None
+    assert server.state().allocated_bytes == MIB, "the memory is still there"
+
+
+def test_a_server_without_descriptors_accepts_again_when_it_has_some(server: Server) -> None:
+    publish(server)
+    fds = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (fds + 8, fds + 8))
+    crowd = []
+    for _ in range(40):
+        crowd.append(socket.socket(socket.AF_UNIX))
+        crowd[-1].connect(str(server.weights))
+    eventually(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) >= fds + 8, what="no descriptor is left")
+    with pytest.raises(probe.ProbeError):
+        probe.runtime_state(server.weights, timeout=0.5)
+    for sock in crowd:
+        sock.close()
+    eventually(lambda: server.answers(server.weights), what="it accepts again")
+    assert server.state().allocated_bytes == MIB
+    assert "cannot accept" in server.stop()
 
 
 def test_a_live_socket_is_not_taken_over_and_a_dead_one_is(server: Server, fast_dir: Path) -> None:
