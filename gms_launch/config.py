@@ -153,7 +153,7 @@ SETTINGS: tuple[Setting, ...] = (
     _seconds("canary_timeout", 60.0, "how long no token may come, although asked for, before the primary is killed"),
     _seconds("stop_timeout", 10.0, "time an engine gets between SIGTERM and SIGKILL"),
     _seconds("kill_wait", 30.0, "time from SIGTERM to the end of the whole stop; Slurm's KillWait"),
-    _seconds("lease_ttl", 5.0, "lease of a node in etcd"),
+    _seconds("lease_ttl", 5.0, "how long a node may be cut off before it is taken for lost"),
     _seconds("node_wait", 300.0, "how long to wait for a node that has not come yet, or was lost"),
     _seconds("dynamo_lease_ttl", 20.0, "lease of Dynamo's processes in etcd"),
     _seconds("restart_backoff", 1.0, "first delay before a cohort that failed early is started again; doubles"),

@@ -1,15 +1,21 @@
 """Keep a lease alive, say when it was lost, and take a new one.
 
-A lease is lost when etcd says so, or when its time to live has passed since the last renewal that was *sent* and
-answered: a client that cannot reach etcd must assume the worst at the same moment as everybody else.
+A lease is lost when etcd says so, or when nobody has answered since the last renewal that was *sent* and answered, for
+as long as `terms.silence` says: a client that cannot reach etcd must assume the worst before everybody else does.
+
+A renewal without an answer may be in a connection that waits in TCP's back-off for seconds after the network is back,
+so from then on each try has a connection of its own, and several are under way at once. The first that is answered
+counts, and its connection is used from then on.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable
 
+from gms_launch.control import terms
 from gms_launch.control.store import Etcd, describe
 
 
@@ -47,30 +53,63 @@ class LeaseKeeper(threading.Thread):
             if not self.lease:
                 self._sent = time.monotonic()
                 try:
-                    self.lease = self._etcd.grant(self._ttl, retry=0.0)
+                    self.lease = self._etcd.grant(terms.granted(self._ttl), retry=0.0)
                 except Exception:
                     self._stopping.wait(0.2)
                     continue
             self._on_granted(self.lease)
             self._on_renewed(self._sent)
-            reason = self._keep(self._sent)
+            reason = self._keep()
             if reason is None:
                 return
             self.lease = 0
             self._on_lost(reason)
 
-    def _keep(self, renewed: float) -> str | None:
+    def _keep(self) -> str | None:
         """Renew until the lease is lost; returns why, or None when told to stop."""
-        pause = self._ttl / 3
-        while not self._stopping.wait(pause):
+        pause = terms.renewal(self._ttl)
+        while not self._stopping.wait(max(0.0, self._sent + pause - time.monotonic())):
             asked = time.monotonic()
             try:
-                if not self._etcd.refresh(self.lease):
-                    return "etcd no longer knows the lease"
-                renewed, pause = asked, self._ttl / 3
-                self._on_renewed(renewed)
+                alive = self._etcd.refresh(self.lease, max(pause, 0.5))
             except Exception as exc:
-                if time.monotonic() - renewed >= self._ttl:
-                    return f"not renewed for {self._ttl:g} s: {describe(exc)}"
-                pause = min(0.2, self._ttl / 10)
+                found = self._race(exc)
+                if isinstance(found, str):
+                    return found
+                asked, alive = found
+            if not alive:
+                return "etcd no longer knows the lease"
+            self._sent = asked
+            self._on_renewed(asked)
         return None
+
+    def _race(self, error: BaseException) -> tuple[float, bool] | str:
+        """Try over new connections until one is answered: when that was sent, and whether the lease is still known.
+
+        Returns why the lease is lost when none is answered in time, which `error` may say.
+        """
+        answers: queue.SimpleQueue[tuple[float, bool] | BaseException] = queue.SimpleQueue()
+        lease, patience = self.lease, self._ttl / 2
+
+        def renew(number: int) -> None:
+            asked = time.monotonic()
+            try:
+                answers.put((asked, self._etcd.refresh_anew(lease, number, patience)))
+            except Exception as exc:
+                answers.put(exc)
+
+        number = 0
+        begun = float("-inf")
+        end = self._sent + terms.silence(self._ttl)
+        while not self._stopping.is_set() and (now := time.monotonic()) < end:
+            if now - begun >= terms.attempt(self._ttl):
+                begun, number = now, number + 1
+                threading.Thread(target=renew, args=(number,), name=f"renewal {number}", daemon=True).start()
+            try:
+                answer = answers.get(timeout=max(0.0, min(begun + terms.attempt(self._ttl), end) - time.monotonic()))
+            except queue.Empty:
+                continue
+            if not isinstance(answer, BaseException):
+                return answer
+            error = answer
+        return f"not renewed for {time.monotonic() - self._sent:.1f} s: {describe(error)}"

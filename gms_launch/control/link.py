@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from gms_launch.control import terms
 from gms_launch.control.keys import DYNAMO_INSTANCES, Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
@@ -66,10 +67,10 @@ class ControlLink:
 
         Waits for a lease of the last holder to run out, since that may be dead.
         """
-        deadline = time.monotonic() + lease_ttl + 2.0
+        deadline = time.monotonic() + terms.granted(lease_ttl) + 2.0
         while True:
             self._sent = time.monotonic()
-            self._lease = self._etcd.grant(lease_ttl)
+            self._lease = self._etcd.grant(terms.granted(lease_ttl))
             if self._etcd.create(key, value, self._lease):
                 return None
             self._etcd.revoke(self._lease)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
+from gms_launch.control import terms
 from gms_launch.control.keys import prefix
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import EventRecord, NodeRecord
@@ -186,7 +187,7 @@ class Session:
         A leader that refuses connections is on its feet and may be restarting etcd; one that accepts them and says
         nothing is frozen. Both get longer.
         """
-        ttl, wait = self._settings.lease_ttl, self._settings.node_wait
+        ttl, wait = terms.silence(self._settings.lease_ttl), self._settings.node_wait
         while True:
             sent = self._sent
             await self._silence(sent, ttl - LOOK_AHEAD)

@@ -35,6 +35,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
+    # A new channel shall be a new TCP connection, and not that of a channel whose packets are lost.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "CANCELLED", "UNKNOWN"}
 
@@ -104,6 +106,7 @@ class Etcd:
         self._access = access
         self._timeout = timeout
         self._lock = threading.Lock()
+        self._connecting = threading.Lock()
         self._connection: Connection | None = None
         self._generation = 0
         self._closed = False
@@ -124,11 +127,31 @@ class Etcd:
 
     def connection(self) -> Connection:
         """The current connection, made if there is none. Raises grpc's or etcd3's errors."""
+        if (current := self._current()) is not None:
+            return current
+        with self._connecting:  # and not under `_lock`: it may take as long as a call, and others need not wait
+            if (current := self._current()) is not None:
+                return current
+            generation = self._generation
+            return self._adopt(self._connect(generation, self._timeout), generation)
+
+    def _current(self) -> Connection | None:
         with self._lock:
             if self._closed:
                 raise NoContactError("the etcd client is closed")
-            if self._connection is None:
-                self._connection = Connection(self._connect(), self._generation)
+            return self._connection
+
+    def _adopt(self, client: Any, generation: int, number: int = 0) -> Connection:
+        """Use `client`, of the `number`-th endpoint after `generation`'s, unless somebody was quicker meanwhile."""
+        with self._lock:
+            if self._closed or (self._connection is not None and self._generation != generation):
+                client.close()
+            if self._closed:
+                raise NoContactError("the etcd client is closed")
+            if self._connection is None or self._generation == generation:
+                # A new number, and the turn of the same endpoint.
+                self._generation = max(self._generation, generation + number) + len(self._access.endpoints)
+                self._connection = Connection(client, self._generation)
             return self._connection
 
     def drop(self, generation: int) -> None:
@@ -140,13 +163,14 @@ class Etcd:
             if self._generation == generation:
                 self._generation += 1
 
-    def _connect(self) -> Any:
+    def _connect(self, number: int, timeout: float) -> Any:
+        """A client of the endpoint whose turn it is; logging in may take `timeout` seconds."""
         access = self._access
-        host, port, tls = split_endpoint(access.endpoints[self._generation % len(access.endpoints)])
+        host, port, tls = split_endpoint(access.endpoints[number % len(access.endpoints)])
         options: dict[str, Any] = {
             "host": host,
             "port": port,
-            "timeout": self._timeout,
+            "timeout": timeout,
             "grpc_options": _CHANNEL_OPTIONS,
         }
         if tls:
@@ -247,15 +271,38 @@ class Etcd:
         """A new lease of `ttl` seconds (etcd counts whole ones); returns its id."""
         return int(self.call(lambda c: c.lease(max(1, round(ttl))).id, retry))
 
-    def refresh(self, lease: int) -> bool:
-        """Keep a lease alive once; False when it no longer exists. Does not retry: raises on the first failure."""
-        connection = self.connection()
+    def refresh(self, lease: int, timeout: float) -> bool:
+        """Keep a lease alive once, over the connection that stands; False when it no longer exists.
+
+        Does not retry: raises on the first failure, and when there is no connection.
+        """
+        connection = self._current()
+        if connection is None:
+            raise NoContactError("there is no connection to etcd")
+        return self._renewed(connection.client, lease, timeout)
+
+    def refresh_anew(self, lease: int, number: int, timeout: float) -> bool:
+        """The same over a new connection, the `number`-th try; others use it from then on if it is answered first.
+
+        Takes up to twice `timeout` seconds.
+        """
+        generation = self._generation
+        client = self._connect(generation + number, timeout)
         try:
-            replies = list(connection.client.refresh_lease(lease))
-        except Exception:
-            self.drop(connection.generation)
+            alive = self._renewed(client, lease, timeout)
+        except BaseException:
+            client.close()
             raise
-        return bool(replies) and replies[0].TTL > 0
+        self._adopt(client, generation, number)
+        return alive
+
+    def _renewed(self, client: Any, lease: int, timeout: float) -> bool:
+        request = etcd3.etcdrpc.LeaseKeepAliveRequest(ID=lease)
+        replies = client.leasestub.LeaseKeepAlive(iter([request]), timeout, metadata=client.metadata)
+        try:
+            return bool(next(replies).TTL > 0)
+        finally:
+            replies.cancel()
 
     def revoke(self, lease: int, retry: float = 8.0) -> bool:
         """End a lease and delete its keys; False when it does not exist (any more)."""

@@ -160,6 +160,14 @@ class Node:
         """Put the cable back."""
         sh("ip", "link", "set", self.veth, "up")
 
+    def mute(self, peer: Node) -> None:
+        """One way only: whatever this node sends to `peer` is lost without a word, as by a wrong hardware address."""
+        wrong = ["lladdr", "02:de:ad:00:00:01", "dev", "eth0", "nud", "permanent"]
+        sh("ip", "-n", self.netns, "neigh", "replace", peer.address, *wrong)
+
+    def unmute(self, peer: Node) -> None:
+        sh("ip", "-n", self.netns, "neigh", "del", peer.address, "dev", "eth0")
+
     def freeze(self) -> None:
         """Stop every process; the kernel's network stack lives on."""
         (self.cgroup / "freezer.state").write_text("FROZEN")

@@ -16,7 +16,7 @@ from tests.support import eventually
 
 LEASE, WAIT = 2.0, 8.0
 #: From a fault to the moment when a lease of 2 s must be over everywhere, with etcd's own second and ours.
-OVER = LEASE + 3.0
+OVER = LEASE + 4.0
 
 
 def engines_dead(run: LabRun, *nodes: int) -> bool:

@@ -32,6 +32,7 @@ from gms_launch.cohort.model import (
 )
 from gms_launch.cohort.pulse import Look, Pulse
 from gms_launch.cohort.reconciler import Desire, KillRank, LocalRank, SkipRank, StartRank, decide
+from gms_launch.control import terms
 from gms_launch.engines.signals import Health, Signals
 from gms_launch.services.canary import TokenClock
 
@@ -383,3 +384,12 @@ def test_kill_primary_is_refused_without_a_shadow() -> None:
     nobody = view(slot(0, Phase.PARKED), slot(1, Phase.PARKED), requests=(KillRequest("u", "group", True),))
     (answer,), _ = controller.decide(nobody, RUNNING, POLICY, 0.0)
     assert isinstance(answer, Answer) and not answer.ok
+
+
+@pytest.mark.parametrize("ttl", [2.0, 3.0, 5.0, 7.5, 20.0, 60.0])
+def test_who_is_cut_off_is_dead_before_the_others_go_on(ttl: float) -> None:
+    # A cut of 80 % that begins just before a renewal, whose answer was then waited for, leaves several tries.
+    assert terms.silence(ttl) - (terms.renewal(ttl) + 0.8 * ttl) >= 2 * terms.attempt(ttl)
+    # And etcd, which counts from when the last renewal came, is not done before the node is, which counts from before.
+    assert terms.granted(ttl) >= terms.silence(ttl)
+    assert terms.silence(ttl) <= 2 * ttl, "node_wait may be two leases"
