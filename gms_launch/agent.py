@@ -23,6 +23,7 @@ from typing import Any
 
 from gms_launch import ending, gather, leading
 from gms_launch.cohort import controller, guard, membership, process, reconciler
+from gms_launch.cohort.gates import Gates
 from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.rankset import RankSet
@@ -74,7 +75,8 @@ class Agent:
         self.progress, self._on_change = on_progress, on_change
         self.report = Reporter(layout, self.mirror)
         self.gms = GmsWatch(layout.devices(), layout.node_dir.gms)
-        self.ranks = RankSet(layout, self.mirror, self.report, self.gms, self.spawn, self._rank_event)
+        self.gates = Gates(layout.gates)
+        self.ranks = RankSet(layout, self.mirror, self.report, self.gms, self.gates, self.spawn, self._rank_event)
         self.failure: LaunchError | None = None
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
@@ -91,6 +93,7 @@ class Agent:
             limit=self.settings.restart_limit,
             node_wait=self.settings.node_wait,
             group_kill=self.settings.group_kill,
+            activate=self.settings.activation == "agent",
         )
         self.confirmed: tuple[int, int] | None = None
         self.canary = Canary(layout) if self.is_leader and self.settings.canary else None
@@ -107,7 +110,7 @@ class Agent:
         self.loop = asyncio.get_running_loop()
         process.become_subreaper()
         log_file = self.layout.run_dir.logs / f"guard-node{self.node_rank}.log"
-        self.guard_pid, self._guard = guard.start(self.layout.run, self.node_rank, log_file)
+        self.guard_pid, self._guard = guard.start(self.layout.run, self.node_rank, log_file, self.gates.take())
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self.loop.add_signal_handler(sig, self.stop, f"signal {sig.name}", True)
         self.files = FileWatcher(self.loop)
@@ -225,7 +228,7 @@ class Agent:
     def _reconcile(self) -> None:
         """What this node has to do."""
         desired = {
-            k: Desire(k, d.incarnation, d.wanted is Wanted.RUNNING, d.master_port, d.why)
+            k: Desire(k, d.incarnation, d.wanted is Wanted.RUNNING, d.master_port, d.why, d.engine_args)
             for k, d in self.mirror.desired.items()
         }
         ended = {life: record.node_rank for life, record in self.mirror.ended.items()}

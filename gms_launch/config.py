@@ -63,6 +63,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("tp", int, 1, "tensor-parallel size over all nodes", "engine", recipe="TP", minimum=1),
     Setting("pp", int, 1, "pipeline-parallel size over all nodes", "engine", minimum=1),
     Setting("shadows", int, 1, "shadow cohorts parked behind the primary", "engine", minimum=0, maximum=9),
+    Setting(
+        "activation",
+        str,
+        "lock",
+        "who decides which shadow takes over: the lock they all wait for, or the leader's agent",
+        "engine",
+        choices=("lock", "agent"),
+    ),
     Setting("python", str, "", "interpreter for engines and frontend; this one when empty", "engine"),
     Setting("namespace", str, "dynamo", "Dynamo namespace the engines register in", "engine"),
     Setting("cache_dir", str, "", "engines' compile caches; ~/.cache/gms-launch when empty", "engine"),
@@ -183,6 +191,7 @@ class Settings:
     tp: int
     pp: int
     shadows: int
+    activation: str
     python: str
     namespace: str
     cache_dir: str

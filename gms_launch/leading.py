@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import time
 import uuid
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from gms_launch import gather, ports
 from gms_launch.cohort import actions, membership
 from gms_launch.cohort.model import ENDED, Phase
-from gms_launch.cohort.view import KillRequest, Slot, View
+from gms_launch.cohort.view import KillRequest, Request, RollRequest, Slot, View
 from gms_launch.control.records import CommandRecord, CommandResult, DesiredCohort, Wanted
 from gms_launch.errors import DeadlineError, LaunchError
 from gms_launch.observe import snapshot
@@ -46,16 +47,17 @@ def view(agent: Agent) -> View:
             since=c.since,
             exit=next((r.exit for r in c.ranks if r.exit), ""),
             leftovers=tuple(pid for r in c.ranks for pid in r.leftovers),
+            generation=desired.generation,
         )
     waiting = [
         c
         for c in agent.mirror.commands.values()
-        if c.verb == "kill" and c.uuid not in agent.mirror.results and c.uuid not in agent.answered
+        if c.verb in ("kill", "roll") and c.uuid not in agent.mirror.results and c.uuid not in agent.answered
     ]
     return View(
         slots=slots,
         confirmed=agent.confirmed,
-        requests=tuple(KillRequest(c.uuid, c.scope, c.force) for c in waiting),
+        requests=tuple(_request(c) for c in waiting),
         absent={
             r: gather.node_name(agent, r)
             for r in membership.missing(agent.mirror.nodes, agent.layout.topology.nnodes)
@@ -69,7 +71,15 @@ def view(agent: Agent) -> View:
         ),
         gms_restarting=any(n.gms_epoch < shot.gms_epoch for n in shot.nodes if n.node_rank not in shot.lost),
         hung=agent.canary.hung if agent.canary is not None else {},
+        generation=shot.generation,
+        rolling=shot.rolling,
     )
+
+
+def _request(command: CommandRecord) -> Request:
+    if command.verb == "roll":
+        return RollRequest(command.uuid, command.engine_args)
+    return KillRequest(command.uuid, command.scope, command.force, command.to)
 
 
 def carry_out(agent: Agent, action: actions.Action) -> None:
@@ -109,8 +119,39 @@ def carry_out(agent: Agent, action: actions.Action) -> None:
         agent.answered.add(action.uuid)
         result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, time.time())
         agent.report.put(agent.mirror.keys.result(action.uuid), result.encode())
+    elif isinstance(action, actions.Activate):
+        agent.ranks.activate(action.cohort_id, action.incarnation)
+    elif isinstance(action, (actions.Roll, actions.Proved, actions.RollBack)):
+        _roll(agent, action)
     else:
         _abort(agent, action)
+
+
+def _roll(agent: Agent, action: actions.Roll | actions.Proved | actions.RollBack) -> None:
+    """Note with which arguments lives are started from now on."""
+    run = agent.mirror.run
+    assert run is not None, "the leader says what the run is"
+    if isinstance(action, actions.Roll):
+        args = run.engine_args if action.engine_args is None else action.engine_args
+        agent.report.emit("roll", detail=f"generation {run.generation + 1}: {_words(agent, args)}")
+        agent.progress(f"roll: shadows are started again with {_words(agent, args)}")
+        agent.report.run(
+            engine_args=args, engine_args_before=run.engine_args, generation=run.generation + 1, rolling=True
+        )
+    elif isinstance(action, actions.Proved):
+        agent.report.emit("roll_proved", action.cohort_id, action.incarnation, f"generation {run.generation}")
+        agent.report.run(rolling=False)
+    else:
+        why = f"cohort {action.cohort_id} did not start with {_words(agent, run.engine_args)}: {action.why}"
+        agent.report.emit("rolled_back", action.cohort_id, action.incarnation, action.why)
+        agent.progress(f"rolled back: {why}{_log_of(agent, action.cohort_id)}")
+        agent.report.run(engine_args=run.engine_args_before, generation=run.generation - 1, rolling=False)
+    agent.wake.set()
+
+
+def _words(agent: Agent, args: tuple[str, ...] | None) -> str:
+    """Engine arguments for people; None are those of the settings."""
+    return shlex.join(agent.settings.engine_args if args is None else args) or "no engine arguments"
 
 
 def _want(agent: Agent, cohort_id: int, incarnation: int, wanted: Wanted, why: str, given_up: bool = False) -> None:
@@ -120,7 +161,11 @@ def _want(agent: Agent, cohort_id: int, incarnation: int, wanted: Wanted, why: s
     if wanted is Wanted.RUNNING:
         port = _master_port(agent, cohort_id, incarnation)
         agent.report.delete(agent.mirror.keys.life_ended(cohort_id, incarnation - 1))  # fenced: nobody has to hear it
-    record = DesiredCohort(cohort_id, incarnation, wanted, port, why, given_up)
+    run = agent.mirror.run
+    args, generation = (run.engine_args, run.generation) if run is not None else (None, 0)
+    if wanted is Wanted.DEAD and current is not None:
+        args, generation = current.engine_args, current.generation  # of the life that ends
+    record = DesiredCohort(cohort_id, incarnation, wanted, port, why, given_up, args, generation)
     agent.mirror.desired[cohort_id] = record
     # A life that is ending anyway needs no word of ours to end.
     rank = agent.ranks.find(cohort_id, incarnation)

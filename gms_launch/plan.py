@@ -185,7 +185,21 @@ class Layout:
             LATER * self.settings.service_liveness,
         )
 
-    def rank_command(self, cohort_id: int, incarnation: int, master_port: int) -> Command:
+    def lock_of(self, cohort_id: int) -> Path:
+        """The lock that a cohort waits for: one for all, or one of its own that the leader's agent holds."""
+        return self.node_dir.gate(cohort_id) if self.settings.activation == "agent" else self.node_dir.lock
+
+    @property
+    def gates(self) -> dict[int, Path]:
+        """The locks that this node's agent holds, by cohort."""
+        if self.settings.activation != "agent" or not self.topology.is_leader:
+            return {}
+        return {k: self.lock_of(k) for k in range(self.settings.cohorts)}
+
+    def rank_command(
+        self, cohort_id: int, incarnation: int, master_port: int, engine_args: tuple[str, ...] | None = None
+    ) -> Command:
+        """How this node's rank of a life is started; `engine_args` take the place of the settings' unless None."""
         return self.engine.command(
             RankSpec(
                 cohort_id=cohort_id,
@@ -202,9 +216,9 @@ class Layout:
                 nixl_port=self.ports.nixl[cohort_id],
                 vllm_port=self.ports.vllm[cohort_id],
                 gms_dir=self.node_dir.gms,
-                lock_path=self.node_dir.lock,
+                lock_path=self.lock_of(cohort_id),
                 plane=self.plane,
-                engine_args=self.settings.engine_args,
+                engine_args=self.settings.engine_args if engine_args is None else engine_args,
                 gms_memory=self.gms_memory,
                 pp=self.settings.pp,
                 interface=self.settings.interface,

@@ -301,12 +301,17 @@ class NodeDir:
         with contextlib.suppress(FileNotFoundError):
             self.pgid_file(cohort_id).unlink()
 
+    def gate(self, cohort_id: int) -> Path:
+        """The lock of one cohort alone (--activation agent)."""
+        return self.gms / f"failover-{cohort_id}.lock"
+
     def remove(self) -> None:
         """Remove everything of the run on this node. Only once nothing of it is alive: the lock goes too."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self.gms != self.path and self.gms.is_dir():
             # A directory the user chose may hold other things: take out only what is ours.
-            for file in [*self.gms.glob("gms_*.sock"), *self.gms.glob("failover_metrics_engine-*.json"), self.lock]:
+            patterns = ("gms_*.sock", "failover_metrics_engine-*.json", "failover-*.lock")
+            for file in [*(f for p in patterns for f in self.gms.glob(p)), self.lock]:
                 with contextlib.suppress(FileNotFoundError):
                     file.unlink()
 

@@ -35,12 +35,18 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
     if scope.startswith("rank:") and int(scope[5:]) >= found.nnodes:
         raise UsageError(f"--scope {scope}: the run has {found.nnodes} nodes, ranks count from 0")
     try:
-        victim = ask(directory, contact.gateway(directory, found), scope, force, timeout)
+        command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
+        answer = ask(directory, contact.gateway(directory, found), command, timeout)
+        victim = answer.cohort_id, answer.incarnation
     except NoContactError as exc:
         if not found.live:
             raise
         victim = kill_directly(directory, found, scope, force, str(exc))
-    failover = follow(directory, found, victim, timeout)
+    show(follow(directory, found, victim, timeout), as_json)
+
+
+def show(failover: Failover, as_json: bool) -> None:
+    """Print what happened."""
     if as_json:
         print(json.dumps(failover.to_json(), indent=1))
         return
@@ -51,11 +57,10 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
     Console().print(views.failover(failover))
 
 
-def ask(directory: RunDir, door: Gateway, scope: str, force: bool, timeout: float) -> tuple[int, int]:
-    """Let the controller kill; returns the victim's life. Raises `RefusedError` and `NoContactError`."""
+def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float) -> CommandResult:
+    """Let the controller do it; returns its answer. Raises `RefusedError` and `NoContactError`."""
     keys = Keys(directory.run)
     contact.read(directory, door)
-    command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
     door.put(keys.command(command.uuid), command.encode())
     key = keys.result(command.uuid)
     deadline = time.monotonic() + min(timeout, 10.0)
@@ -68,7 +73,7 @@ def ask(directory: RunDir, door: Gateway, scope: str, force: bool, timeout: floa
     result = CommandResult.decode(answer)
     if not result.ok:
         raise RefusedError(result.detail)
-    return result.cohort_id, result.incarnation
+    return result
 
 
 def kill_directly(directory: RunDir, found: RunFile, scope: str, force: bool, why: str) -> tuple[int, int]:

@@ -85,6 +85,43 @@ def kill_primary(
     verb.main(run, force, scope, timeout, json)
 
 
+@app.command("switch-over")
+def switch_over(
+    run: Run = None,
+    to: Annotated[Optional[str], typer.Option("--to", help="the cohort that shall take over")] = None,  # noqa: UP045
+    when_idle: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--when-idle", help="wait so long for a moment without requests (seconds); else do nothing"),
+    ] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="deadline for the promotion (seconds)")] = 60.0,
+    json: Json = False,
+) -> None:
+    """Hand over to a parked shadow on purpose; requests in flight go on there. Refused when none is parked."""
+    from gms_launch.cli import switch_over as verb
+
+    verb.main(run, to, when_idle, timeout, json)
+
+
+@app.command("roll")
+def roll(
+    engine_args: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[-- ENGINE ARGS]", help="for every engine from now on; left out: as they are"),
+    ] = None,
+    run: Run = None,
+    shadow_only: Annotated[bool, typer.Option("--shadow-only", help="do not switch over to them")] = False,
+    timeout: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--timeout", help="deadline for each shadow and for the switch-over (default: start_timeout)"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Start the shadows again, with other engine arguments if given, and switch over to them: no outage."""
+    from gms_launch.cli import roll as verb
+
+    verb.main(run, engine_args, shadow_only, timeout, json)
+
+
 @app.command("status")
 def status(
     run: Run = None,

@@ -76,4 +76,36 @@ class NewGms:
     why: str
 
 
-Action = Start | Kill | KillPart | GiveUp | Answer | Abort | LoseNodes | NewGms
+@dataclass(frozen=True)
+class Activate:
+    """Let go of the lock that a parked life waits for."""
+
+    cohort_id: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class Roll:
+    """From now on lives are started with these engine arguments; None for those that the last were started with."""
+
+    engine_args: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Proved:
+    """A life of the newest generation has parked: there is no way back to the one before."""
+
+    cohort_id: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class RollBack:
+    """The newest generation does not start: go back to the arguments before."""
+
+    cohort_id: int
+    incarnation: int
+    why: str
+
+
+Action = Activate | Roll | Proved | RollBack | Start | Kill | KillPart | GiveUp | Answer | Abort | LoseNodes | NewGms

@@ -4,7 +4,7 @@
 keeps every slot running, starts a dead one again once it is fenced everywhere, delays starts that fail, gives up a
 slot that keeps failing until its budget has healed, kills every cohort when a node is lost and starts them cold when it
 is back in time, starts the whole group cold on new GMS servers when one of those is gone and nobody serves any more,
-and carries out what users ask for. Who serves is not decided here: the lock does that.
+and carries out what users ask for. Who serves is decided by the lock, or in `activation`; what a roll does, in `roll`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 
+from gms_launch.cohort import activation, roll
 from gms_launch.cohort.actions import Abort, Action, Answer, GiveUp, Kill, KillPart, LoseNodes, NewGms, Start
 from gms_launch.cohort.model import ENDED, CohortView, Phase, primary
-from gms_launch.cohort.view import KillRequest, Memory, Policy, Slot, View
+from gms_launch.cohort.view import KillRequest, Memory, Policy, RollRequest, Slot, View
 
 #: A node whose lease ended may be back with a new one at once, as after a restart of etcd (seconds).
 NODE_GRACE = 1.0
@@ -35,6 +36,9 @@ def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list
     if view.gms_down and memory.initial:
         where = ", ".join(view.gms_down)
         return [*actions, Abort(-1, 0, f"GMS on {where} ended while the run was coming up")], memory
+    actions += (verdict := roll.judge(view, memory))
+    if verdict:
+        return actions, memory  # what lives are started with is another matter now
     if view.gms_restarting or (view.gms_down and not _serving(view)):
         return _cold(view, memory, actions)
     for cohort_id in range(policy.cohorts):
@@ -60,8 +64,18 @@ def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list
         last = max(view.slots.values(), key=lambda s: (s.since, -s.cohort_id))
         why = next((a.why for a in actions if isinstance(a, GiveUp)), last.exit or "it ended")
         return [*actions, Abort(last.cohort_id, last.incarnation, f"every cohort is given up; {why}")], memory
+    chosen, memory = activation.decide(view, memory, policy, now)
+    actions += chosen
+    if not actions:
+        actions += roll.restart(view)
     for request in view.requests:
-        actions += _answer(request, view)
+        if isinstance(request, RollRequest):
+            actions += roll.answer(request, view, memory, policy)
+        else:
+            answer = _answer(request, view, policy)
+            actions += answer
+            if any(isinstance(a, Kill) for a in answer):
+                memory = replace(memory, successor=request.to)
     return actions, memory
 
 
@@ -116,6 +130,8 @@ def next_look(view: View, memory: Memory, policy: Policy, now: float) -> float |
     times += [f[-1] + policy.window for f in memory.failures.values() if f]
     for since in memory.absent_since.values():
         times += [since + NODE_GRACE, since + policy.node_wait]
+    if policy.activate and memory.activated is not None:
+        times.append(memory.activated_at + policy.promotion_timeout)
     if memory.lost_primary is not None:
         times.append(memory.lost_primary + policy.promotion_timeout)
     for slot in view.slots.values():
@@ -164,7 +180,8 @@ def _judge(slot: Slot, memory: Memory, policy: Policy, now: float) -> Memory:
     recent = tuple(t for t in memory.failures.get(slot.cohort_id, ()) if now - t < policy.window)
     delay = 0.0
     best = memory.best.get(life)
-    if best is None or (best in (Phase.WAKING, Phase.ACTIVE) and life not in memory.served):
+    promoted = best in (Phase.WAKING, Phase.ACTIVE) or life == memory.activated
+    if best is None or (promoted and life not in memory.served):
         recent = (*recent, now)
         delay = min(policy.backoff_max, policy.backoff * 2.0 ** min(len(recent) - 1, 30)) * _jitter(life)
     return replace(
@@ -204,7 +221,7 @@ def _promotion_under_way(view: View, memory: Memory, policy: Policy, now: float)
     return any(s.phase in (Phase.PARKED, Phase.WAKING, Phase.ACTIVE) for s in view.slots.values())
 
 
-def _answer(request: KillRequest, view: View) -> list[Action]:
+def _answer(request: KillRequest, view: View, policy: Policy) -> list[Action]:
     cohorts = [CohortView(s.cohort_id, s.incarnation, s.phase, s.since) for s in view.slots.values()]
     target = primary(cohorts)
     if target is None:
@@ -217,8 +234,22 @@ def _answer(request: KillRequest, view: View) -> list[Action]:
         refused += "no shadow is parked to take over; wait for redundancy full, or "
     if (not parked or view.gms_down) and not request.force:
         return [Answer(request.uuid, False, refused + "use --force and accept an outage until a cold start")]
+    if request.to >= 0 and (why := _not_to(request.to, [c.cohort_id for c in parked], policy)):
+        return [Answer(request.uuid, False, why)]
     done = Answer(request.uuid, True, "killed", target.cohort_id, target.incarnation)
     if request.scope == "group":
         return [Kill(target.cohort_id, target.incarnation, "kill-primary"), done]
     node_rank = 0 if request.scope == "leader" else int(request.scope.partition(":")[2])
     return [KillPart(target.cohort_id, target.incarnation, node_rank), done]
+
+
+def _not_to(cohort_id: int, parked: list[int], policy: Policy) -> str:
+    """Why that cohort cannot be the one that takes over; empty when it can."""
+    if cohort_id not in parked:
+        return f"cohort {cohort_id} is not parked; parked: {', '.join(map(str, parked)) or 'none'}"
+    if len(parked) > 1 and not policy.activate:
+        return (
+            f"cohorts {', '.join(map(str, parked))} wait for one lock, and the first to try has it: "
+            "which one can be chosen in a run that was started with --activation agent"
+        )
+    return ""

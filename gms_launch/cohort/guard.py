@@ -12,14 +12,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 #: The agent gave a process this long to die of SIGKILL before it called it unkillable (seconds).
 KILL_TIMEOUT = 30.0
 
 
-def start(run: str, node_rank: int, log: Path) -> tuple[int, int]:
-    """Start the guard of a node; returns its pid and our end of its pipe, which closes when we die."""
+def start(run: str, node_rank: int, log: Path, inherit: Sequence[int] = ()) -> tuple[int, int]:
+    """Start the guard of a node; returns its pid and our end of its pipe, which closes when we die.
+
+    It keeps the descriptors in `inherit` open until it has done its work.
+    """
     from gms_launch.cohort.process import Command, child_environment
 
     reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -27,7 +31,7 @@ def start(run: str, node_rank: int, log: Path) -> tuple[int, int]:
     with open(log, "ab") as out:
         guard = subprocess.Popen(
             [sys.executable, "-m", "gms_launch.cohort.guard", run, str(node_rank), str(reader)],
-            pass_fds=(reader,),
+            pass_fds=(reader, *inherit),
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=out,

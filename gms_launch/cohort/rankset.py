@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from gms_launch.cohort import process
+from gms_launch.cohort.gates import Gates
 from gms_launch.cohort.model import ALIVE, ENDED, Phase
 from gms_launch.cohort.proc import ProcessId
 from gms_launch.cohort.pulse import Feeler, Pulse
@@ -43,11 +44,12 @@ class RankSet:
         mirror: Mirror,
         report: Reporter,
         gms: GmsWatch,
+        gates: Gates,
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
         on_event: Callable[[Rank, str, str], None],
     ) -> None:
         self._layout, self._mirror, self._report, self._gms = layout, mirror, report, gms
-        self._spawn, self._on_event = spawn, on_event
+        self._gates, self._spawn, self._on_event = gates, spawn, on_event
         self._node_rank = layout.topology.node_rank
         self._skipped: dict[int, RankRecord] = {}
         self._by_slot: dict[int, Rank] = {}
@@ -71,6 +73,8 @@ class RankSet:
 
     def start(self, desire: Desire, files: FileWatcher, loop: asyncio.AbstractEventLoop) -> None:
         cohort_id, incarnation = desire.cohort_id, desire.incarnation
+        if not self._gates.shut(cohort_id):
+            return  # something of an earlier life has that lock: the next look tries again
         rank = Rank(
             cohort_id=cohort_id,
             incarnation=incarnation,
@@ -81,7 +85,9 @@ class RankSet:
             on_event=self._noticed,
         )
         self._by_slot[cohort_id] = rank
-        rank.start(self._layout.rank_command(cohort_id, incarnation, desire.master_port), files, loop)
+        rank.start(
+            self._layout.rank_command(cohort_id, incarnation, desire.master_port, desire.engine_args), files, loop
+        )
         assert rank.child is not None
         self._layout.node_dir.write_pgid(cohort_id, rank.child.pgid)
         self._report.emit("started", cohort_id, incarnation, f"pid {rank.child.pid}")
@@ -92,7 +98,7 @@ class RankSet:
         """Ask a rank how it is for as long as it lives; one that hangs is treated as dead."""
         settings, loop = self._layout.settings, asyncio.get_running_loop()
         port = self._layout.ports.system[rank.cohort_id] if self._node_rank == 0 else 0
-        address, lock = self._layout.topology.address, self._layout.node_dir.lock
+        address, lock = self._layout.topology.address, self._layout.lock_of(rank.cohort_id)
         feeler = Feeler(leader, address, port, lock, max(1.0, settings.health_interval), rank.engine.is_vital)
         pulse = Pulse(settings.health_timeout)
         while True:
@@ -112,6 +118,12 @@ class RankSet:
                 self._noticed(rank, "hung", time.time(), why)
                 self.kill(rank.cohort_id, why)
                 return
+
+    def activate(self, cohort_id: int, incarnation: int) -> None:
+        """Let a parked life of this node's serve."""
+        if self.find(cohort_id, incarnation) is not None:
+            self._report.emit("activated", cohort_id, incarnation)
+            self._gates.open(cohort_id)
 
     def skip(self, cohort_id: int, incarnation: int, why: str) -> None:
         """Say that a life is dead on this node, where it never ran or ended with an earlier agent."""
@@ -183,7 +195,7 @@ class RankSet:
 
     def _noticed(self, rank: Rank, kind: str, when: float, detail: str) -> None:
         """Something a rank noticed about itself."""
-        if kind == "lock" and not rank.holds(self._layout.node_dir.lock):
+        if kind == "lock" and not rank.holds(self._layout.lock_of(rank.cohort_id)):
             detail = "its log says so, and the kernel does not show it as the holder"
         # The record first: other nodes kill their ranks when they read it. Of a rank that we killed they know already;
         # its exit goes out with the proof.
@@ -206,7 +218,6 @@ class RankSet:
 
         The kernel names the holder, also of a lock that nothing has told of yet: a log may be silent.
         """
-        lock = self._layout.node_dir.lock
         for key in keys:
             lease = dynamo_lease(key)
             if lease is None or any(lease in r.leases for r in self._by_slot.values()):
@@ -214,16 +225,15 @@ class RankSet:
             for rank in self._by_slot.values():
                 if rank.node_rank != 0 or rank.phase not in ALIVE:
                     continue
-                if rank.phase in (Phase.WAKING, Phase.ACTIVE) or rank.holds(lock):
+                if rank.phase in (Phase.WAKING, Phase.ACTIVE) or rank.holds(self._layout.lock_of(rank.cohort_id)):
                     rank.leases.add(lease)
                     rank.read_log()  # discovery may be quicker than the log
                     rank.reached(Phase.ACTIVE)
 
     def lock_holder(self) -> str:
         """Which of this node's ranks the kernel shows as holding the lock; empty for none."""
-        lock = self._layout.node_dir.lock
         living = [r for r in self._by_slot.values() if r.child is not None and r.phase in ALIVE]
-        return next((f"cohort {r.cohort_id}" for r in living if r.holds(lock)), "")
+        return next((f"cohort {r.cohort_id}" for r in living if r.holds(self._layout.lock_of(r.cohort_id))), "")
 
     def publish(self, rank: Rank, later: bool = False) -> None:
         self._put(rank.record(), later)

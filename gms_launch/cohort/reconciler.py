@@ -27,13 +27,17 @@ class LocalRank:
 
 @dataclass(frozen=True)
 class Desire:
-    """What the controller wants of a slot: that this life runs, or that it is dead."""
+    """What the controller wants of a slot: that this life runs, or that it is dead.
+
+    `engine_args` take the place of this agent's own, unless they are None.
+    """
 
     cohort_id: int
     incarnation: int
     running: bool
     master_port: int
     why: str = ""
+    engine_args: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

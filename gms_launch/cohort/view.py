@@ -12,6 +12,7 @@ from gms_launch.cohort.model import Phase
 class Policy:
     """Times in seconds. `limit` failed starts in `window` give a slot up.
 
+    `activate`: who serves is decided here (--activation agent), and not by whoever gets the lock first.
     `group_kill` False: start cohorts and then watch them die, as if there were no launcher (a test switch).
     """
 
@@ -24,11 +25,15 @@ class Policy:
     limit: int
     node_wait: float = 300.0
     group_kill: bool = True
+    activate: bool = False
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One cohort slot: the wanted life, what the records say of it, and when it got to its phase."""
+    """One cohort slot: the wanted life, what the records say of it, and when it got to its phase.
+
+    `generation` counts the rolls that had been asked for when this life was started.
+    """
 
     cohort_id: int
     incarnation: int
@@ -38,20 +43,41 @@ class Slot:
     since: float
     exit: str = ""
     leftovers: tuple[int, ...] = ()
+    generation: int = 0
+
+    @property
+    def life(self) -> tuple[int, int]:
+        return self.cohort_id, self.incarnation
 
 
 @dataclass(frozen=True)
 class KillRequest:
-    """A user's wish: kill the primary, or (scope leader, rank:N) a part of it."""
+    """A user's wish: kill the primary, or (scope leader, rank:N) a part of it.
+
+    `to` is the cohort that shall take over, -1 for any.
+    """
 
     uuid: str
     scope: str
     force: bool
+    to: int = -1
+
+
+@dataclass(frozen=True)
+class RollRequest:
+    """A user's wish: restart the shadows with other engine arguments; None for those that they have."""
+
+    uuid: str
+    engine_args: tuple[str, ...] | None = None
+
+
+Request = KillRequest | RollRequest
 
 
 @dataclass(frozen=True)
 class View:
-    """The run as the leader sees it. `confirmed` is the life that last served a token, as (cohort, incarnation).
+    """The run as the leader sees it. `generation` is the one that lives are started with; `rolling` until one of it has
+    parked. `confirmed` is the life that last served a token, as (cohort, incarnation).
 
     `absent` are nodes without a lease now, by node rank, with a name for people; `lost` those that are taken for lost.
     `gms_down` names the nodes with a dead GMS; `gms_restarting` until every node has the new ones that were wanted.
@@ -60,12 +86,14 @@ class View:
 
     slots: Mapping[int, Slot]
     confirmed: tuple[int, int] | None
-    requests: tuple[KillRequest, ...] = ()
+    requests: tuple[Request, ...] = ()
     absent: Mapping[int, str] = field(default_factory=dict)
     lost: tuple[int, ...] = ()
     gms_down: tuple[str, ...] = ()
     gms_restarting: bool = False
     hung: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    generation: int = 0
+    rolling: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +102,8 @@ class Memory:
 
     `initial` until redundancy was full once: until then a failure ends the run, since a start that fails is a
     mistake that somebody is there to see. `judged` are lives whose end was counted; `not_before` by slot. `served` are
-    lives that gave a token.
+    lives that gave a token. `activated` is the life that was last told to serve (at `activated_at`), `successor` the
+    cohort that a user wants next.
     """
 
     initial: bool = True
@@ -85,3 +114,6 @@ class Memory:
     served: frozenset[tuple[int, int]] = frozenset()
     lost_primary: float | None = None
     absent_since: Mapping[int, float] = field(default_factory=dict)
+    activated: tuple[int, int] | None = None
+    activated_at: float = 0.0
+    successor: int = -1

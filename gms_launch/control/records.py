@@ -58,7 +58,9 @@ class RunRecord(Record):
     """`run`: what everybody must agree on, and the leader's word on the whole. `created` is Unix time in seconds.
 
     `attempt` is run.json's. `lost` are node ranks that are fenced without. `gms_epoch` counts how often all
-    nodes were to begin with new GMS servers. A run that `failed` ends everywhere with that text and `exit_code`.
+    nodes were to begin with new GMS servers. `engine_args` are those that lives are started with since the last roll,
+    the `generation`-th (None: what the agents were started with); `rolling` until a life of it has parked, and until
+    then `engine_args_before` is the way back. A run that `failed` ends everywhere with that text and `exit_code`.
     """
 
     run: str
@@ -75,6 +77,10 @@ class RunRecord(Record):
     redundancy: str = ""
     lost: tuple[int, ...] = ()
     gms_epoch: int = 0
+    engine_args: tuple[str, ...] | None = None
+    engine_args_before: tuple[str, ...] | None = None
+    generation: int = 0
+    rolling: bool = False
     failed: str = ""
     exit_code: int = 0
 
@@ -161,7 +167,10 @@ class NodeRecord(Record):
 
 @dataclass(frozen=True)
 class DesiredCohort(Record):
-    """`desired/cohorts/<id>`: what the controller wants. `why` is for people."""
+    """`desired/cohorts/<id>`: what the controller wants. `why` is for people.
+
+    `engine_args` take the place of the agents' own, unless they are None; `generation` is that of the roll they are of.
+    """
 
     cohort_id: int
     incarnation: int
@@ -169,6 +178,8 @@ class DesiredCohort(Record):
     master_port: int
     why: str = ""
     given_up: bool = False
+    engine_args: tuple[str, ...] | None = None
+    generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,8 +226,11 @@ class EventRecord(Record):
 
 @dataclass(frozen=True)
 class CommandRecord(Record):
-    """`commands/<uuid>`: something that is asked for. `verb` is kill or stop (of users), or kill-rank (of the leader,
-    to the agent of the node that `scope` names as rank:N)."""
+    """`commands/<uuid>`: something that is asked for. `verb` is kill, roll or stop (of users), or kill-rank (of the
+    leader, to the agent of the node that `scope` names as rank:N).
+
+    `to` is the cohort that shall take over, -1 for any; `engine_args` are those of a roll, None for the same again.
+    """
 
     uuid: str
     verb: str
@@ -225,6 +239,8 @@ class CommandRecord(Record):
     incarnation: int = 0
     scope: str = "group"
     force: bool = False
+    to: int = -1
+    engine_args: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class CohortStatus:
     why: str
     given_up: bool
     ranks: tuple[RankRecord, ...]
+    generation: int = 0
 
     @property
     def view(self) -> CohortView:
@@ -49,6 +50,8 @@ class Snapshot:
     stopping: bool
     lost: tuple[int, ...] = ()
     gms_epoch: int = 0
+    generation: int = 0
+    rolling: bool = False
 
     @property
     def redundancy(self) -> Redundancy:
@@ -77,6 +80,8 @@ class Snapshot:
             "created": self.created,
             "nnodes": self.nnodes,
             "lost_nodes": list(self.lost),
+            "generation": self.generation,
+            "rolling": self.rolling,
             "cohorts": [_cohort_json(c) for c in self.cohorts],
             "nodes": [_node_json(n) for n in self.nodes],
         }
@@ -104,6 +109,8 @@ def build(mirror: Mirror) -> Snapshot:
         stopping=any(n.stopping for n in nodes) or (run is not None and run.state is RunState.STOPPING),
         lost=run.lost if run else (),
         gms_epoch=run.gms_epoch if run else 0,
+        generation=run.generation if run else 0,
+        rolling=run.rolling if run else False,
     )
 
 
@@ -124,6 +131,7 @@ def _cohort(desired: DesiredCohort, records: Iterable[RankRecord], nodes: Collec
         role=roles.get(phase, ""),
         why=desired.why,
         given_up=desired.given_up,
+        generation=desired.generation,
         ranks=ranks,
     )
 
@@ -137,6 +145,7 @@ def _cohort_json(c: CohortStatus) -> dict[str, Any]:
         "since": c.since,
         "why": c.why,
         "given_up": c.given_up,
+        "generation": c.generation,
         "ranks": [
             {
                 "node_rank": r.node_rank,

@@ -125,6 +125,7 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
     parser.add_argument("--headless", action="store_true")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--enable-sleep-mode", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="taken as vLLM takes it; nothing here is drawn by chance")
     options = parser.parse_args(argv)
     if options.tensor_parallel_size % options.nnodes:
         parser.error("--tensor-parallel-size must be a multiple of --nnodes")

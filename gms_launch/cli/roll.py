@@ -1,0 +1,98 @@
+"""`gms-launch roll -- ENGINE ARGS`: other engine arguments without an outage.
+
+The leader's agent restarts the shadows, one at a time, and goes back by itself when they do not start
+(`cohort.roll`); this command asks for it, follows it and then switches over. When it is interrupted the run is as safe
+as before: the roll goes on or goes back, and only the switch-over is left to be asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+
+from gms_launch import rundir
+from gms_launch.cli import kill_primary, switch_over
+from gms_launch.cohort.model import Phase, Redundancy
+from gms_launch.control.gateway import Gateway
+from gms_launch.control.records import CommandRecord
+from gms_launch.engines import arguments
+from gms_launch.errors import DeadlineError, LaunchError, UsageError
+from gms_launch.observe import contact, journal
+from gms_launch.observe.snapshot import Snapshot
+from gms_launch.rundir import RunDir
+
+#: Pause between two looks at the run (seconds): engines take seconds to start.
+POLL = 0.2
+
+
+def main(
+    run: str | None, engine_args: list[str] | None, shadow_only: bool, timeout: float | None, as_json: bool
+) -> None:
+    directory, found = rundir.find(run)
+    if found.settings.get("engine") != "command" and (problem := arguments.problem(engine_args or ())):
+        raise UsageError(problem)
+    patience = timeout if timeout is not None else float(found.settings.get("start_timeout", 1800.0))
+    door = contact.gateway(directory, found)
+    begun = time.time()
+    args = tuple(engine_args) if engine_args else None
+    command = CommandRecord(uuid.uuid4().hex, "roll", begun, engine_args=args)
+    kill_primary.ask(directory, door, command, patience)
+    shot = _until_restarted(directory, door, patience, as_json)
+    if shadow_only:
+        if as_json:
+            print(json.dumps({"generation": shot.generation, "switched": False}))
+        return
+    switch_over.hand_over(directory, found, -1, patience, as_json)
+    _until_full(directory, door, patience)
+
+
+def _until_restarted(directory: RunDir, door: Gateway, patience: float, quiet: bool) -> Snapshot:
+    """Wait until every shadow is parked with the new arguments; `patience` is for each of them.
+
+    Raises `LaunchError` when the run went back to the old ones, and `DeadlineError`.
+    """
+    wanted, done, last = 0, -1, time.monotonic()
+    while True:
+        _, shot = contact.read(directory, door)
+        wanted = wanted or shot.generation
+        if shot.generation < wanted:
+            raise LaunchError(_why_back(directory))
+        shadows = [c for c in shot.cohorts if c.phase is not Phase.ACTIVE]
+        new = [c for c in shadows if c.generation >= wanted and c.phase is Phase.PARKED]
+        if len(new) != done:
+            done, last = len(new), time.monotonic()
+            if not quiet:
+                print(f"{done} of {len(shadows)} shadows are parked with the new arguments", flush=True)
+        if len(new) == len(shadows) and new and not shot.rolling:
+            return shot
+        if time.monotonic() - last > patience:
+            raise DeadlineError(
+                f"{done} of {len(shadows)} shadows were parked with the new arguments, and none more within "
+                f"{patience:g} s; the primary still serves with the old ones; see `gms-launch status`"
+            )
+        time.sleep(POLL)
+
+
+def _why_back(directory: RunDir) -> str:
+    """What the leader's agent noted when it went back."""
+    backs = [e for e in journal.read(directory.events) if e.kind == "rolled_back"]
+    if not backs:
+        return "the engine did not start with the new arguments; the run went back to the old ones"
+    last = backs[-1]
+    return (
+        f"cohort {last.cohort_id} did not start with the new arguments ({last.detail}); the run went back to the old "
+        f"ones and nobody was disturbed; `gms-launch logs cohort-{last.cohort_id}.{last.incarnation}` says why"
+    )
+
+
+def _until_full(directory: RunDir, door: Gateway, patience: float) -> None:
+    """Wait until the old primary's slot is parked again, with the new arguments."""
+    deadline = time.monotonic() + patience
+    while contact.read(directory, door)[1].redundancy is not Redundancy.FULL:
+        if time.monotonic() > deadline:
+            raise DeadlineError(
+                f"the new arguments serve, and redundancy was not full again within {patience:g} s; "
+                "see `gms-launch status`"
+            )
+        time.sleep(POLL)

@@ -1,0 +1,72 @@
+"""`gms-launch switch-over`: a planned hand-over.
+
+The primary is killed and its requests are held until a shadow serves them, as at a failover: of all ways to end an
+engine that is the one that loses nothing. Unlike `kill-primary` it is never done without a parked shadow.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from urllib.parse import urlsplit
+
+from gms_launch import rundir
+from gms_launch.cli import kill_primary
+from gms_launch.control.records import CommandRecord
+from gms_launch.errors import DeadlineError, UsageError
+from gms_launch.observe import contact
+from gms_launch.rundir import RunDir, RunFile
+from gms_launch.services import frontend
+from gms_launch.services.base import NotReadyError
+
+#: Pause between two looks for a moment without requests (seconds); the frontend announces nothing.
+IDLE_POLL = 0.05
+
+
+def main(run: str | None, to: str | None, when_idle: float | None, timeout: float, as_json: bool) -> None:
+    directory, found = rundir.find(run)
+    cohort = _cohort(to, found)
+    if when_idle is not None:
+        wait_idle(found, when_idle)
+    hand_over(directory, found, cohort, timeout, as_json)
+
+
+def _cohort(text: str | None, found: RunFile) -> int:
+    """The cohort that was named; -1 for none. Raises `UsageError`."""
+    if text is None:
+        return -1
+    cohorts = int(found.settings.get("shadows", 1)) + 1
+    if not (text.isascii() and text.isdigit() and int(text) < cohorts):
+        raise UsageError(f"--to {text}: the run has cohorts 0 to {cohorts - 1}")
+    return int(text)
+
+
+def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, as_json: bool) -> None:
+    """Ask for it, follow it and print it. Raises `RefusedError`, `NoContactError` and `DeadlineError`."""
+    command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), to=to)
+    answer = kill_primary.ask(directory, contact.gateway(directory, found), command, timeout)
+    failover = kill_primary.follow(directory, found, (answer.cohort_id, answer.incarnation), timeout)
+    kill_primary.show(failover, as_json)
+
+
+def wait_idle(found: RunFile, seconds: float) -> None:
+    """Wait for a moment in which the frontend has no request. Raises `DeadlineError` when none came."""
+    where = urlsplit(found.frontend_url)
+    deadline = time.monotonic() + seconds
+    seen = "nothing was heard from it"
+    while True:
+        try:
+            counted = frontend.traffic(where.hostname or "", where.port or 80)
+            if counted is None:
+                seen = "its metrics do not tell how many requests it has"
+            elif counted[1] == 0:
+                return
+            else:
+                seen = f"{counted[1]:.0f} requests were in flight at the last look"
+        except NotReadyError as exc:
+            seen = str(exc)
+        if time.monotonic() > deadline:
+            raise DeadlineError(
+                f"no quiet moment within {seconds:g} s (--when-idle): {found.frontend_url}: {seen}; nothing was done"
+            )
+        time.sleep(IDLE_POLL)
