@@ -272,9 +272,10 @@ def test_any_number_of_workers_computes_the_same(world: int) -> None:
     mask = (1 << 64) - 1
     whole, here = parts(0, 1), host.HostCompute()
     assert sum(weights.digest(here, parts(r, world)) for r in range(world)) & mask == weights.digest(here, whole)
-    for state in (0, 1 << 20, mask, 0x123456789ABCDEF0):
-        shares = [weights.window(here, parts(r, world), state) for r in range(world)]
-        assert sum(shares) & mask == weights.window(here, whole, state)
+    states = (0, 1 << 20, mask, 0x123456789ABCDEF0)
+    shares = [weights.windows(here, parts(r, world), states) for r in range(world)]
+    assert [sum(s) & mask for s in zip(*shares, strict=True)] == weights.windows(here, whole, states)
+    assert weights.windows(here, whole, states[1:2]) == weights.windows(here, whole, states)[1:2], "batched or not"
 
 
 def test_crash_points_name_a_life(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,16 +14,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from gms_launch.engines.reference import lock
+from gms_launch.engines.reference import answer, lock
 from gms_launch.engines.reference.args import EngineConfig, InjectedError
+from gms_launch.engines.reference.batch import Batch
 from gms_launch.engines.reference.group import Leader
 from gms_launch.engines.reference.metrics import FailoverMetrics
 from gms_launch.engines.reference.spawn import Workers
-from gms_launch.engines.reference.weights import mix
 
 log = logging.getLogger("reference")
-#: Token ids below this are special tokens and single bytes; the demo model's words begin here.
-FIRST_WORD = 300
 
 
 class Engine:
@@ -32,7 +30,8 @@ class Engine:
     def __init__(self, config: EngineConfig, group: Leader) -> None:
         self.config = config
         self.group = group
-        self.vocabulary = _vocabulary_size(config.model)
+        self.batch = Batch(group)
+        self.vocabulary, self.context = _sizes(config.model)
         self.asleep = False
         self.endpoint: Any = None
         # For tests: while this file is there, no token comes.
@@ -73,30 +72,27 @@ class Engine:
             raise InjectedError("error at tokens")
         if kind == "hang" or os.path.exists(self.wedge):
             await asyncio.Event().wait()  # a collective that never ends, with everybody alive
-        stop = request.get("stop_conditions") or {}
-        count = stop.get("max_tokens") or 16
-        state = _sum(await self.group.all(op="prefill"))
-        for token in request["token_ids"]:
-            state = mix(state ^ token)
-        position = len(request["token_ids"])
-        for index in range(count):
+        digest = await self.batch.digest()
+        found = answer.answers(request, digest, self.vocabulary, self.context)
+        if all(a.finished for a in found):
+            yield {"token_ids": [], "finish_reason": "length", "completion_usage": answer.usage(request, found)}
+        while going := [a for a in found if not a.finished]:
             if context.is_stopped():
                 return
             if self.config.knobs.token_seconds:
                 await asyncio.sleep(self.config.knobs.token_seconds)
-            state = mix(state + _sum(await self.group.all(op="step", state=state, position=position + index)))
-            token = FIRST_WORD + state % (self.vocabulary - FIRST_WORD)
-            yield {"token_ids": [token], "finish_reason": "length" if index == count - 1 else None}
+            shares = await asyncio.gather(*(self.batch.step(a.state, a.position) for a in going))
+            for one, share in zip(going, shares, strict=True):
+                chunk = one.take(share)
+                yield chunk | ({"completion_usage": answer.usage(request, found)} if one.finished else {})
 
 
-def _sum(replies: list[dict[str, Any]]) -> int:
-    return int(sum(r["part"] for r in replies) & ((1 << 64) - 1))
-
-
-def _vocabulary_size(model: Path) -> int:
+def _sizes(model: Path) -> tuple[int, int]:
+    """The model's vocabulary and its context, in tokens."""
     import json
 
-    return int(json.loads((model / "config.json").read_text())["vocab_size"])
+    config = json.loads((model / "config.json").read_text())
+    return int(config["vocab_size"]), int(config.get("max_position_embeddings", 4096))
 
 
 async def run(config: EngineConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,13 +175,20 @@ def digest(compute: Compute, parts: list[Shard]) -> int:
     return sum(mix(s.index) * total for s, total in zip(parts, sums, strict=True)) & _MASK
 
 
-def window(compute: Compute, parts: list[Shard], state: int) -> int:
-    """This worker's share of the window of weights that `state` points at."""
+def windows(compute: Compute, parts: list[Shard], states: Sequence[int]) -> list[int]:
+    """This worker's share of the window of weights that each state points at."""
+    spans = [_span(parts, state) for state in states]
+    mine = [span for span in spans if span is not None]
+    sums = iter(compute.weighted_sums(mine) if mine else ())
+    return [0 if span is None else next(sums) for span in spans]
+
+
+def _span(parts: list[Shard], state: int) -> Span | None:
     shard = parts[state % len(parts)]
     length = min(WINDOW, shard.total)
     start = (state >> 16) % (shard.total - length + 1)
     low = max(start, shard.first)
     high = min(start + length, shard.first + shard.words)
     if low >= high:
-        return 0
-    return compute.weighted_sums([Span(shard.address + 8 * (low - shard.first), high - low, low)])[0]
+        return None
+    return Span(shard.address + 8 * (low - shard.first), high - low, low)

@@ -114,11 +114,14 @@ class Worker:
         """Read every byte of the weights."""
         return {"part": weights.digest(self.compute, self.shards)}
 
-    def do_step(self, state: int, position: int) -> Reply:
-        """One token's share. What came before goes through the KV memory."""
-        slot = self.kv_address + 8 * (position % (self.kv_size // 8))
-        self.compute.store(slot, state)
-        return {"part": weights.window(self.compute, self.shards, self.compute.load(slot))}
+    def do_steps(self, states: list[int], positions: list[int]) -> Reply:
+        """One token's share for each of several texts. What came before goes through the KV memory."""
+        seen = []
+        for state, position in zip(states, positions, strict=True):
+            slot = self.kv_address + 8 * (position % (self.kv_size // 8))
+            self.compute.store(slot, state)
+            seen.append(self.compute.load(slot))
+        return {"parts": weights.windows(self.compute, self.shards, seen)}
 
 
 def _end_with_parent() -> None:
