@@ -17,6 +17,7 @@ from typing import Any
 
 from gms_launch import rules
 from gms_launch.errors import UsageError
+from gms_launch.numbers import real, whole
 
 ENV_PREFIX = "GMS_LAUNCH_"
 #: Names with our prefix that are not settings: the process tag, and where runs are recorded.
@@ -284,8 +285,14 @@ def parse(setting: Setting, value: Any, source: str) -> Any:
         raise UsageError(f"{where}: {value!r} is neither true nor false")
     if isinstance(value, bool) or (setting.kind is str and not isinstance(value, str)):
         raise UsageError(f"{where}: expected {setting.kind.__name__}, found {value!r}")
+    parsed: Any
     try:
-        parsed = setting.kind(value)
+        if isinstance(value, str) and setting.kind is not str:
+            parsed = whole(value) if setting.kind is int else real(value)
+        elif setting.kind is int and isinstance(value, float):
+            raise ValueError("a fraction is no port and no count")
+        else:
+            parsed = setting.kind(value)
     except (TypeError, ValueError):
         raise UsageError(f"{where}: {value!r} is not a valid {setting.kind.__name__}") from None
     if setting.choices and parsed not in setting.choices:

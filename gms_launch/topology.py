@@ -17,8 +17,7 @@ from typing import Any
 
 from gms_launch.config import Settings
 from gms_launch.errors import UsageError
-
-LOOPBACK = "127.0.0.1"
+from gms_launch.numbers import count
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ def from_slurm(environ: Mapping[str, str], hands_off: bool = False) -> dict[str,
         return _batch_shell(job, environ)
     nodes = expand(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", ""))
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or len(nodes))
-    per_node = [int(n) for n in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))]
+    counts = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    per_node = [int(n) for n in re.findall(r"([0-9]+)(?:\(x[0-9]+\))?(?:,|$)", counts)]
     if tasks > len(nodes) or max(per_node, default=1) > 1:
         raise UsageError(
             f"step {job}.{environ['SLURM_STEP_ID']} has {tasks} tasks on {len(nodes)} nodes; "
@@ -84,10 +84,10 @@ def _batch_shell(job: str, environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _gpus(environ: Mapping[str, str], nnodes: int) -> dict[str, Any]:
     gpus = environ.get("SLURM_GPUS_ON_NODE", "")
-    count = int(gpus) if gpus.isdigit() and int(gpus) > 0 else 0
-    found: dict[str, Any] = {"tp": nnodes * (count or 1)}
-    if count:
-        found["virtual_gpus"] = min(count, 16)
+    number = count(gpus) or 0
+    found: dict[str, Any] = {"tp": nnodes * (number or 1)}
+    if number:
+        found["virtual_gpus"] = min(number, 16)
     return found
 
 

@@ -29,7 +29,7 @@ POLL = 0.02
 
 
 def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool) -> None:
-    if not re.fullmatch(r"group|leader|rank:\d+", scope):
+    if not re.fullmatch(r"group|leader|rank:[0-9]+", scope):
         raise UsageError(f"--scope {scope!r}: expected group, leader or rank:N")
     directory, found = rundir.find(run)
     if scope.startswith("rank:") and int(scope[5:]) >= found.nnodes:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gms_launch.cli.timeline import _directory as find_directory
 from gms_launch.errors import UsageError
+from gms_launch.numbers import count
 
 
 def main(component: str | None, run: str | None, follow: bool, tail: int, node: int) -> None:
@@ -32,7 +33,8 @@ def main(component: str | None, run: str | None, follow: bool, tail: int, node: 
 
 def newest(names: dict[str, Path], component: str) -> Path | None:
     """The log of the newest life of a component (`cohort-0` -> `cohort-0.7`)."""
-    lives = [(int(n.rpartition(".")[2]), p) for n, p in names.items() if n.rpartition(".")[0] == component]
+    found = [(count(n.rpartition(".")[2]), p) for n, p in names.items() if n.rpartition(".")[0] == component]
+    lives = [(life, path) for life, path in found if life is not None]
     return max(lives)[1] if lives else None
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from gms_launch import __version__
-from gms_launch.cli.options import with_settings
+from gms_launch.cli.options import number, positive, seconds, with_settings
 from gms_launch.config import Settings
 from gms_launch.errors import LaunchError
 
@@ -76,7 +76,9 @@ def kill_primary(
     run: Run = None,
     force: Annotated[bool, typer.Option("--force", help="also without a parked shadow: an outage follows")] = False,
     scope: Annotated[str, typer.Option("--scope", help="group, leader or rank:N (the last two for drills)")] = "group",
-    timeout: Annotated[float, typer.Option("--timeout", help="deadline for the promotion (seconds)")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option("--timeout", parser=seconds, help="deadline for the promotion (seconds)")
+    ] = 60.0,
     json: Json = False,
 ) -> None:
     """Kill the whole primary cohort, wait until a shadow has served a token, print the timeline."""
@@ -137,7 +139,9 @@ def status(
 @app.command("down")
 def down(
     run: Run = None,
-    timeout: Annotated[float, typer.Option("--timeout", help="deadline for the orderly stop (seconds)")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option("--timeout", parser=seconds, help="deadline for the orderly stop (seconds)")
+    ] = 60.0,
     here: Annotated[Optional[int], typer.Option("--here", hidden=True)] = None,  # noqa: UP045
 ) -> None:
     """Stop a run from anywhere and prove that nothing of it is left on any node."""
@@ -154,7 +158,7 @@ def wait(
     run: Run = None,
     timeout: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--timeout", help="give up after so many seconds"),
+        typer.Option("--timeout", parser=seconds, help="give up after so many seconds"),
     ] = None,
 ) -> None:
     """Wait until a run has ended; the exit code is the run's."""
@@ -179,8 +183,8 @@ def logs(
     ] = None,
     run: Run = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="keep printing what is added")] = False,
-    tail: Annotated[int, typer.Option("-n", "--tail", help="lines from the end; 0 for all")] = 50,
-    node: Annotated[int, typer.Option("--node", help="node rank")] = 0,
+    tail: Annotated[int, typer.Option("-n", "--tail", parser=number, help="lines from the end; 0 for all")] = 50,
+    node: Annotated[int, typer.Option("--node", parser=number, help="node rank")] = 0,
 ) -> None:
     """Print the log of a component; the newest life unless one is named."""
     from gms_launch.cli import logs as verb
@@ -215,8 +219,8 @@ def sweep(
 @app.command("demo-model")
 def demo_model(
     directory: Annotated[Path, typer.Argument(help="where to put it")],
-    size: Annotated[int, typer.Option("--mib", min=1, help="size of the weights (MiB)")] = 64,
-    seed: Annotated[int, typer.Option("--seed", help="another seed, another model")] = 1,
+    size: Annotated[int, typer.Option("--mib", parser=positive, help="size of the weights (MiB)")] = 64,
+    seed: Annotated[int, typer.Option("--seed", parser=number, help="another seed, another model")] = 1,
 ) -> None:
     """Make a small model for the reference engine."""
     from gms_launch.cli import demo_model as verb

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
-from gms_launch import topology
+from gms_launch import numbers, topology
 from gms_launch.config import SETTINGS, Setting, Settings, read_toml, resolve
 
 _PANELS = {
@@ -25,6 +25,31 @@ _PANELS = {
 
 #: Who gives a node rank or hosts runs things by hand, also inside a job.
 _BY_HAND = ("NODE_RANK", "GMS_LAUNCH_NODE_RANK", "GMS_LAUNCH_HOSTS")
+
+
+def _typed(read: Callable[[str], float], value: object, minimum: float) -> Any:
+    """What a person typed for an option, as `numbers` reads it; a default is none of their typing."""
+    if not isinstance(value, str):
+        return value
+    try:
+        number = read(value)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from None
+    if number < minimum:
+        raise typer.BadParameter(f"{value} is below {minimum:g}")
+    return number
+
+
+def seconds(value: str) -> float:
+    return float(_typed(numbers.real, value, 0))
+
+
+def number(value: str) -> int:
+    return int(_typed(numbers.whole, value, 0))
+
+
+def positive(value: str) -> int:
+    return int(_typed(numbers.whole, value, 1))
 
 
 def _option(setting: Setting) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gms_launch.cohort import proc, process
 from gms_launch.errors import LaunchError
+from gms_launch.numbers import count
 from gms_launch.rundir import LOCAL_ROOT, node_name, user_root
 
 
@@ -36,8 +37,7 @@ class DeadRun:
 
     @property
     def node_rank(self) -> int:
-        rank = self.name.partition("+")[2]
-        return int(rank) if rank.isdigit() else 0
+        return count(self.name.partition("+")[2]) or 0
 
 
 def main(run: str | None, dry_run: bool) -> None:
@@ -71,7 +71,7 @@ def dead_runs() -> list[DeadRun]:
         if pid == os.getpid() or not proc.same_namespace(pid):
             continue
         name, node_rank = tag.split("/")[0], tag.rpartition("/")[2]
-        name = node_name(name, int(node_rank) if node_rank.isdigit() else 0)
+        name = node_name(name, count(node_rank) or 0)
         dead = runs.setdefault((uid, name), DeadRun(name, uid))
         dead.processes.append(info)
         seen = Path(f"/proc/{pid}/root{user_root(uid)}") / name

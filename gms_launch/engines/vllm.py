@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from gms_launch.cohort.process import Command
 from gms_launch.config import Settings
 from gms_launch.engines import RankSpec, arguments, dynamo, installed
+from gms_launch.numbers import count
 
 MODULES = ("dynamo.vllm", "vllm", "gpu_memory_service")
 DISTRIBUTIONS = ("ai-dynamo", "vllm", "flashinfer-python", "gpu-memory-service")
@@ -117,7 +118,8 @@ class VllmEngine(dynamo.Spoken):
         if spec.interface and spec.nnodes > 1:
             suggested |= {"NCCL_SOCKET_IFNAME": spec.interface, "GLOO_SOCKET_IFNAME": spec.interface}
         if port := os.environ.get("DYN_FORWARDPASS_METRIC_PORT", ""):
-            env["DYN_FORWARDPASS_METRIC_PORT"] = str(int(port) + spec.cohort_id) if port.isdigit() else port
+            number = count(port)
+            env["DYN_FORWARDPASS_METRIC_PORT"] = port if number is None else str(number + spec.cohort_id)
         env |= {k: v for k, v in suggested.items() if k not in os.environ}  # the user's own word wins
         return Command(made.argv, {**made.env, **env})
 

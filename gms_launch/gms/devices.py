@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from gms_launch.gms import gpus
+from gms_launch.numbers import count
 
 #: CUDA numbers GPUs by speed unless told to number them as NVML does, by bus.
 CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -62,7 +63,8 @@ def choose(found: list[gpus.Gpu], visible: str | None) -> list[Device]:
         chosen = []
         for word in (w.strip() for w in visible.split(",")):
             named = [g for g in found if word.startswith(("GPU-", "MIG-")) and g.uuid.startswith(word)]
-            match = named or ([whole[int(word)]] if word.isdigit() and int(word) < len(whole) else [])
+            index = count(word)
+            match = named or ([whole[index]] if index is not None and index < len(whole) else [])
             if not match or match[0] in chosen:
                 break  # CUDA stops at the first entry that names nothing
             chosen.append(match[0])

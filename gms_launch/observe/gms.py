@@ -8,6 +8,7 @@ from gms_launch.cohort import proc
 from gms_launch.control.records import GmsStatus, GpuHolder, GpuStatus
 from gms_launch.gms import gpus, probe
 from gms_launch.gms.devices import TAGS, Device, find_socket
+from gms_launch.numbers import count
 
 #: The state of a socket whose server is gone or does not answer.
 DOWN = "DOWN"
@@ -82,6 +83,7 @@ def _gpu(gpu: gpus.Gpu) -> GpuStatus:
     holders = []
     for pid, size in gpu.processes:
         parts = (proc.tag_of(pid) or "").split("/")
-        who = f"cohort {parts[1]}.{parts[2]}" if len(parts) == 4 and parts[1].isdigit() else (parts[1:2] or ["?"])[0]
+        cohort = len(parts) == 4 and count(parts[1]) is not None
+        who = f"cohort {parts[1]}.{parts[2]}" if cohort else (parts[1:2] or ["?"])[0]
         holders.append(GpuHolder(pid, who, size))
     return GpuStatus(gpu.uuid, gpu.name, gpu.total, gpu.used, tuple(holders))

@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from gms_launch.numbers import count
+
 #: Logs of dead lives that are kept for each component.
 KEEP_LIVES = 20
 
@@ -21,9 +23,9 @@ def rotate(directory: Path, limit: int) -> None:
             os.truncate(log, 0)
     lives: dict[str, list[tuple[int, Path]]] = {}
     for log in directory.glob("*.log"):
-        component, _, number = log.stem.rpartition(".")
-        if number.isdigit():
-            lives.setdefault(component, []).append((int(number), log))
+        component, _, suffix = log.stem.rpartition(".")
+        if (life := count(suffix)) is not None:
+            lives.setdefault(component, []).append((life, log))
     for logs in lives.values():
         for _, log in sorted(logs)[:-KEEP_LIVES]:
             log.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ def kill_wait(timeout: float = 5.0) -> float | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = re.search(r"^KillWait\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    found = re.search(r"^KillWait\s*=\s*([0-9]+)", done.stdout, re.MULTILINE)
     return float(found.group(1)) if found else None
 
 

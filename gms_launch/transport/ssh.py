@@ -96,7 +96,7 @@ class Remote:
 
 def split(host: str) -> tuple[str | None, str, int | None]:
     """User, name and port of `[user@]host[:port]`. Raises `UsageError`."""
-    found = re.fullmatch(r"(?:([^@\s]+)@)?([^@:\s]+)(?::(\d+))?", host)
+    found = re.fullmatch(r"(?:([^@\s]+)@)?([^@:\s]+)(?::([0-9]+))?", host)
     if found is None:
         raise UsageError(f"host {host!r}: expected [user@]host[:port]")
     return found.group(1), found.group(2), int(found.group(3)) if found.group(3) else None
