@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from gms_launch.cohort import membership, process
 from gms_launch.control.records import RunState
-from gms_launch.errors import DeadlineError, NoContactError, UsageError, by_code
+from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
 from gms_launch.services import nats
 
 if TYPE_CHECKING:
@@ -71,10 +71,16 @@ async def start(agent: Agent) -> None:
 
 
 async def clear_node(agent: Agent) -> None:
-    """Kill what an earlier agent of this run may have left here: what we report as dead must be dead."""
+    """Kill what an earlier agent of this run may have left here, and remove its files.
+
+    What we report as dead must be dead, and what etcd knows must be of this attempt. Raises `LaunchError`.
+    """
     spare = frozenset({os.getpid(), agent.guard_pid})
     kill = partial(process.kill_tagged, agent.layout.run, 10.0, spare, node_rank=agent.node_rank)
-    await agent.loop.run_in_executor(None, kill)
+    if left := await agent.loop.run_in_executor(None, kill):
+        pids = ", ".join(str(w.pid) for w in left)
+        raise LaunchError(f"processes {pids} that an earlier agent of run {agent.layout.run} left cannot be killed")
+    agent.layout.node_dir.clear()
 
 
 async def _everybody(agent: Agent) -> None:

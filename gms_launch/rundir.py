@@ -305,6 +305,12 @@ class NodeDir:
         """The lock of one cohort alone (--activation agent)."""
         return self.gms / f"failover-{cohort_id}.lock"
 
+    def clear(self) -> None:
+        """Remove what an earlier agent of this run left in it: its etcd has other passwords. Our own place stays."""
+        for path in self.path.iterdir():
+            if path.name != "agent.lock":
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Remove everything of the run on this node. Only once nothing of it is alive: the lock goes too."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -16,7 +16,7 @@ from gms_launch.cohort import proc
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.proc import ProcessId
 from gms_launch.engines import signals
-from gms_launch.engines.signals import Signals
+from gms_launch.engines.signals import Health, Signals
 from gms_launch.gms import probe
 
 #: In the first looks the members of a group are found anew each time, later after so many: that reads all of /proc.
@@ -53,7 +53,7 @@ class Pulse:
         A port that has never answered is that of an engine still starting, which has a deadline of its own.
         """
         self.stopped_since = None if not look.stopped else self.stopped_since or now
-        if look.signals is not None:
+        if look.signals is not None and look.signals.health.asked:
             here = look.signals.health.healthy is not None
             self.answered |= here
             self.silent_since = None if here or not self.answered else self.silent_since or now
@@ -78,6 +78,8 @@ class Feeler:
     _members: list[ProcessId] = field(default_factory=list)
     _vital: tuple[ProcessId, ...] = ()
     _looks: int = 0
+    _due: int = 1
+    _pause: int = 1
 
     def feel(self, kv_sockets: Collection[Path], phase: Phase, fresh: bool) -> Look:
         """One look at a rank in `phase`. `fresh`: find its members anew, since it has just changed its phase.
@@ -95,13 +97,28 @@ class Feeler:
         stopped = tuple(info.pid for info in found if info.state == STOPPED)
         if not self.port:
             return Look(stopped=stopped, vital=self._vital)
-        health = signals.ask(self.address, self.port, self.timeout, metrics=phase in (Phase.STARTING, Phase.WAKING))
+        health = self._ask(phase)
         holds = not active and any(
             (info := proc.stat(pid)) is not None and info.pgid == self.leader.pid
             for pid in proc.flock_holders(str(self.lock))
         )
         mapped = holds and all(map(_has_writer, kv_sockets))
         return Look(Signals(health, holds, registered=active), mapped, stopped, self._vital)
+
+    def _ask(self, phase: Phase) -> Health:
+        """What the system port says. Of an engine that starts /health is asked for in the looks 1, 2, 4, 8 and so on.
+
+        It answers 503 until the engine is parked, and logs each as an error, which hides the real ones.
+        """
+        if phase is not Phase.STARTING:
+            return signals.ask(self.address, self.port, self.timeout, metrics=phase is Phase.WAKING)
+        if self._looks < self._due:
+            return signals.ask_metrics(self.address, self.port, self.timeout)
+        found = signals.ask(self.address, self.port, self.timeout)
+        # One that does not answer is asked again at the next look: it may hang, or its port is not there yet.
+        self._pause = 1 if found.healthy is None else 2 * self._pause
+        self._due = self._looks + self._pause
+        return found
 
 
 def _has_writer(socket: Path) -> bool:

@@ -20,10 +20,14 @@ _STATE = re.compile(r'^dynamo_component_engine_failover_state\{[^}]*\bstate="(\w
 
 @dataclass(frozen=True)
 class Health:
-    """What the system port said. `healthy` is None when nobody answered, `state` empty without failover metrics."""
+    """What the system port said. `healthy` is None when nobody answered, `state` empty without failover metrics.
+
+    `asked` is False when /health was left alone, and nothing is known of whether the engine would have answered.
+    """
 
     healthy: bool | None = None
     state: str = ""
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,15 @@ def phase(signals: Signals) -> Phase | None:
 def mapped(signals: Signals, kv_session: bool) -> bool:
     """True when the engine is awake: it has the lock, and a writer is at the KV memory. `kv_session`: GMS's word."""
     return signals.holds_lock and kv_session
+
+
+def ask_metrics(address: str, port: int, timeout: float) -> Health:
+    """GET /metrics alone: of an engine that starts, whose /health is a 503 that it logs as an error each time."""
+    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+    try:
+        return Health(state=_state(connection), asked=False)
+    finally:
+        connection.close()
 
 
 def ask(address: str, port: int, timeout: float, metrics: bool = True) -> Health:

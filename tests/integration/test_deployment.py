@@ -362,3 +362,21 @@ def test_an_agent_goes_on_when_nobody_reads_what_it_says(tmp_path: Path, model: 
         agent.wait()
         if listener == "does not read":
             os.close(reader)
+
+
+def test_up_under_the_name_of_a_run_whose_agent_was_killed(tmp_path: Path, model: Path) -> None:
+    """As a requeued job does, which keeps its number: etcd's old data has other passwords."""
+    extra = ["--health-interval", "0.1"]
+    with Deployment(tmp_path / "home", model, *extra, REFERENCE_START_SECONDS="4") as run:
+        before = run.text()
+        left = run.node_dir / "left-by-the-first"
+        left.write_text("")
+        # Meanwhile, of the start: /health answers 503 until an engine is parked, and every one is a red line in its log.
+        log = (run.home / run.run / "logs" / "node0" / "cohort-0.1.log").read_text()
+        assert 1 <= sum("503" in line for line in log.splitlines()) <= 8, log
+        os.kill(run.agent.pid, signal.SIGKILL)
+        eventually(lambda: run.alive() == [], what="everything dies with the agent")
+        assert (run.node_dir / "etcd").is_dir()
+        done = run.up()
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert run.text() == before and not left.exists()
