@@ -96,6 +96,7 @@ class Agent:
             activate=self.settings.activation == "agent",
         )
         self.confirmed: tuple[int, int] | None = None
+        self.no_token = ""
         self.canary = Canary(layout) if self.is_leader and self.settings.canary else None
         self.gms_epoch = 0
         self._renewing = False

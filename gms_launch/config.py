@@ -304,8 +304,8 @@ def parse(setting: Setting, value: Any, source: str) -> Any:
     return parsed
 
 
-def read_toml(path: Path, table_name: str = "gms-launch") -> dict[str, Any]:
-    """The settings of a TOML file: the table of that name if it is there, else the whole file."""
+def read_toml(path: Path, table_name: str = "gms-launch", what: str = "settings file") -> dict[str, Any]:
+    """The table of that name of a TOML file if it is there, else the whole file. Raises `UsageError`, `what` it is."""
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
@@ -313,14 +313,14 @@ def read_toml(path: Path, table_name: str = "gms-launch") -> dict[str, Any]:
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise UsageError(f"settings file {path} does not exist") from None
+        raise UsageError(f"{what} {path} does not exist") from None
     except OSError as exc:
-        raise UsageError(f"settings file {path} cannot be read: {exc.strerror}") from None
+        raise UsageError(f"{what} {path} cannot be read: {exc.strerror}") from None
     except ValueError as exc:
-        raise UsageError(f"settings file {path} is not valid TOML: {exc}") from None
+        raise UsageError(f"{what} {path} is not valid TOML: {exc}") from None
     table = data.get(table_name, data)
     if not isinstance(table, dict):
-        raise UsageError(f"settings file {path}: [{table_name}] is not a table")
+        raise UsageError(f"{what} {path}: [{table_name}] is not a table")
     return table
 
 

@@ -58,6 +58,7 @@ def view(agent: Agent) -> View:
         slots=slots,
         confirmed=agent.confirmed,
         requests=tuple(_request(c) for c in waiting),
+        no_token=agent.no_token,
         absent={
             r: gather.node_name(agent, r)
             for r in membership.missing(agent.mirror.nodes, agent.layout.topology.nnodes)
@@ -212,8 +213,10 @@ async def confirm(agent: Agent, rank: Rank) -> None:
     """
     begun = time.monotonic()
     seen = TokenWatch(agent.layout)
+    agent.no_token = ""
     while rank.phase is Phase.ACTIVE and not agent.stopping.is_set():
         if not await agent.loop.run_in_executor(None, seen.a_token_came):
+            agent.no_token = seen.why
             # Quickly while it is about to come, then without getting in anybody's way.
             await asyncio.sleep(CONFIRM_PAUSE if time.monotonic() - begun < 2.0 else 0.2)
             continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 LATER = 4
 #: What stands for a secret in a printed plan.
 HIDDEN = "<hidden>"
+#: What huggingface.co calls a model: never two slashes, no dot in front.
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SECRET = ("PASSWORD",)
 
 
@@ -239,8 +242,8 @@ class Layout:
         found = len(self.devices())
         if local > found:
             raise UsageError(
-                f"{self.settings.world} GPUs over {self.settings.nnodes} nodes are {local} on this node; it has "
-                f"{found}" + ("; see --virtual-gpus" if self.gms_memory == "host" else "")
+                f"{self._size()} over {self.settings.nnodes} nodes is {local} GPUs on each; this node has {found}"
+                + ("; see --virtual-gpus" if self.gms_memory == "host" else "")
             )
         if self.topology.is_leader:
             if self.own_etcd:
@@ -251,6 +254,12 @@ class Layout:
                 raise UsageError(
                     f"dynamo.frontend cannot be imported by {self.python}; pip install 'gms-launch[dynamo]'"
                 )
+
+    def _size(self) -> str:
+        """The wanted GPUs by the settings that say how many."""
+        names = [n for n in ("tp", "pp") if getattr(self.settings, n) > 1 or n == "tp"]
+        said = [f"{n} {getattr(self.settings, n)} (from {self.settings.sources.get(n, 'nnodes')})" for n in names]
+        return " times ".join(said)
 
     def processes(self) -> list[tuple[str, Command]]:
         """Every process of this node in the order of its start."""
@@ -308,8 +317,13 @@ def check_model(settings: Settings) -> None:
     """Raise `UsageError` unless the model is a directory with a config."""
     if not settings.model:
         raise UsageError("no model was given: --model DIRECTORY (or MODEL); `gms-launch demo-model` makes a small one")
-    if settings.engine == "reference" or settings.model.startswith(("/", ".", "~")):
-        path = Path(settings.model)
+    path = Path(settings.model)
+    if HUB_NAME.fullmatch(settings.model) and not path.exists() and settings.engine != "command":
+        raise UsageError(
+            f"model {settings.model!r}: names of the hub are not taken, since every engine would look for it by "
+            f"itself; `hf download {settings.model} --local-dir DIR` to where all nodes see it, and --model DIR"
+        )
+    if settings.engine != "command" or settings.model.startswith(("/", ".", "~")):
         if not (path / "config.json").is_file():
             raise UsageError(
                 f"model {settings.model!r}: {path.absolute()} is not a model directory (no config.json in it)"

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
 from gms_launch import rundir
 from gms_launch.cohort.failover import fold
-from gms_launch.errors import NoContactError
+from gms_launch.errors import NoContactError, UsageError
 from gms_launch.observe import journal
 from gms_launch.rundir import RunDir
 
+#: Of an HTML page (characters).
+PAGE_WIDTH = 140
+
 
 def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) -> None:
+    if as_json and html is not None:
+        raise UsageError("--json and --html are two ways to print the same; give one of them")
     directory = _directory(run)
     events = journal.read(directory.events)
     run_file = directory.read()
@@ -28,7 +34,7 @@ def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) ->
 
     from gms_launch.observe import views
 
-    console = Console(record=html is not None, width=140 if html else None, quiet=html is not None)
+    console = Console() if html is None else Console(record=True, width=PAGE_WIDTH, file=io.StringIO())
     if all_events:
         console.print(views.events(events))
     elif not failovers:
@@ -37,7 +43,10 @@ def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) ->
         console.print(views.failover(found))
         console.print()
     if html is not None:
-        console.save_html(str(html))
+        try:
+            console.save_html(str(html))
+        except OSError as exc:
+            raise UsageError(f"--html {html} cannot be written: {exc.strerror}") from None
         print(f"written to {html}")
 
 

@@ -165,7 +165,10 @@ def _too_late(slot: Slot, view: View, policy: Policy, now: float) -> str:
         return f"not parked within {policy.start_timeout:g} s (start_timeout)"
     waking = slot.phase in (Phase.WAKING, Phase.ACTIVE) and view.confirmed != (slot.cohort_id, slot.incarnation)
     if waking and now - slot.since >= policy.promotion_timeout:
-        return f"no token within {policy.promotion_timeout:g} s of the lock (promotion_timeout)"
+        why = f": {view.no_token}" if view.no_token and slot.phase is Phase.ACTIVE else ""
+        if slot.phase is Phase.WAKING:
+            why = ": it has not registered in discovery, so nothing serves its model"
+        return f"no token within {policy.promotion_timeout:g} s of the lock (promotion_timeout){why}"
     return ""
 
 

@@ -17,7 +17,7 @@ STEPS: Mapping[str, str] = {
     "dead": "no process of the cohort is alive on any node",
     "lock": "the shadow has the lock",
     "awake": "weights and KV are mapped",
-    "registered": "the shadow is in discovery",
+    "registered": "the shadow is in discovery, or says that it serves",
     "first_token": "a token came through the frontend",
     "fenced": "proved dead on every node",
     "rearmed": "a fresh shadow is parked in the dead slot",

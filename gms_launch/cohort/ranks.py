@@ -116,7 +116,7 @@ class Rank:
                 self.woke()
             phase = self.engine.phase_of(line)
             if phase is not None:
-                self.reached(phase)
+                self.reached(phase, "by its own word")
 
     def woke(self) -> None:
         """The memory is mapped, and only registration is left."""
@@ -124,8 +124,11 @@ class Rank:
             self.awake = True
             self.on_event(self, "awake", time.time(), "")
 
-    def reached(self, phase: Phase) -> None:
-        """The engine is in `phase` now. A signal that comes twice, or late, changes nothing."""
+    def reached(self, phase: Phase, how: str = "") -> None:
+        """The engine is in `phase` now. A signal that comes twice, or late, changes nothing.
+
+        `how` it is known that it serves, where that is not discovery's word.
+        """
         order = [Phase.STARTING, Phase.PARKED, Phase.WAKING, Phase.ACTIVE]
         if self.phase not in order or order.index(phase) <= order.index(self.phase):
             return
@@ -133,7 +136,8 @@ class Rank:
         self._move(phase, now)
         if phase is Phase.PARKED:
             self.news.set()  # a good moment to look at it; later ones are not, while it takes over
-        self.on_event(self, {Phase.PARKED: "parked", Phase.WAKING: "lock", Phase.ACTIVE: "registered"}[phase], now, "")
+        kind = {Phase.PARKED: "parked", Phase.WAKING: "lock", Phase.ACTIVE: "registered"}[phase]
+        self.on_event(self, kind, now, how if phase is Phase.ACTIVE else "")
         if phase is Phase.ACTIVE:
             self._unwatch()
 
@@ -187,7 +191,7 @@ class Rank:
             return
         self.read_log()
         if (phase := signals.phase(look.signals)) is not None:
-            self.reached(phase)
+            self.reached(phase, "" if look.signals.registered else "by its own word")
         if signals.mapped(look.signals, look.kv_session):
             self.woke()
 

@@ -116,7 +116,7 @@ def read(file: str) -> CommandEngine:
     if not file:
         raise UsageError("--engine command needs --engine-file FILE, which says how to run it (docs/engines.md)")
     path = Path(os.path.expanduser(file))
-    table = read_toml(path, "engine")
+    table = read_toml(path, "engine", "engine file")
     try:
         described = msgspec.convert(table, File)
     except msgspec.ValidationError as exc:

@@ -18,7 +18,7 @@ PATIENCE = 2.0
 
 
 class TokenWatch:
-    """Looks for a token that came through the frontend after this was made. In a thread."""
+    """Looks for a token that came through the frontend after this was made. In a thread. `why` says why none came."""
 
     def __init__(self, layout: Layout) -> None:
         self._where = (layout.frontend_address, layout.ports.frontend)
@@ -26,6 +26,7 @@ class TokenWatch:
         self._before: float | None = None
         self._listed_at: float | None = None
         self._quiet_since = 0.0
+        self.why = ""
 
     def a_token_came(self) -> bool:
         """True once one did. Sends a request for one if the model is there and nobody else asks."""
@@ -34,6 +35,7 @@ class TokenWatch:
                 counted = frontend.traffic(*self._where)
                 self._before = counted[0] if counted else self._before
                 if not frontend.listed(*self._where, self._model):
+                    self.why = f"nothing serves {self._model}: the frontend lists no engine for it"
                     return False
                 self._listed_at = self._quiet_since = time.monotonic()
             now, counted = time.monotonic(), frontend.traffic(*self._where)
@@ -46,6 +48,7 @@ class TokenWatch:
                 if now - self._quiet_since < QUIET:
                     return False
             frontend.one_token(*self._where, self._model)
-        except NotReadyError:
+        except NotReadyError as exc:
+            self.why = str(exc)
             return False
         return True

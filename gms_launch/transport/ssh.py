@@ -7,6 +7,7 @@ honoured for HostName, User, Port, IdentityFile and UserKnownHostsFile.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,9 @@ from gms_launch.errors import NoContactError, UsageError
 from gms_launch.transport import Done
 
 SYSTEM_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts"
+# What goes wrong is raised, and said once by whoever asked; on the terminal paramiko's own lines only disturb.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
+logging.getLogger("paramiko").propagate = False
 #: A dead peer is noticed within about three of these (seconds).
 KEEPALIVE = 10
 
@@ -144,10 +148,13 @@ def connect(host: str, timeout: float = 10.0) -> Connection:
     except (paramiko.SSHException, OSError) as exc:
         client.close()
         text = str(exc) or type(exc).__name__
+        if isinstance(exc, TimeoutError) or "banner" in text or "No existing session" in text:
+            text = f"no SSH server answers there within {timeout:g} s: is the host frozen, or overloaded?"
         if "not found in known_hosts" in text:
             text = f"its host key is not in known_hosts; connect once with `ssh {host}` and check the key"
         raise explain(text) from None
     transport = client.get_transport()
     assert transport is not None
+    transport.channel_timeout = timeout  # a host may freeze at any time, and paramiko waits for an hour
     transport.set_keepalive(KEEPALIVE)
     return Connection(host, client)

@@ -113,3 +113,67 @@ def test_the_proof_of_a_node_is_what_it_says_and_not_how_the_way_there_ended() -
     assert proof_in('{"killed": 0}\n') == 0
     assert proof_in('srun: job 7 queued\n{"killed": 3}\n') == 3
     assert proof_in("") is None and proof_in('{"killed"') is None and proof_in("[1]\n7\n") is None
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["kill-primary", "--scope", "rank:١"], "expected group, leader or rank:N"),
+        (["kill-primary", "--timeout", "nan"], "'nan' is not a number"),
+        (["logs", "-n", "-3"], "-3 is below 0"),
+        (["timeline", "--json", "--html", "x.html"], "--json and --html are two ways"),
+        (["up", "--engine", "reference", "--model", "Qwen/Qwen3-0.6B"], "names of the hub are not taken"),
+        (["up", "--model", "Qwen/Qwen3-0.6B"], "hf download Qwen/Qwen3-0.6B --local-dir DIR"),
+    ],
+)
+def test_what_is_typed_wrong_is_said(tmp_path: Path, args: list[str], says: str) -> None:
+    code, text = run(tmp_path, *args)
+    assert code == 2 and says in text, text
+
+
+def test_too_many_gpus_are_named_by_the_setting_that_asks_for_them(tmp_path: Path, model: Path) -> None:
+    code, text = run(tmp_path, "up", "--engine", "reference", "--model", str(model), "--tp", "3", "--virtual-gpus", "1")
+    assert code == 2 and "tp 3 (from --tp) over 1 nodes is 3 GPUs on each; this node has 1" in text, text
+
+
+def test_a_broken_engine_file_is_called_one(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "engine.toml"
+    file.write_text("[engine\n")
+    code, text = run(tmp_path, "up", "--model", str(model), "--engine", "command", "--engine-file", str(file))
+    assert code == 2 and f"engine file {file} is not valid TOML" in text, text
+
+
+def test_a_fault_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    from gms_launch.engines.reference.args import Knobs
+
+    assert Knobs(fault="0.1:parked=hang,*.*:waking").fault == "0.1:parked=hang,*.*:waking"
+    for fault in ("0.1:parked=crsh", "0.1:praked=crash", "0.1"):
+        with pytest.raises(ValueError, match="a kind of crash, hang, error"):
+            Knobs(fault=fault)
+
+
+def test_timeline_writes_a_page_that_has_the_failovers(tmp_path: Path) -> None:
+    from gms_launch.control.records import EventRecord
+
+    directory = tmp_path / "home" / "r1"
+    directory.mkdir(parents=True)
+    ended = {"run": "r1", "version": "0", "created": 1.0, "leader_host": "a", "leader_boot_id": "", "agent_pid": 1}
+    (directory / "run.json").write_text(
+        json.dumps(ended | {"agent_start": 1, "node_dir": "/x", "etcd_endpoints": [], "ended": 2.0})
+    )
+    events = [
+        EventRecord(100.0, 0, "exit", 0, 1, "killed by SIGKILL", {"role": "primary"}),
+        EventRecord(100.2, 0, "lock", 1, 1),
+        EventRecord(100.3, 0, "first_token", 1, 1),
+    ]
+    (directory / "events.jsonl").write_bytes(b"".join(e.encode() + b"\n" for e in events))
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("GMS_LAUNCH_", "SLURM_"))}
+    env |= {"GMS_LAUNCH_HOME": str(tmp_path / "home")}
+    for more, shown in ([], "first_token"), (["--events"], "killed by SIGKILL"):
+        page = tmp_path / "page.html"
+        done = gms_launch("timeline", "--run", "r1", "--html", str(page), *more, env=env)
+        assert done.returncode == 0 and str(page) in done.stdout, done.stderr
+        text = page.read_text()
+        assert text.startswith("<!DOCTYPE html>") and shown in text
+    done = gms_launch("timeline", "--run", "r1", "--html", str(tmp_path / "no" / "page.html"), env=env)
+    assert done.returncode == 2 and "cannot be written" in done.stderr

@@ -354,7 +354,11 @@ def test_a_promotion_that_does_not_end_is_killed() -> None:
     hanging = view(slot(0, Phase.FENCED, running=False), slot(1, Phase.WAKING, since=5.0), confirmed=(0, 1))
     _, memory = controller.decide(hanging, RUNNING, POLICY, 6.0)
     actions, _ = controller.decide(hanging, memory, POLICY, 25.0)
-    assert Kill(1, 1, "no token within 20 s of the lock (promotion_timeout)") in actions
+    late = "no token within 20 s of the lock (promotion_timeout): "
+    assert Kill(1, 1, late + "it has not registered in discovery, so nothing serves its model") in actions
+    listed = replace(view(slot(1, Phase.ACTIVE, since=5.0), confirmed=(0, 1)), no_token="nothing serves tiny")
+    actions, _ = controller.decide(listed, RUNNING, POLICY, 25.0)
+    assert Kill(1, 1, late + "nothing serves tiny") in actions
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,16 @@ class Knobs:
             stray=environ.get("REFERENCE_STRAY", "") == "1",
         )
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a fault that there is not: a test that asks for one must not pass without it."""
+        for word in filter(None, self.fault.split(",")):
+            point, _, kind = word.partition(":")[2].partition("=")
+            if point not in POINTS or (kind or "crash") not in KINDS:
+                raise ValueError(
+                    f"REFERENCE_FAULT {word!r}: expected COHORT.LIFE:POINT=KIND with a point of {', '.join(POINTS)} "
+                    f"and a kind of {', '.join(KINDS)}"
+                )
+
     def fault_at(self, point: str, tag: str) -> str:
         """How this life is to fail at `point`; empty when it is not. `tag` is GMS_LAUNCH_TAG."""
         assert point in POINTS
@@ -133,6 +143,10 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
         parser.error("--headless goes with --node-rank above 0, and only with that")
     if environ.get("DYN_VLLM_GMS_SHADOW_MODE", "").lower() not in ("1", "true"):
         parser.error("DYN_VLLM_GMS_SHADOW_MODE must be true: this engine knows shadow mode only")
+    try:
+        knobs = Knobs.from_environ(environ)
+    except ValueError as exc:
+        parser.error(str(exc))
     return EngineConfig(
         model=options.model,
         served_model_name=options.served_model_name or str(options.model),
@@ -146,7 +160,7 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
         lock_path=environ.get("FAILOVER_LOCK_PATH", "/shared/failover.lock"),
         gms_socket_dir=Path(environ["GMS_SOCKET_DIR"]),
         namespace=environ.get("DYN_NAMESPACE", "dynamo"),
-        knobs=Knobs.from_environ(environ),
+        knobs=knobs,
         tag=environ.get("GMS_LAUNCH_TAG", ""),
         device=environ.get("REFERENCE_DEVICE", "host"),
     )
