@@ -371,7 +371,7 @@ def test_up_under_the_name_of_a_run_whose_agent_was_killed(tmp_path: Path, model
         before = run.text()
         left = run.node_dir / "left-by-the-first"
         left.write_text("")
-        # Meanwhile, of the start: /health answers 503 until an engine is parked, and every one is a red line in its log.
+        # Of the start: /health is a 503 until an engine is parked, and each of them a red line in its log.
         log = (run.home / run.run / "logs" / "node0" / "cohort-0.1.log").read_text()
         assert 1 <= sum("503" in line for line in log.splitlines()) <= 8, log
         os.kill(run.agent.pid, signal.SIGKILL)
