@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
-from gms_launch import ending, gather, leading
+from gms_launch import ending, gather, leading, upkeep
 from gms_launch.cohort import controller, guard, membership, process, reconciler
 from gms_launch.cohort.gates import Gates
 from gms_launch.cohort.model import ALIVE, Phase, Redundancy
@@ -37,23 +37,27 @@ from gms_launch.observe import snapshot
 from gms_launch.observe.follow import FileWatcher
 from gms_launch.observe.gms import GmsWatch
 from gms_launch.observe.reporter import Reporter
-from gms_launch.observe.rotate import rotate
 from gms_launch.plan import Layout
 from gms_launch.rundir import NodeEnd
 from gms_launch.services.base import Service
 from gms_launch.services.canary import Canary
 from gms_launch.services.runner import ServiceRunner
+from gms_launch.spool.output import Output
+from gms_launch.spool.writer import Writer
+from gms_launch.tasks import Tasks
 
 log = logging.getLogger("agent")
 
-#: How often logs are measured and GMS is asked when nothing happens (seconds).
-HOUSEKEEPING = 10.0
+#: Pause after a step that failed for an error of ours (seconds), and how many in a row end the run.
+STEP_AGAIN = 1.0
+STEPS_FAILED = 10
 #: Least time between two reports of this node and views for people (seconds).
 SHOW_PAUSE = 0.05
 
 
 class Agent:
-    """Runs one node of one run. `on_progress` gets lines for people, `on_change` a snapshot whenever it changed.
+    """Runs one node of one run. `writer` writes what is for people; `on_progress` gets lines for them, `on_change` a
+    snapshot whenever it changed.
 
     `ends` says, after `run`, how the nodes of the run ended, as far as this agent knows.
     """
@@ -61,6 +65,7 @@ class Agent:
     def __init__(
         self,
         layout: Layout,
+        writer: Writer,
         on_progress: Callable[[str], None],
         on_change: Callable[[snapshot.Snapshot], None] = lambda _: None,
     ) -> None:
@@ -73,10 +78,15 @@ class Agent:
         self.ready = asyncio.Event()
         self.redundancy = Redundancy.DOWN
         self.progress, self._on_change = on_progress, on_change
-        self.report = Reporter(layout, self.mirror)
+        self.writer = writer
+        self.report = Reporter(layout, self.mirror, writer)
+        self.tasks = Tasks(self.fail, self._outlived)
+        self.spawn = self.tasks.spawn
         self.gms = GmsWatch(layout.devices(), layout.node_dir.gms)
         self.gates = Gates(layout.gates)
-        self.ranks = RankSet(layout, self.mirror, self.report, self.gms, self.gates, self.spawn, self._rank_event)
+        self.ranks = RankSet(
+            layout, self.mirror, self.report, writer, self.gms, self.gates, self.spawn, self._rank_event
+        )
         self.failure: LaunchError | None = None
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
@@ -102,13 +112,13 @@ class Agent:
         self._renewing = False
         self._shown = 0.0
         self.answered: set[str] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- life of the agent -------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Start everything, keep it running until told to stop, stop it. Raises what ended the run early."""
         self.loop = asyncio.get_running_loop()
+        self.tasks.watch(self.loop)
         process.become_subreaper()
         log_file = self.layout.run_dir.logs / f"guard-node{self.node_rank}.log"
         self.guard_pid, self._guard = guard.start(self.layout.run, self.node_rank, log_file, self.gates.take())
@@ -122,6 +132,9 @@ class Agent:
                 await self._work()
         except LaunchError as exc:
             self.failure = self.failure or exc
+        except Exception as exc:
+            self.report.unexpected("the agent cannot go on", exc)
+            self.failure = self.failure or LaunchError(f"internal error in the agent: {exc!r}")
         finally:
             self.stopping.set()
             await ending.shut_down(self)
@@ -141,6 +154,11 @@ class Agent:
         if self.failure is None:
             self.failure = error
         self.stop("the run failed")
+
+    def _outlived(self, what: str, error: BaseException) -> None:
+        """An error of ours in a task or a callback: the run goes on."""
+        self.report.unexpected(what, error)
+        self.wake.set()
 
     async def _or_stopped(self, work: Coroutine[Any, Any, None]) -> None:
         """Await `work`, but no longer than until somebody says stop."""
@@ -164,41 +182,36 @@ class Agent:
     async def start_service(self, service: Service) -> None:
         """Start a service and wait until it is ready. Raises `ServiceError`."""
         tag = f"{self.layout.run}/{service.name}"
-        runner = ServiceRunner(service, tag, self.node_rank, self.layout.log_dir, self._service_changed)
+        runner = ServiceRunner(service, tag, self.node_rank, self._output, self._service_changed)
         self.services[service.name] = runner
         begun = time.monotonic()
         await runner.start()
         self.progress(f"{service.name} ready after {time.monotonic() - begun:.1f} s (pid {runner.pid})")
 
+    def _output(self, name: str) -> Output:
+        return self.writer.output(self.layout.log_dir / name)
+
     async def _work(self) -> None:
         """The loop: look, decide, act; sleep until something happens or a deadline comes."""
-        self.spawn(self._housekeeping())
+        self.spawn(upkeep.keep_up(self))
+        failed = 0
         while not self.stopping.is_set():
             self.wake.clear()
-            pause = self._step()
+            try:
+                pause = self._step()
+                failed = 0
+            except LaunchError:
+                raise
+            except Exception as exc:
+                # What is wanted and what is there are compared anew at each step: the next may do what this did not.
+                failed += 1
+                if failed >= STEPS_FAILED:
+                    raise
+                self.report.unexpected("a step of the loop failed", exc)
+                await asyncio.sleep(STEP_AGAIN)
+                continue
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.wake.wait(), pause)
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run `work` beside the loop; an error in it ends the run."""
-        task = self.loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_ended)
-
-    def _task_ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
-            return
-        if not isinstance(error, LaunchError):
-            log.error("internal error", exc_info=error)
-            error = LaunchError(f"internal error in the agent: {error!r}")
-        self.fail(error)
-
-    async def cancel_tasks(self) -> None:
-        """End whatever runs beside the loop."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -283,10 +296,13 @@ class Agent:
             self.spawn(self._renew_gms(run.gms_epoch))
 
     async def _renew_gms(self, epoch: int) -> None:
-        for service in self.layout.gms_services():
-            await self.services[service.name].renew()
-        await self.look_at_gms()
-        self.gms_epoch, self._renewing = epoch, False
+        try:
+            for service in self.layout.gms_services():
+                await self.services[service.name].renew()
+            await self.look_at_gms()
+            self.gms_epoch = epoch
+        finally:
+            self._renewing = False
         self.wake.set()
 
     # -- what the parts report ---------------------------------------------------------------------------------
@@ -352,6 +368,8 @@ class Agent:
             left=left,
             failed=str(failed or ""),
             exit_code=failed.exit_code if failed else 0,
+            writing=self.report.places(),
+            internal_errors=self.report.errors,
             force=force,
         )
 
@@ -379,12 +397,3 @@ class Agent:
     async def look_at_gms(self) -> None:
         await self.loop.run_in_executor(None, self.gms.look)
         self.wake.set()
-
-    async def _housekeeping(self) -> None:
-        """What needs no event: ask GMS, rotate logs, try again to fence what would not die."""
-        limit = self.settings.log_max_mib * 1024 * 1024
-        while True:
-            await asyncio.sleep(HOUSEKEEPING)
-            await self.look_at_gms()
-            await self.loop.run_in_executor(None, rotate, self.layout.log_dir, limit)
-            self.ranks.fence_again()

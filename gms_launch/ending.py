@@ -41,7 +41,7 @@ async def shut_down(agent: Agent) -> None:
         )
     agent.publish_node()
     await _stop_ranks(agent)
-    await agent.cancel_tasks()
+    await agent.tasks.cancel()
     names = [n for n in agent.services if n != "etcd"]
     await asyncio.gather(*(agent.services[n].stop(min(3.0, agent.settings.engine_grace)) for n in names))
     wait = agent.settings.kill_wait if agent.hurry else max(agent.settings.kill_wait, CALM)
@@ -63,7 +63,6 @@ async def shut_down(agent: Agent) -> None:
     agent.files.close()
     own = NodeEnd(agent.node_rank, agent.layout.topology.host, not left, left)
     agent.ends = tuple(sorted([*agent.ends, own], key=lambda e: e.node_rank))
-    agent.report.close()
     agent.progress("stopped")
 
 

@@ -203,7 +203,7 @@ def _log_of(agent: Agent, cohort_id: int) -> str:
     if found is None:
         return ""
     path = agent.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
-    return f"\n  log: {path}\n{log_excerpt(path)}"
+    return f"\n  log: {path}\n{log_excerpt(agent.ranks.output(found) or path)}"
 
 
 async def confirm(agent: Agent, rank: Rank) -> None:

@@ -22,8 +22,9 @@ from gms_launch.config import Settings
 from gms_launch.engines import DynamoPlane, Engine, RankSpec, installed
 from gms_launch.errors import UsageError
 from gms_launch.gms import devices
+from gms_launch.nodedir import NodeDir
 from gms_launch.ports import Ports
-from gms_launch.rundir import Credentials, NodeDir, RunDir
+from gms_launch.rundir import Credentials, RunDir
 from gms_launch.services import etcd, frontend, gms, nats
 from gms_launch.services.base import Service, find_binary
 from gms_launch.topology import Topology

@@ -1,15 +1,12 @@
-"""Where a run keeps its things: the run directory (shared home) and the node-local directory.
+"""The run directory, on the shared home: what must be seen from everywhere and outlive the run.
 
-The run directory holds what must be seen from everywhere and outlive the run: `run.json`, credentials, logs, the
-timeline. The node-local directory, mode 0700 under /dev/shm, holds sockets, the lock, etcd's data and
-`engine-<id>.pgid` files. A run is found by its id, by SLURM_JOB_ID, or as the user's only live run.
+`run.json`, credentials, logs, the timeline. A run is found by its id, by SLURM_JOB_ID, or as the user's only live run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -25,12 +22,9 @@ from urllib.parse import urlsplit
 
 from gms_launch.cohort import proc
 from gms_launch.errors import NoContactError, RefusedError, UsageError
+from gms_launch.nodedir import KEPT_IN, NodeDir, user_root
 from gms_launch.rules import RUN_ID
-
-LOCAL_ROOT = Path("/dev/shm")
-#: sockaddr_un holds 107 bytes and a terminator; the longest name is gms_GPU-<36>_kv_cache.sock.
-SOCKET_NAME_MAX = len("gms_GPU-" + "0" * 36 + "_kv_cache.sock")
-SOCKET_PATH_MAX = 107
+from gms_launch.spool.files import trouble, write_private
 
 
 def home() -> Path:
@@ -74,6 +68,9 @@ class Credentials:
     def generate(cls) -> Credentials:
         return cls(secrets.token_hex(16), "dynamo", secrets.token_hex(16), "dynamo", secrets.token_hex(16))
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
 
 @dataclass(frozen=True)
 class NodeEnd:
@@ -114,6 +111,9 @@ class RunFile:
     exit_code: int | None = None
     reason: str = ""
     nodes: tuple[NodeEnd, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
 
     @property
     def local(self) -> bool:
@@ -164,18 +164,32 @@ class RunDir:
     def run(self) -> str:
         return self.path.name
 
+    def keep(self, place: NodeDir, run: RunFile, credentials: Credentials) -> None:
+        """Copies on this node, the leader's: there a live run is found without the shared home. Raises `OSError`."""
+        write_private(place.path / KEPT_IN, str(self.path.absolute()))
+        write_private(place.path / self.credentials_json.name, credentials.to_json())
+        write_private(place.path / self.run_json.name, run.to_json())
+
     def create(self, run: RunFile, credentials: Credentials) -> None:
         """Make the directory of a new run, complete, and put it in its place at once.
 
-        What an earlier run of that name left is moved aside. Raises `RefusedError` when somebody else is that run.
+        What an earlier run of that name left is moved aside. Raises `RefusedError` when somebody else is that run, and
+        when the home takes no files.
         """
-        home().mkdir(parents=True, exist_ok=True, mode=0o700)
         fresh = RunDir(self.path.with_name(f".{self.run}.{socket.gethostname()}.{os.getpid()}"))
-        shutil.rmtree(fresh.path, ignore_errors=True)
-        fresh.logs.mkdir(parents=True, mode=0o700)
-        fresh.path.chmod(0o700)
-        fresh.write_credentials(credentials)
-        fresh.write(run)
+        try:
+            home().mkdir(parents=True, exist_ok=True, mode=0o700)
+            shutil.rmtree(fresh.path, ignore_errors=True)
+            fresh.logs.mkdir(parents=True, mode=0o700)
+            fresh.path.chmod(0o700)
+            write_private(fresh.credentials_json, credentials.to_json())
+            fresh.write(run)
+        except OSError as exc:
+            shutil.rmtree(fresh.path, ignore_errors=True)
+            raise RefusedError(
+                f"the run directory cannot be made in {self.path.parent}, which is {trouble(exc)} ({exc.strerror}); "
+                "mend that, or name another place with GMS_LAUNCH_HOME"
+            ) from None
         try:
             self.refuse_live(run.slurm)
             if self.path.exists():
@@ -202,9 +216,14 @@ class RunDir:
             f"stop it with `gms-launch down --run {self.run}` or choose another --run-id"
         )
 
+    def text(self, path: Path) -> str:
+        """One of the files that the leader's agent keeps in its node directory too: that copy while the agent lives,
+        since the shared home may be full, gone or hanging. Raises `OSError`."""
+        return kept(self, path.name) or path.read_text()
+
     def read(self) -> RunFile | None:
         try:
-            data = json.loads(self.run_json.read_text())
+            data = json.loads(self.text(self.run_json))
             known = {f.name for f in dataclasses.fields(RunFile)}
             data = {k: v for k, v in data.items() if k in known}
             data["etcd_endpoints"] = tuple(data["etcd_endpoints"])
@@ -212,133 +231,34 @@ class RunDir:
             return RunFile(**data)
         except FileNotFoundError:
             return None
+        except OSError as exc:
+            raise NoContactError(f"{self.run_json} cannot be read: {exc.strerror}") from None
         except (ValueError, TypeError, KeyError) as exc:
             raise NoContactError(
                 f"{self.run_json} cannot be understood ({exc}); was it written by another version?"
             ) from None
 
     def write(self, run: RunFile) -> None:
-        write_private(self.run_json, json.dumps(asdict(run), indent=1))
-
-    def write_credentials(self, credentials: Credentials) -> None:
-        write_private(self.credentials_json, json.dumps(asdict(credentials)))
+        """Raises `OSError`."""
+        write_private(self.run_json, run.to_json())
 
     def credentials(self) -> Credentials:
         try:
-            return Credentials(**json.loads(self.credentials_json.read_text()))
+            return Credentials(**json.loads(self.text(self.credentials_json)))
         except OSError as exc:
             raise NoContactError(f"{self.credentials_json} cannot be read: {exc.strerror}") from None
 
 
-def write_private(path: Path, text: str) -> None:
-    """Replace `path` at once by a file that only its owner reads; a reader sees the old or the new text."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-    with open(fd, "w") as file:
-        file.write(text)
-    temporary.replace(path)
-
-
-class NodeDir:
-    """The node-local directory of one run on this node."""
-
-    def __init__(self, path: Path, gms_dir: Path | None = None) -> None:
-        self.path = path
-        self.gms = gms_dir or path
-        self.lock = self.gms / "failover.lock"
-        self.etcd_data = path / "etcd"
-        self._agent_lock: int | None = None
-
-    @classmethod
-    def of(cls, run: str, gms_dir: str = "", node_rank: int = 0) -> NodeDir:
-        return cls(user_root() / node_name(run, node_rank), Path(gms_dir) if gms_dir else None)
-
-    def check(self) -> None:
-        """Raise `UsageError` when a GMS socket's path would not fit, before anything is made."""
-        longest = len(os.fsencode(self.gms)) + 1 + SOCKET_NAME_MAX
-        if longest > SOCKET_PATH_MAX:
-            raise UsageError(
-                f"GMS sockets in {self.gms} would have paths of {longest} bytes, and the kernel takes "
-                f"{SOCKET_PATH_MAX}; "
-                "choose a shorter --gms-socket-dir or --run-id"
-            )
-
-    def create(self) -> None:
-        """Make the directory and take the agent's place on this node. Raises `RefusedError` if it is taken."""
-        self.check()
-        private_directory(user_root())
-        self.path.mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(self.path / "agent.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise RefusedError(
-                f"another agent of run {self.path.name} is on this node (it holds {self.path}/agent.lock)"
-            ) from None
-        me = proc.identity(os.getpid())
-        assert me is not None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{me.pid} {me.start}\n".encode(), 0)
-        self._agent_lock = fd
-        self.gms.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    def agent(self) -> proc.ProcessId | None:
-        """The agent that took this directory last, alive or not; None when there is none on record."""
-        try:
-            pid, start = (self.path / "agent.lock").read_text().split()
-        except (OSError, ValueError):
+def kept(directory: RunDir, name: str) -> str | None:
+    """A file of the run as its leader's agent keeps it on this node; None without a live one here."""
+    place = NodeDir.of(directory.run)
+    try:
+        if (place.path / KEPT_IN).read_text() != str(directory.path.absolute()):
             return None
-        return proc.ProcessId(int(pid), int(start))
-
-    def pgid_file(self, cohort_id: int) -> Path:
-        return self.path / f"engine-{cohort_id}.pgid"
-
-    def write_pgid(self, cohort_id: int, pgid: int) -> None:
-        write_private(self.pgid_file(cohort_id), f"{pgid}\n")
-
-    def clear_pgid(self, cohort_id: int) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.pgid_file(cohort_id).unlink()
-
-    def gate(self, cohort_id: int) -> Path:
-        """The lock of one cohort alone (--activation agent)."""
-        return self.gms / f"failover-{cohort_id}.lock"
-
-    def clear(self) -> None:
-        """Remove what an earlier agent of this run left in it: its etcd has other passwords. Our own place stays."""
-        for path in self.path.iterdir():
-            if path.name != "agent.lock":
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Remove everything of the run on this node. Only once nothing of it is alive: the lock goes too."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        if self.gms != self.path and self.gms.is_dir():
-            # A directory the user chose may hold other things: take out only what is ours.
-            patterns = ("gms_*.sock", "failover_metrics_engine-*.json", "failover-*.lock")
-            for file in [*(f for p in patterns for f in self.gms.glob(p)), self.lock]:
-                with contextlib.suppress(FileNotFoundError):
-                    file.unlink()
-
-
-def node_name(run: str, node_rank: int) -> str:
-    """The name of a run's node-local directory: nodes of one run may share a machine. No run id has a plus in it."""
-    return run if node_rank == 0 else f"{run}+{node_rank}"
-
-
-def user_root(uid: int | None = None) -> Path:
-    """The node-local directory of all runs of a user; this one unless given."""
-    return LOCAL_ROOT / f"gms-launch-{os.getuid() if uid is None else uid}"
-
-
-def private_directory(path: Path) -> None:
-    """Make `path` or check that it is ours alone: /dev/shm is everybody's."""
-    path.mkdir(mode=0o700, exist_ok=True)
-    info = path.lstat()
-    if not path.is_dir() or path.is_symlink() or info.st_uid != os.getuid():
-        raise RefusedError(f"{path} is not a directory of this user; remove it, or ask its owner to")
-    path.chmod(0o700)
+        agent = place.agent()
+        return (place.path / name).read_text() if agent is not None and proc.alive(agent) else None
+    except OSError:
+        return None
 
 
 def find(run: str | None) -> tuple[RunDir, RunFile]:
@@ -372,8 +292,11 @@ def find(run: str | None) -> tuple[RunDir, RunFile]:
 def all_runs() -> list[tuple[RunDir, RunFile]]:
     """Every recorded run, newest first. Directories that cannot be understood are left out."""
     found = []
-    for path in home().glob("*/run.json"):
-        directory = RunDir(path.parent)
+    paths = {path.parent for path in home().absolute().glob("*/run.json")}
+    for note in user_root().glob(f"*/{KEPT_IN}"):
+        with contextlib.suppress(OSError):
+            paths |= {p for p in [Path(note.read_text())] if p.parent == home().absolute()}
+    for directory in map(RunDir, paths):
         with contextlib.suppress(NoContactError):
             run = directory.read()
             if run is not None:

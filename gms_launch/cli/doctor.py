@@ -17,8 +17,9 @@ from gms_launch.engines import installed
 from gms_launch.errors import LaunchError
 from gms_launch.gms import gpus
 from gms_launch.gms.devices import CUDA_ORDER
+from gms_launch.nodedir import LOCAL_ROOT, private_directory, user_root
 from gms_launch.plan import check_model
-from gms_launch.rundir import LOCAL_ROOT, home, private_directory, user_root
+from gms_launch.rundir import home
 from gms_launch.services.base import find_binary
 
 

@@ -18,8 +18,10 @@ from gms_launch.cohort import proc, process
 from gms_launch.control.keys import Keys
 from gms_launch.control.records import CommandRecord
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError
+from gms_launch.nodedir import NodeDir
 from gms_launch.observe import contact
-from gms_launch.rundir import NodeDir, NodeEnd, RunDir, RunFile
+from gms_launch.rundir import NodeEnd, RunDir, RunFile
+from gms_launch.spool.files import trouble
 from gms_launch.transport import Target, gms_launch, run_on
 
 POLL = 0.05
@@ -27,17 +29,25 @@ POLL = 0.05
 
 def main(run: str | None, timeout: float) -> None:
     directory, found = rundir.find(run)
+    targets = known_nodes(directory, found)  # asked for while its agent lives: the home may not be of use later
     stopped = found.ended is None and stop(directory, found, timeout)
     found = directory.read() or found
-    proved = [clear(directory, found, node) for node in nodes(directory, found)]
+    proved = [clear(directory, found, node) for node in nodes(targets, found)]
     bad = [p for p in proved if not p.clean]
+    wrong = ""
     if not bad and found.ended is None:
-        directory.write(replace(found, ended=time.time(), reason=found.reason or "its agent died"))
+        reason = found.reason or ("" if stopped else "its agent died")
+        try:
+            directory.write(replace(found, ended=time.time(), reason=reason))
+        except OSError as exc:
+            wrong = f"the run directory {directory.path} is {trouble(exc)}: its end could not be recorded there"
     print(f"run {directory.run} is down: " + ("stopped in order" if stopped else "it had ended already"))
     for proof in proved:
         state = "nothing of it is alive" if proof.clean else "NOT PROVED"
         print(f"  node {proof.node_rank} {proof.host}: {state}" + (f" ({proof.detail})" if proof.detail else ""))
     print(f"logs: {directory.logs}")
+    if wrong:
+        print(wrong)
     if bad:
         raise LaunchError("not proved on " + ", ".join(f"{p.host}: {p.detail}" for p in bad))
 
@@ -78,16 +88,30 @@ def stop_agent(agent: proc.ProcessId, timeout: float) -> bool:
         if not proc.alive(agent):
             return False
         signal.pidfd_send_signal(fd, signal.SIGTERM)
-        if process.wait_gone([os.dup(fd)], timeout):
+        if _ended(agent, fd, timeout):
             return True
         signal.pidfd_send_signal(fd, signal.SIGKILL)
-        process.wait_gone([os.dup(fd)], 10.0)
+        _ended(agent, fd, 10.0)
         raise DeadlineError(
             f"the agent (pid {agent.pid}) did not stop within {timeout:g} s and was killed; "
             "run `gms-launch down` again to clear up what is left"
         )
     finally:
         os.close(fd)
+
+
+def _ended(agent: proc.ProcessId, fd: int, timeout: float) -> bool:
+    """Wait for an agent's end: of the process, or of its main thread, which is all there is to it then.
+
+    A thread that waits for a home that hangs cannot be killed, and keeps the process as it was.
+    """
+    deadline = time.monotonic() + timeout
+    while not process.wait_gone([os.dup(fd)], POLL):
+        if not proc.alive(agent):
+            return True
+        if time.monotonic() > deadline:
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -99,15 +123,20 @@ class Node:
     end: NodeEnd | None
 
 
-def nodes(directory: RunDir, found: RunFile) -> list[Node]:
+def known_nodes(directory: RunDir, found: RunFile) -> dict[int, Target]:
     """Every node that the run is known to have had."""
     targets = {0: Target(found.leader_host, found.leader_address, found.slurm_job)}
     try:
-        listed = json.loads(directory.ranks_json.read_text())["nodes"]
+        listed = json.loads(directory.text(directory.ranks_json))["nodes"]
     except (OSError, ValueError, KeyError):
         listed = []
     for row in listed:
         targets[row["node_rank"]] = Target(row["host"], row["address"], found.slurm_job)
+    return targets
+
+
+def nodes(targets: dict[int, Target], found: RunFile) -> list[Node]:
+    """The same with how their agents ended."""
     ends = {e.node_rank: e for e in found.nodes} if found.ended is not None else {}
     return [Node(rank, target, ends.get(rank)) for rank, target in sorted(targets.items())]
 

@@ -79,7 +79,7 @@ def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float
 def kill_directly(directory: RunDir, found: RunFile, scope: str, force: bool, why: str) -> tuple[int, int]:
     """Kill the recorded groups of the primary; returns its life. Raises `RefusedError`, and `LaunchError` by host."""
     try:
-        listed = json.loads(directory.ranks_json.read_text())
+        listed = json.loads(directory.text(directory.ranks_json))
     except (OSError, ValueError) as exc:
         raise NoContactError(f"{why}; and {directory.ranks_json} cannot be read: {exc}") from None
     leaders = [r for r in listed["ranks"] if r["node_rank"] == 0]

@@ -13,8 +13,9 @@ from typing import Any
 from gms_launch import engines, ports, topology
 from gms_launch.config import Settings
 from gms_launch.errors import UsageError
+from gms_launch.nodedir import NodeDir
 from gms_launch.plan import HIDDEN, Layout
-from gms_launch.rundir import Credentials, NodeDir, RunDir
+from gms_launch.rundir import Credentials, RunDir
 from gms_launch.topology import Topology
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from gms_launch.cohort import proc, process
 from gms_launch.errors import LaunchError
+from gms_launch.nodedir import LOCAL_ROOT, node_name, user_root
 from gms_launch.numbers import count
-from gms_launch.rundir import LOCAL_ROOT, node_name, user_root
 
 
 @dataclass

@@ -15,17 +15,22 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from gms_launch import __version__, engines, ports, rundir, topology
+from gms_launch import __version__, engines, nodedir, ports, rundir, topology
 from gms_launch.cli.reporters import Notify, Terminal
 from gms_launch.cohort import proc
 from gms_launch.config import SETTINGS, Settings, checked
-from gms_launch.errors import LaunchError, by_code
+from gms_launch.errors import LaunchError, RefusedError, by_code
+from gms_launch.nodedir import NodeDir
 from gms_launch.plan import Layout
-from gms_launch.rundir import Credentials, NodeDir, RunDir, RunFile
+from gms_launch.rundir import Credentials, RunDir, RunFile
+from gms_launch.spool.writer import LogHandler, Writer
 from gms_launch.topology import Topology
 
 if TYPE_CHECKING:
     from gms_launch.agent import Agent
+
+#: What the last writes to the run directory may take (seconds).
+LAST_WRITES = 3.0
 
 
 def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> None:
@@ -80,8 +85,8 @@ def with_kill_wait(settings: Settings) -> Settings:
 
 
 def _ports_dir() -> Any:
-    rundir.private_directory(rundir.user_root())
-    return rundir.user_root() / "ports"
+    nodedir.private_directory(nodedir.user_root())
+    return nodedir.user_root() / "ports"
 
 
 def prepare(settings: Settings, place: Topology, reservation: ports.Reservation) -> Layout:
@@ -126,21 +131,20 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
     """Be the agent until the run ends. Raises what ended it early."""
     from gms_launch.agent import Agent
 
-    layout.node_dir.create()
     record = run_file(layout)
     leader = layout.topology.is_leader
-    if leader:
-        layout.run_dir.create(record, layout.credentials)
-    layout.log_dir.mkdir(mode=0o700, exist_ok=True)
+    _make_places(layout, record)
+    writer = Writer(layout.run_dir.path, layout.log_dir, layout.node_dir.path, layout.settings.log_max_mib * 2**20)
+    agent_log = layout.run_dir.agent_log if leader else layout.log_dir / "agent.log"
     logging.basicConfig(
-        filename=layout.run_dir.agent_log if leader else layout.log_dir / "agent.log",
+        handlers=[LogHandler(writer.append, agent_log)],
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(message)s",
     )
     agents: list[Agent] = []
 
     async def live() -> None:
-        agent = Agent(layout, reporter.progress, reporter.changed)
+        agent = Agent(layout, writer, reporter.progress, reporter.changed)
         agents.append(agent)
         loop = asyncio.get_running_loop()
 
@@ -158,18 +162,37 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
         finally:
             waiting.cancel()
 
-    failure: LaunchError | None = None
+    code, reason = 1, "the agent was interrupted"
     try:
         asyncio.run(live())
+        code, reason = 0, ""
     except LaunchError as exc:
         logging.error("%s", exc)
-        failure = exc
+        code, reason = exc.exit_code, str(exc)
         raise
+    except Exception as exc:
+        logging.exception("internal error")
+        reason = f"internal error in the agent: {exc!r}"
+        raise LaunchError(reason) from exc
     finally:
         if leader:
             ends = agents[0].ends if agents else ()
-            code, reason = (failure.exit_code, str(failure)) if failure else (0, "")
-            layout.run_dir.write(replace(record, ended=time.time(), exit_code=code, reason=reason, nodes=ends))
+            end = replace(record, ended=time.time(), exit_code=code, reason=reason, nodes=ends)
+            writer.replace(layout.run_dir.run_json, end.to_json())
+        if wrong := writer.close(LAST_WRITES):
+            reporter.progress(f"the run directory {layout.run_dir.path} is {wrong}: not everything was written there")
+
+
+def _make_places(layout: Layout, record: RunFile) -> None:
+    """The directories of this node's part of the run, with what others must find there. Raises `RefusedError`."""
+    try:
+        layout.node_dir.create()
+        if layout.topology.is_leader:
+            layout.run_dir.create(record, layout.credentials)
+            layout.run_dir.keep(layout.node_dir, record, layout.credentials)
+        layout.log_dir.mkdir(mode=0o700, exist_ok=True)
+    except OSError as exc:
+        raise RefusedError(f"{exc.filename or layout.node_dir.path} cannot be made: {exc.strerror}") from None
 
 
 def _input_ended(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:

@@ -19,12 +19,16 @@ POLL = 0.2
 def main(run: str | None, timeout: float | None) -> None:
     deadline = None if timeout is None else time.monotonic() + timeout
     directory = _directory(run)
+    found: RunFile | None = None
     while True:
-        found = directory.read()
+        # Its last record is what there is to go by when the home is not there any more.
+        found = directory.read() or found
         if found is not None and _over(found):
             if found.ended is None:
                 raise by_code(
-                    1, f"run {directory.run}: its agent died; `gms-launch down --run {directory.run}` clears up"
+                    1,
+                    f"run {directory.run}: its agent is gone and has not recorded an end in {directory.run_json}: it "
+                    f"died, or could not write there; `gms-launch down --run {directory.run}` clears up",
                 )
             if found.exit_code:
                 raise by_code(found.exit_code, f"run {directory.run} failed: {found.reason}")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from gms_launch.cohort import proc
 from gms_launch.cohort.proc import ProcessId
+from gms_launch.spool.output import Output
 
 _EXEC_CHILD = str(Path(__file__).with_name("exec_child.py"))
 PR_SET_CHILD_SUBREAPER = 36
@@ -55,11 +56,11 @@ class Command:
 class Child:
     """A running child of this agent. Not reaped before `reap`, so its pid cannot be reused until then."""
 
-    def __init__(self, name: str, tag: str, pid: int, start: int, log: Path) -> None:
+    def __init__(self, name: str, tag: str, pid: int, start: int, output: Output) -> None:
         self.name = name
         self.tag = tag
         self.id = ProcessId(pid, start)
-        self.log = log
+        self.output = output
         self.pidfd = os.pidfd_open(pid)
         self.exit: Exit | None = None
 
@@ -95,6 +96,7 @@ class Child:
             _, status = os.waitpid(self.pid, 0)
             self.exit = Exit.from_wait(status)
             os.close(self.pidfd)
+            self.output.ended = True
         return self.exit
 
 
@@ -118,27 +120,24 @@ def child_environment(base: Mapping[str, str], command: Command, tag: str) -> di
     return env
 
 
-def spawn(name: str, command: Command, tag: str, log: Path) -> Child:
-    """Start `command` in its own session with output appended to `log`. Call from the agent's main thread.
+def spawn(name: str, command: Command, tag: str, output: Output) -> Child:
+    """Start `command` in its own session; what it prints goes to `output`. Call from the agent's main thread.
 
     The parent-death signal is tied to the thread that starts the child, hence the main thread. Raises `OSError`.
     """
     argv: Sequence[str] = [sys.executable, "-I", "-S", _EXEC_CHILD, str(os.getpid()), "--", *command.argv]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    # Append mode, so that a rotation by copy and truncate leaves no hole.
-    with open(log, "ab") as out:
-        popen = subprocess.Popen(
-            argv,
-            env=child_environment(os.environ, command, tag),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    popen = subprocess.Popen(
+        argv,
+        env=child_environment(os.environ, command, tag),
+        stdin=subprocess.DEVNULL,
+        stdout=output.fd,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     popen.returncode = 0  # we reap it ourselves, after its group was dealt with
     found = proc.stat(popen.pid)
     assert found is not None, "an unreaped child always has a /proc entry"
-    return Child(name, tag, popen.pid, found.start, log)
+    return Child(name, tag, popen.pid, found.start, output)
 
 
 def kill_group(leader: ProcessId, sig: int = signal.SIGKILL) -> bool:

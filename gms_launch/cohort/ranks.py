@@ -22,6 +22,7 @@ from gms_launch.cohort.reconciler import LocalRank
 from gms_launch.control.records import RankRecord
 from gms_launch.engines import Engine, signals
 from gms_launch.observe.follow import FileWatcher, LogFollower
+from gms_launch.spool.output import Output
 
 #: How long a rank gets to be proved dead (seconds). SIGKILL is quick; a process in the driver may not be.
 FENCE_TIMEOUT = 30.0
@@ -94,15 +95,15 @@ class Rank:
 
     # -- starting and watching ---------------------------------------------------------------------------------
 
-    def start(self, command: Command, watcher: FileWatcher, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the process and watch it. Call on the main thread."""
-        self.child = process.spawn(f"cohort-{self.cohort_id}", command, self.tag, self.log)
+    def start(self, command: Command, output: Output, watcher: FileWatcher, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the process and watch it. Call on the main thread. Raises `OSError`."""
+        self.child = process.spawn(f"cohort-{self.cohort_id}", command, self.tag, output)
         self._move(Phase.STARTING, time.time())
         loop.add_reader(self.child.pidfd, self._exited, loop)
         if self.node_rank == 0:
-            self._follower = LogFollower(self.log)
+            self._follower = LogFollower(output.source)
             self._watcher = watcher
-            self._watch = watcher.add(self.log, self.read_log)
+            self._watch = watcher.add(output.source, self.read_log)
             self.read_log()
 
     def read_log(self) -> None:
@@ -209,12 +210,16 @@ class Rank:
         if self._fencing or self.child is None or self.phase is Phase.FENCED:
             return
         self._fencing = True
-        self.failing()
-        loop = asyncio.get_running_loop()
-        self._drop_parts(loop)
-        done: Fenced = await loop.run_in_executor(
-            None, fence.destroy, self.child.id, self.tag, sockets, FENCE_TIMEOUT, gpu_uuids
-        )
+        try:
+            self.failing()
+            loop = asyncio.get_running_loop()
+            self._drop_parts(loop)
+            done: Fenced = await loop.run_in_executor(
+                None, fence.destroy, self.child.id, self.tag, sockets, FENCE_TIMEOUT, gpu_uuids
+            )
+        except BaseException:
+            self._fencing = False  # so that it can be tried again
+            raise
         strays = f"found outside the group: {', '.join(map(str, done.strays))}" if done.strays else ""
         self.on_event(self, "dead", done.dead_at, strays)
         self.leftovers = done.leftovers

@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from gms_launch.cohort import process
@@ -28,6 +29,7 @@ from gms_launch.observe.follow import FileWatcher
 from gms_launch.observe.gms import GmsWatch
 from gms_launch.observe.reporter import Reporter
 from gms_launch.plan import Layout
+from gms_launch.spool.writer import Writer
 
 log = logging.getLogger("agent")
 
@@ -43,12 +45,14 @@ class RankSet:
         layout: Layout,
         mirror: Mirror,
         report: Reporter,
+        writer: Writer,
         gms: GmsWatch,
         gates: Gates,
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
         on_event: Callable[[Rank, str, str], None],
     ) -> None:
         self._layout, self._mirror, self._report, self._gms = layout, mirror, report, gms
+        self._writer = writer
         self._gates, self._spawn, self._on_event = gates, spawn, on_event
         self._node_rank = layout.topology.node_rank
         self._skipped: dict[int, RankRecord] = {}
@@ -60,6 +64,11 @@ class RankSet:
     def find(self, cohort_id: int, incarnation: int) -> Rank | None:
         rank = self._by_slot.get(cohort_id)
         return rank if rank is not None and rank.incarnation == incarnation else None
+
+    def output(self, record: RankRecord) -> Path | None:
+        """Where the output of a life that ran here can be read; None of one that did not."""
+        rank = self.find(record.cohort_id, record.incarnation)
+        return rank.child.output.source if rank and rank.child and record.node_rank == self._node_rank else None
 
     def local(self) -> dict[int, LocalRank]:
         """What the reconciler is told: the newest life of every slot here, run or skipped."""
@@ -84,12 +93,16 @@ class RankSet:
             engine=self._layout.engine,
             on_event=self._noticed,
         )
+        command = self._layout.rank_command(cohort_id, incarnation, desire.master_port, desire.engine_args)
+        try:
+            rank.start(command, self._writer.output(rank.log), files, loop)
+        except OSError as exc:
+            # No process, no memory, no descriptor left: a life that failed, and the controller's to try again.
+            self.skip(cohort_id, incarnation, f"could not be started: {exc}")
+            return
         self._by_slot[cohort_id] = rank
-        rank.start(
-            self._layout.rank_command(cohort_id, incarnation, desire.master_port, desire.engine_args), files, loop
-        )
         assert rank.child is not None
-        self._layout.node_dir.write_pgid(cohort_id, rank.child.pgid)
+        self._writer.here(self._layout.node_dir.pgid_file(cohort_id), f"{rank.child.pgid}\n")
         self._report.emit("started", cohort_id, incarnation, f"pid {rank.child.pid}")
         self.publish(rank)
         self._spawn(self._look_after(rank, rank.child.id))
@@ -141,10 +154,10 @@ class RankSet:
             process.kill_group(rank.child.id)
         rank.failing()
         rank.role = role
+        self.fence(rank)  # before anybody is told, whatever telling may run into
         self.publish(rank, later=reason.startswith(PEER_ENDED))
         if not gone:
             self._report.emit("kill", rank.cohort_id, rank.incarnation, reason, when=now, role=role)
-        self.fence(rank)
 
     def kill_group_only(self, rank: Rank, reason: str) -> None:
         """SIGKILL a rank as a fault would, and leave it at that: a drill."""
@@ -195,6 +208,8 @@ class RankSet:
 
     def _noticed(self, rank: Rank, kind: str, when: float, detail: str) -> None:
         """Something a rank noticed about itself."""
+        if kind == "exit":
+            self.fence(rank)  # before anybody is told, whatever telling may run into
         if kind == "lock" and not rank.holds(self._layout.lock_of(rank.cohort_id)):
             detail = "its log says so, and the kernel does not show it as the holder"
         # The record first: other nodes kill their ranks when they read it. Of a rank that we killed they know already;
@@ -208,9 +223,9 @@ class RankSet:
         extra = {"role": rank.role} if kind in ("exit", "dead", "fenced") else {}
         self._report.emit(kind, rank.cohort_id, rank.incarnation, detail, when=when, **extra)
         if kind == "exit":
-            self.fence(rank)
+            self._writer.hasten()
         elif kind == "fenced":
-            self._layout.node_dir.clear_pgid(rank.cohort_id)
+            self._writer.not_here(self._layout.node_dir.pgid_file(rank.cohort_id))
         self._on_event(rank, kind, detail)
 
     def instances_seen(self, keys: list[str]) -> None:

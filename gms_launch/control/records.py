@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from gms_launch.cohort.model import Phase
+from gms_launch.spool.writer import Place
 
 R = TypeVar("R", bound="Record")
 
@@ -139,7 +140,8 @@ class NodeRecord(Record):
     The leader judges it by `version`, `settings_digest`, `differences` (settings that are others than its own, for
     people) and `clock_skew` (seconds ahead of its clock, 0 when not surely off). `stopping` begins the agent's end;
     `stopped` comes last, with what it could not kill in `left`. One that `failed` says so with its `exit_code`.
-    `gms_epoch` is the one that its servers are of.
+    `gms_epoch` is the one that its servers are of. `writing`: what is wrong with its directories, or was lost there;
+    `internal_errors`: errors of the agent's own that the run outlived.
     """
 
     node_rank: int
@@ -163,6 +165,8 @@ class NodeRecord(Record):
     gms_epoch: int = 0
     failed: str = ""
     exit_code: int = 0
+    writing: tuple[Place, ...] = ()
+    internal_errors: int = 0
 
 
 @dataclass(frozen=True)

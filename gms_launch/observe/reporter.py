@@ -1,6 +1,7 @@
 """What an agent tells the world: its node, the run, and everything that happens.
 
 Records go to etcd through the control link; events also to the journal on the leader, from which timelines are read.
+What goes to disk goes through the writer, so that telling never fails and never waits.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from gms_launch import __version__
 from gms_launch.cohort import proc
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import EventRecord, NodeRecord, RunRecord
-from gms_launch.observe.journal import Journal
 from gms_launch.plan import Layout, settings_digest
-from gms_launch.rundir import write_private
+from gms_launch.spool.writer import Place, Writer
 
 if TYPE_CHECKING:
     from gms_launch.control.link import ControlLink
@@ -33,12 +33,12 @@ EVENTS_KEPT = 1000
 class Reporter:
     """One agent's reports. `link` is set once there is an etcd, `lease` whenever this node has one."""
 
-    def __init__(self, layout: Layout, mirror: Mirror) -> None:
+    def __init__(self, layout: Layout, mirror: Mirror, writer: Writer) -> None:
         self._layout = layout
+        self._writer = writer
         self._mirror = mirror
         self._keys = mirror.keys
         self._node_rank = layout.topology.node_rank
-        self._journal = Journal(layout.run_dir.events) if layout.topology.is_leader else None
         self._serial = 0
         self._event_keys: deque[str] = deque()
         self._node: NodeRecord | None = None
@@ -47,6 +47,8 @@ class Reporter:
         self.link: ControlLink | None = None
         self.lease = 0
         self.started = time.time()
+        self.errors = 0
+        self._places: dict[str, Place] = {}
 
     def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
         """Store a record in etcd, at once, or `later` when nobody waits for it."""
@@ -76,8 +78,7 @@ class Reporter:
         now = time.time() if when is None else when
         event = EventRecord(now, self._node_rank, kind, cohort_id, incarnation, detail, data)
         self._serial += 1
-        if self._journal is not None:
-            self._journal.add(event)
+        self._to_journal(event)
         if self.link is not None:
             key = self._keys.event(int(now * 1e9), self._node_rank, self._serial)
             self.link.put(key, event.encode(), later=True)
@@ -89,8 +90,31 @@ class Reporter:
 
     def take_event(self, event: EventRecord) -> None:
         """Keep another node's event in the journal."""
-        if self._journal is not None and event.node_rank != self._node_rank:
-            self._journal.add(event)
+        if event.node_rank != self._node_rank:
+            self._to_journal(event)
+
+    def _to_journal(self, event: EventRecord) -> None:
+        if self._layout.topology.is_leader:
+            self._writer.append(self._layout.run_dir.events, event.encode() + b"\n")
+
+    def unexpected(self, what: str, error: BaseException) -> None:
+        """An error of ours, which the run outlives: logged, counted, told."""
+        self.errors += 1
+        log.error("internal error: %s", what, exc_info=error)
+        self.emit("internal_error", detail=f"{what}: {error!r}")
+
+    def places(self) -> tuple[Place, ...]:
+        """How it is with the directories that are written to; a change of it is an event."""
+        found = {p.name: p for p in self._writer.places()}
+        for name in found.keys() | self._places.keys():
+            place = found.get(name) or replace(self._places[name], state="")
+            before = self._places.get(name)
+            if place.state != (before.state if before else ""):
+                lost = f"; {place.dropped} entries and {place.dropped_bytes} bytes of logs were dropped"
+                lost = lost if place.dropped or place.dropped_bytes else ""
+                self.emit("writing", detail=f"the {name} {place.path} is {place.state or 'well again'}{lost}")
+        self._places = found
+        return tuple(found.values())
 
     def run(self, **changes: Any) -> None:
         """Say what everybody must agree on, with `changes` from now on; the leader's business."""
@@ -163,8 +187,6 @@ class Reporter:
         listed = {"nodes": nodes, "ranks": ranks}
         if listed != self._listed:
             self._listed = listed
-            write_private(self._layout.run_dir.ranks_json, json.dumps(listed, indent=1))
-
-    def close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
+            text = json.dumps(listed, indent=1)
+            self._writer.replace(self._layout.run_dir.ranks_json, text)
+            self._writer.here(self._layout.node_dir.ranks_json, text)

@@ -168,6 +168,17 @@ def _node_json(n: NodeRecord) -> dict[str, Any]:
         "address": n.address,
         "agent_pid": n.agent_pid,
         "lock_holder": n.lock_holder or None,
+        "writing": [
+            {
+                "name": p.name,
+                "path": p.path,
+                "state": p.state or "well",
+                "dropped": p.dropped,
+                "dropped_bytes": p.dropped_bytes,
+            }
+            for p in n.writing
+        ],
+        "internal_errors": n.internal_errors,
         "services": [
             {"name": s.name, "state": s.state, "pid": s.pid, "starts": s.starts, "detail": s.detail} for s in n.services
         ],

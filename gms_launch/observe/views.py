@@ -70,6 +70,20 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         rest.add_column(name)
     for node in shot.nodes:
         rest.add_row(str(node.node_rank), f"agent on {node.host}", "running", str(node.agent_pid), "", node.address)
+        for p in node.writing:
+            lost = f", {p.dropped} entries and {p.dropped_bytes} bytes of logs dropped"
+            rest.add_row(
+                str(node.node_rank),
+                p.name,
+                p.state or "well again",
+                "",
+                "",
+                p.path + (lost if p.dropped or p.dropped_bytes else ""),
+            )
+        if node.internal_errors:
+            rest.add_row(
+                str(node.node_rank), "internal errors", str(node.internal_errors), "", "", "see the agent's log"
+            )
         for s in node.services:
             rest.add_row(str(node.node_rank), s.name, s.state, str(s.pid or ""), str(s.starts), s.detail)
         for g in node.gms:

@@ -93,7 +93,7 @@ def log_excerpt(path: Path, lines: int = 15) -> str:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - LOG_READ))
-            text = file.read().decode(errors="replace")
+            text = file.read().lstrip(b"\0").decode(errors="replace")  # given back to memory
     except OSError as exc:
         return f"(no log: {exc})"
     everything = text.splitlines()

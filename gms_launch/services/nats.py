@@ -10,8 +10,8 @@ import socket
 from pathlib import Path
 
 from gms_launch.cohort.process import Command
-from gms_launch.rundir import write_private
 from gms_launch.services.base import NotReadyError, Service
+from gms_launch.spool.files import write_private
 
 
 def configure(path: Path, address: str, port: int, data: Path, user: str, password: str) -> None:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from gms_launch.cohort import proc, process
 from gms_launch.cohort.process import Child
 from gms_launch.control.records import ServiceStatus
 from gms_launch.errors import LaunchError
-from gms_launch.services.base import STABLE_AFTER, NotReadyError, Service, log_excerpt, restart_delay
+from gms_launch.services.base import RESTART_MAX, STABLE_AFTER, NotReadyError, Service, log_excerpt, restart_delay
+from gms_launch.spool.output import Output
+
+log = logging.getLogger("agent")
 
 
 class ServiceError(LaunchError):
@@ -24,7 +27,8 @@ class ServiceError(LaunchError):
 
 
 class ServiceRunner:
-    """One service of this node. `on_change(event, detail)` is told: ready, exited, restarted, failed.
+    """One service of this node. `on_change(event, detail)` is told: ready, exited, restarted, failed. `output` makes
+    what it prints to, by the log's name.
 
     Only an essential one fails for good: when it cannot be brought back within its own timeout.
     """
@@ -34,14 +38,14 @@ class ServiceRunner:
         service: Service,
         tag: str,
         node_rank: int,
-        log_dir: Path,
+        output: Callable[[str], Output],
         on_change: Callable[[ServiceRunner, str, str], None],
     ) -> None:
         self.service = service
         self.state = "starting"
         self.detail = ""
         self.starts = 0
-        self._tag, self._node_rank, self._log_dir, self._on_change = tag, node_rank, log_dir, on_change
+        self._tag, self._node_rank, self._open, self._on_change = tag, node_rank, output, on_change
         self._child: Child | None = None
         self._exited = asyncio.Event()
         self._stopping = False
@@ -50,10 +54,6 @@ class ServiceRunner:
     @property
     def pid(self) -> int:
         return self._child.pid if self._child and not self._exited.is_set() else 0
-
-    @property
-    def log(self) -> Path:
-        return self._log_dir / f"{self.service.name}.{max(1, self.starts)}.log"
 
     def status(self) -> ServiceStatus:
         return ServiceStatus(self.service.name, self.state, self.pid, self.starts, self.detail)
@@ -68,15 +68,28 @@ class ServiceRunner:
             await self.stop()
             raise
         self._became("ready")
-        self._keeper = asyncio.get_running_loop().create_task(self._keep())
+        self._begin_to_keep()
+
+    def _begin_to_keep(self) -> None:
+        if not self._stopping:
+            self._keeper = asyncio.get_running_loop().create_task(self._keep())
+            self._keeper.add_done_callback(self._kept)
+
+    def _kept(self, keeper: asyncio.Task[None]) -> None:
+        """A keeper that ends in an error of ours is followed by another: the service must not be left alone."""
+        if not keeper.cancelled() and (error := keeper.exception()) is not None:
+            log.error("keeping %s", self.service.name, exc_info=error)
+            asyncio.get_running_loop().call_later(RESTART_MAX, self._begin_to_keep)
 
     def _spawn(self) -> None:
         self.starts += 1
-        self._exited = asyncio.Event()
-        child = process.spawn(
-            self.service.name, self.service.command, f"{self._tag}/{self.starts}/{self._node_rank}", self.log
-        )
-        self._child = child
+        tag = f"{self._tag}/{self.starts}/{self._node_rank}"
+        try:
+            output = self._open(f"{self.service.name}.{self.starts}.log")
+            child = process.spawn(self.service.name, self.service.command, tag, output)
+        except OSError as exc:
+            raise ServiceError(f"{self.service.name} could not be started: {exc}") from None
+        self._child, self._exited = child, asyncio.Event()
         loop = asyncio.get_running_loop()
         exited = self._exited
 
@@ -116,8 +129,10 @@ class ServiceRunner:
 
     def _error(self, text: str) -> ServiceError:
         command = " ".join(self.service.command.argv)
+        assert self._child is not None
+        output = self._child.output
         return ServiceError(
-            f"{self.service.name} {text}\n  command: {command}\n  log: {self.log}\n{log_excerpt(self.log)}"
+            f"{self.service.name} {text}\n  command: {command}\n  log: {output.path}\n{log_excerpt(output.source)}"
         )
 
     async def _keep(self) -> None:

@@ -14,6 +14,7 @@ import pytest
 from gms_launch.cohort import fence, proc, process
 from gms_launch.cohort.proc import ProcessId
 from gms_launch.cohort.process import Command
+from gms_launch.spool.output import Output
 from tests.support import eventually
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
@@ -27,7 +28,7 @@ def run() -> Iterator[str]:
 
 
 def start(run: str, tmp_path: Path, argv: tuple[str, ...] = SLEEP, cohort: int = 0) -> process.Child:
-    child = process.spawn("test", Command(argv, {}), f"{run}/{cohort}/1/0", tmp_path / f"{cohort}.log")
+    child = process.spawn("test", Command(argv, {}), f"{run}/{cohort}/1/0", Output(tmp_path / f"{cohort}.log"))
     eventually(lambda: proc.tag_of(child.pid))
     return child
 
@@ -108,6 +109,7 @@ import asyncio, os, subprocess, sys, time
 from pathlib import Path
 from gms_launch.cohort import process
 from gms_launch.cohort.process import Command
+from gms_launch.spool.output import Output
 reader, writer = os.pipe2(os.O_CLOEXEC)
 env = process.child_environment(os.environ, Command((), {{}}), "{run}/guard/1/0")
 guard = [sys.executable, "-m", "gms_launch.cohort.guard", "{run}", "0", str(reader)]
@@ -118,7 +120,7 @@ import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 time.sleep(600)
 '''
-process.spawn("x", Command((sys.executable, "-c", code), {{}}), "{run}/0/1/0", Path({str(tmp_path)!r}) / "x.log")
+process.spawn("x", Command((sys.executable, "-c", code), {{}}), "{run}/0/1/0", Output(Path("x.log")))
 time.sleep(600)
 """
     agent = subprocess.Popen([sys.executable, "-c", agent_code])
@@ -129,10 +131,10 @@ time.sleep(600)
 
 
 def test_a_command_that_does_not_exist_says_so(run: str, tmp_path: Path) -> None:
-    child = process.spawn("x", Command(("/no/such/thing",), {}), f"{run}/0/1/0", tmp_path / "x.log")
+    child = process.spawn("x", Command(("/no/such/thing",), {}), f"{run}/0/1/0", Output(tmp_path / "x.log"))
     eventually(lambda: child.ended)
     assert child.reap().code == 1
-    assert "cannot run /no/such/thing: No such file" in (tmp_path / "x.log").read_text()
+    assert "cannot run /no/such/thing: No such file" in child.output.source.read_text()
 
 
 def test_flock_holder_is_read_from_the_kernel(tmp_path: Path) -> None:

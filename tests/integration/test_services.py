@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from gms_launch.gms.devices import virtual_devices
 from gms_launch.services import etcd, gms, nats
 from gms_launch.services.base import NotReadyError, Service, find_binary, restart_delay
 from gms_launch.services.runner import ServiceError, ServiceRunner
+from gms_launch.spool.output import Output
 from tests.support import free_port
 
 
@@ -26,6 +27,11 @@ def run() -> Iterator[str]:
     name = "s" + uuid.uuid4().hex[:8]
     yield name
     assert process.kill_tagged(name, 10.0) == []
+
+
+def output(directory: Path) -> Callable[[str], Output]:
+    """What a service's runner is given to make the outputs of its starts with."""
+    return lambda name: Output(directory / name)
 
 
 def etcd_service(directory: Path, timeout: float = 20.0, port: int | None = None) -> Service:
@@ -55,7 +61,7 @@ def test_etcd_and_nats_become_ready_and_come_back(run: str, fast_dir: Path) -> N
                 again.set()
 
         for service in services:
-            runner = ServiceRunner(service, f"{run}/{service.name}", 0, fast_dir / "logs", told)
+            runner = ServiceRunner(service, f"{run}/{service.name}", 0, output(fast_dir), told)
             await runner.start()
             assert runner.state == "ready"
             again.clear()
@@ -79,7 +85,7 @@ def test_a_wrong_password_is_not_ready(run: str, fast_dir: Path) -> None:
 
     async def live() -> None:
         service = nats.service(binary, fast_dir / "nats.conf", "127.0.0.1", port, "u", "p", 10.0)
-        runner = ServiceRunner(service, f"{run}/nats", 0, fast_dir / "logs", lambda *_: None)
+        runner = ServiceRunner(service, f"{run}/nats", 0, output(fast_dir), lambda *_: None)
         await runner.start()
         with pytest.raises(NotReadyError, match="Authorization Violation"):
             nats.probe("127.0.0.1", port, "u", "wrong")
@@ -90,13 +96,13 @@ def test_a_wrong_password_is_not_ready(run: str, fast_dir: Path) -> None:
 
 def test_a_service_that_cannot_start_shows_its_log_at_once(run: str, fast_dir: Path) -> None:
     async def live() -> None:
-        first = ServiceRunner(etcd_service(fast_dir, port=port), f"{run}/etcd", 0, fast_dir / "a", lambda *_: None)
+        first = ServiceRunner(etcd_service(fast_dir, port=port), f"{run}/etcd", 0, output(fast_dir), lambda *_: None)
         await first.start()
         (fast_dir / "two").mkdir()
         second = etcd_service(fast_dir / "two", timeout=60.0, port=port)
         begun = asyncio.get_running_loop().time()
         with pytest.raises(ServiceError, match="ended while it was starting") as caught:
-            await ServiceRunner(second, f"{run}/etcd", 0, fast_dir / "b", lambda *_: None).start()
+            await ServiceRunner(second, f"{run}/etcd", 0, output(fast_dir), lambda *_: None).start()
         assert asyncio.get_running_loop().time() - begun < 15.0
         assert "address already in use" in str(caught.value)
         await first.stop()
@@ -113,7 +119,7 @@ def test_a_service_that_is_never_ready_is_ended_at_its_deadline(run: str, fast_d
     service = Service("slow", Command((sys.executable, "-c", code), {}), probe, 0.3)
 
     async def live() -> ServiceRunner:
-        runner = ServiceRunner(service, f"{run}/slow", 0, fast_dir, lambda *_: None)
+        runner = ServiceRunner(service, f"{run}/slow", 0, output(fast_dir), lambda *_: None)
         with pytest.raises(ServiceError, match=r"not ready within 0.3 s \(still thinking\)") as caught:
             await runner.start()
         assert "| thinking" in str(caught.value)
@@ -130,7 +136,7 @@ def test_gms_is_ready_when_every_socket_answers(run: str, fast_dir: Path) -> Non
         for service in gms.services("builtin", "host", sys.executable, devices, fast_dir, 20.0):
             with pytest.raises(NotReadyError):
                 service.probe()
-            runner = ServiceRunner(service, f"{run}/{service.name}", 0, fast_dir / "logs", lambda *_: None)
+            runner = ServiceRunner(service, f"{run}/{service.name}", 0, output(fast_dir), lambda *_: None)
             await runner.start()
             service.probe()
 

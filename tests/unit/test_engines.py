@@ -40,7 +40,7 @@ def normalised(text: str) -> str:
 def test_plans_are_as_recorded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change of a command, an environment or a port shows here. To record anew: delete the file and run twice."""
     monkeypatch.setenv("GMS_LAUNCH_HOME", "/home/user/.gms-launch")
-    monkeypatch.setattr("gms_launch.rundir.user_root", lambda: Path("/dev/shm/gms-launch-1000"))
+    monkeypatch.setattr("gms_launch.nodedir.user_root", lambda: Path("/dev/shm/gms-launch-1000"))
     monkeypatch.setattr("gms_launch.plan.find_binary", lambda _s, _c, name, _p: f"/usr/bin/{name}")
     flags: dict[str, dict[str, object]] = {
         "reference": {"engine": "reference", "run_id": "r1", "model": "/models/demo"},

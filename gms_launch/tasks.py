@@ -1,0 +1,52 @@
+"""Work beside the agent's loop, and what becomes of its errors.
+
+A `LaunchError` is meant, and ends the run. Any other error is one of ours, and a run is not to end for it: it is told,
+and what should be is compared with what is again. The same for callbacks of the loop (readers, signal handlers).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from gms_launch.errors import LaunchError
+
+
+class Tasks:
+    """Keeps tasks until they end. `fail` gets what ends the run, `outlived` what happened and any other error."""
+
+    def __init__(self, fail: Callable[[LaunchError], None], outlived: Callable[[str, BaseException], None]) -> None:
+        self._fail, self._outlived = fail, outlived
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take what goes wrong in the loop's callbacks, too."""
+        loop.set_exception_handler(self._in_loop)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Run `work` beside the loop."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def cancel(self) -> None:
+        """End whatever is left."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._judge(getattr(task.get_coro(), "__qualname__", "a task"), error)
+
+    def _in_loop(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception") or RuntimeError(context["message"])
+        self._judge(str(context.get("handle") or context["message"]), error)
+
+    def _judge(self, what: str, error: BaseException) -> None:
+        if isinstance(error, LaunchError):
+            self._fail(error)
+        else:
+            self._outlived(what, error)

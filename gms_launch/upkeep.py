@@ -1,0 +1,34 @@
+"""What an agent does when nothing happens: look after what waits for the disk, ask GMS, fence what would not die."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gms_launch.agent import Agent
+    from gms_launch.spool.writer import Place
+
+#: How often what waits for the disk is kept within bounds, and what is wrong there is told (seconds).
+WRITING = 1.0
+#: How often GMS is asked, and what would not die is killed again (seconds).
+HOUSEKEEPING = 10.0
+
+
+async def keep_up(agent: Agent) -> None:
+    """Goes on for as long as the agent does; an error of ours in one round is not the end of the rounds."""
+    told: tuple[Place, ...] = ()
+    due = agent.loop.time() + HOUSEKEEPING
+    while True:
+        await asyncio.sleep(WRITING)
+        try:
+            agent.writer.tick()
+            if (places := agent.writer.places()) != told:
+                told = places
+                agent.wake.set()
+            if agent.loop.time() >= due:
+                due += HOUSEKEEPING
+                await agent.look_at_gms()
+                agent.ranks.fence_again()
+        except Exception as exc:
+            agent.report.unexpected("upkeep", exc)
