@@ -25,7 +25,7 @@ def one(seed: int, steps: int = STEPS, faults: int = FAULTS) -> bool:
     """One interleaving; True when the run ended with a word. Raises `Broken`."""
     rng = random.Random(seed)
     nnodes, cohorts = rng.choice((1, 2, 2, 3)), rng.choice((2, 2, 3))
-    return bool(explore(nnodes, cohorts, rng.randrange, steps, faults).aborted)
+    return bool(explore(nnodes, cohorts, rng.randrange, steps, faults, rng.random() < 0.3).aborted)
 
 
 def many(first: int, count: int) -> int:
@@ -57,12 +57,13 @@ def test_a_million_interleavings() -> None:
     nnodes=st.integers(1, 3),
     cohorts=st.integers(2, 3),
     faults=st.integers(0, 4),
+    activate=st.booleans(),
     picks=st.lists(st.integers(0, 1000), max_size=80),
 )
-def test_any_order_of_events(nnodes: int, cohorts: int, faults: int, picks: list[int]) -> None:
+def test_any_order_of_events(nnodes: int, cohorts: int, faults: int, activate: bool, picks: list[int]) -> None:
     """As above, with the search for the smallest case that fails, which prints as a call of `replay`."""
     left = iter(picks)
-    explore(nnodes, cohorts, lambda n: next(left, 0), STEPS, faults)
+    explore(nnodes, cohorts, lambda n: next(left, 0), STEPS, faults, activate)
 
 
 def test_a_rank_dies_with_its_peer_before_the_leader_has_decided_anything_and_the_cost_is_linear() -> None:
@@ -126,6 +127,21 @@ def deaf(view: Any, memory: Any, policy: Any, now: float) -> Any:
     return [a for a in actions if not isinstance(a, controller.Answer)], memory
 
 
+def hasty_gate(view: Any, memory: Any, policy: Any, now: float) -> Any:
+    """The next shadow is let go when the last life is dying, and not when it is proved dead."""
+    last = view.slots.get(memory.activated[0]) if policy.activate and memory.activated else None
+    if last is not None and last.life == memory.activated and last.phase is Phase.FAILING:
+        memory = controller.replace(memory, activated=None)
+    return right_control(view, memory, policy, now)
+
+
+def stubborn_roll(view: Any, memory: Any, policy: Any, now: float) -> Any:
+    """Shadows are restarted for a roll although nobody serves."""
+    actions, memory = right_control(view, memory, policy, now)
+    old = [s for s in view.slots.values() if s.phase is Phase.PARKED and s.generation != view.generation]
+    return actions + [controller.Kill(s.cohort_id, s.incarnation, "roll") for s in old], memory
+
+
 right_phase, right_decide, right_control = world.cohort_phase, reconciler.decide, controller.decide
 
 
@@ -140,7 +156,11 @@ def test_a_reconciler_that_forgets_to_report_is_found(patch: pytest.MonkeyPatch)
     find()
 
 
-@pytest.mark.parametrize("mistake", [hasty_start, bloodthirsty, lazy, blind_to_gms, deaf], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "mistake",
+    [hasty_start, bloodthirsty, lazy, blind_to_gms, deaf, hasty_gate, stubborn_roll],
+    ids=lambda m: m.__name__,
+)
 def test_mistakes_of_the_controller_are_found(patch: pytest.MonkeyPatch, mistake: Any) -> None:
     patch.setattr(controller, "decide", mistake)
     find()

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gms_launch.cohort import controller, reconciler
+from gms_launch.cohort.actions import Activate, Proved, Roll, RollBack
 from gms_launch.cohort.controller import Memory, Policy, Slot, View
 from gms_launch.cohort.model import ALIVE, ENDED, Phase, cohort_phase
 from gms_launch.cohort.reconciler import Desire, LocalRank
+from gms_launch.cohort.view import Request, RollRequest
 
 LEASE = 5.0
 Life = tuple[int, int]
@@ -69,8 +71,13 @@ def follows(node: Node, key: Any) -> bool:
 class World:
     """`choose(n)` picks one of n things. `faults` is how many may still happen; `log` what has happened."""
 
-    def __init__(self, nnodes: int, cohorts: int, choose: Callable[[int], int], faults: int = 2) -> None:
-        self.policy = Policy(*(cohorts, 100.0, 20.0, 1.0, 8.0, 600.0), limit=4, node_wait=60.0)
+    def __init__(
+        self, nnodes: int, cohorts: int, choose: Callable[[int], int], faults: int = 2, activate: bool = False
+    ) -> None:
+        self.policy = Policy(*(cohorts, 100.0, 20.0, 1.0, 8.0, 600.0), limit=4, node_wait=60.0, activate=activate)
+        self.let_go: list[Life] = []
+        self.generation, self.rolling = 0, False
+        self.generations: dict[Life, int] = {}
         self.nodes = [Node(k) for k in range(nnodes)]
         self.choose, self.faults = choose, faults
         self.now = 0.0
@@ -83,7 +90,7 @@ class World:
         self.log: list[str] = []
         self.messages = self.decisions = 0
         self.caused: set[Life] = set()
-        self.requests: list[controller.KillRequest] = []
+        self.requests: list[Request] = []
         self.asked = 0
         self.bad_starts = [0] * cohorts
         self.gone: set[int] = set()
@@ -224,6 +231,7 @@ class World:
             phase = cohort_phase(phases, counting)
             given_up = desire.why.startswith("given up")
             slots[key[1]] = Slot(key[1], desire.incarnation, desire.running, given_up, phase, since)
+            slots[key[1]] = controller.replace(slots[key[1]], generation=self.generations[slots[key[1]].life])
         absent = {n.rank: f"node {n.rank}" for n in self.nodes[1:] if not n.up or n.lease <= self.now}
         return View(
             slots=slots,
@@ -233,6 +241,8 @@ class World:
             lost=lost,
             gms_down=tuple(f"node {n.rank}" for n in self.nodes if n.rank in counting and n.up and not n.gms),
             gms_restarting=any(n.epoch < epoch for n in self.nodes if n.rank in counting and n.up),
+            generation=self.generation,
+            rolling=self.rolling,
             hung={p.life: "no token" for p in leader.procs.values() if p.hangs and p.phase is Phase.ACTIVE},
         )
 
@@ -245,6 +255,7 @@ class World:
         actions, self.memory = controller.decide(view, self.memory, self.policy, self.now)
         for action in actions:
             if isinstance(action, controller.Start):
+                self.generations[action.cohort_id, action.incarnation] = self.generation
                 last = ("ended", action.cohort_id, action.incarnation - 1)
                 if self.store.get(last, (0, None))[1] is not None:
                     self.put(leader, last, None)
@@ -264,6 +275,14 @@ class World:
             elif isinstance(action, controller.NewGms):
                 lost, epoch = leader.known.get(("run",), (0, ((), 0)))[1]
                 self.put(leader, ("run",), (lost, epoch + 1))
+            elif isinstance(action, Activate):
+                self.activate((action.cohort_id, action.incarnation))
+            elif isinstance(action, Roll):
+                self.generation, self.rolling = self.generation + 1, True
+            elif isinstance(action, Proved):
+                self.rolling = False
+            elif isinstance(action, RollBack):
+                self.generation, self.rolling = self.generation - 1, False
             elif isinstance(action, controller.Answer):
                 self.requests = [r for r in self.requests if r.uuid != action.uuid]
             elif isinstance(action, controller.Abort):
@@ -278,7 +297,13 @@ class World:
         return bool(actions)
 
     def check_controllers_kill(self, slot: Slot, action: Any, view: View) -> None:
-        """The controller kills a parked cohort only for a lost node, or a GMS that is gone with nobody serving."""
+        """The controller kills a parked cohort for a lost node, for a GMS that is gone with nobody serving, for a roll
+        while somebody serves, or because it does not take the lock that it was given.
+        """
+        if action.why.startswith("roll") and any(s.phase is Phase.ACTIVE for s in view.slots.values()):
+            return
+        if slot.life == self.memory.activated and "being let go" in action.why:
+            return
         if slot.phase is Phase.PARKED and not view.absent and not view.gms_down and not view.gms_restarting:
             raise Broken(f"parked cohort {slot.cohort_id} was killed by the controller: {action.why}")
 
@@ -299,7 +324,7 @@ class World:
                 return True
             self.move(node, proc, Phase.PARKED)
             return True
-        if proc.phase is Phase.PARKED and self.lock is None:
+        if proc.phase is Phase.PARKED and self.may_serve(proc):
             self.lock = proc
             self.move(node, proc, Phase.WAKING)
             return True
@@ -315,6 +340,17 @@ class World:
             self.confirmed = proc.life
             return True
         return False
+
+    def may_serve(self, proc: Proc) -> bool:
+        """True when a parked engine finds its lock free: the one for all, or its own."""
+        return proc.life in self.let_go if self.policy.activate else self.lock is None
+
+    def activate(self, life: Life) -> None:
+        """The agent lets go of a cohort's own lock."""
+        for earlier in self.let_go:
+            if self.ranks(earlier):
+                raise Broken(f"life {life} is let go while life {earlier} is alive on node")
+        self.let_go.append(life)
 
     def memory_is_held(self, proc: Proc) -> bool:
         served = (p for n in self.nodes for p in n.procs.values() if not p.dead and p.life != proc.life)
@@ -352,6 +388,7 @@ class World:
         ]
         kinds += [(f"node {n.rank} is gone for good", (self.lose, n)) for n in self.nodes[1:] if n.up]
         kinds += [("a user kills the primary", (self.ask, False)), ("a user insists", (self.ask, True))]
+        kinds += [("a user rolls", (self.ask_to_roll,))]
         name, (do, *args) = kinds[self.choose(len(kinds))]
         do(*args)
         self.faults -= 1
@@ -363,6 +400,10 @@ class World:
     def ask(self, force: bool) -> None:
         self.asked += 1
         self.requests.append(controller.KillRequest(f"request {self.asked}", "group", force))
+
+    def ask_to_roll(self) -> None:
+        self.asked += 1
+        self.requests.append(RollRequest(f"request {self.asked}", ("--new",)))
 
     def lose(self, node: Node) -> None:
         self.gone.add(node.rank)
@@ -509,7 +550,9 @@ class World:
         return f"t={self.now:.1f} lock={self.lock.life if self.lock else None} {'; '.join(lives)} {self.view()}"
 
 
-def explore(nnodes: int, cohorts: int, choose: Callable[[int], int], steps: int, faults: int) -> World:
+def explore(
+    nnodes: int, cohorts: int, choose: Callable[[int], int], steps: int, faults: int, activate: bool = False
+) -> World:
     """A run from its start to full, `steps` events with faults among them, and to its end. Raises `Broken`."""
     picked: list[int] = []
 
@@ -517,7 +560,7 @@ def explore(nnodes: int, cohorts: int, choose: Callable[[int], int], steps: int,
         picked.append(choose(n) % n)
         return picked[-1]
 
-    world = World(nnodes, cohorts, pick, 0)
+    world = World(nnodes, cohorts, pick, 0, activate)
     try:
         world.settle()
         world.faults = faults
@@ -528,12 +571,12 @@ def explore(nnodes: int, cohorts: int, choose: Callable[[int], int], steps: int,
         world.settle()
     except Broken as exc:
         script = "\n".join(f"  {line}" for line in [*world.log, "# then everything in turn"])
-        case = f"replay({nnodes}, {cohorts}, {picked}, {steps}, {faults})"
+        case = f"replay({nnodes}, {cohorts}, {picked}, {steps}, {faults}, {activate})"
         raise Broken(f"{exc}\n{script}\nreplay: {case}") from None
     return world
 
 
-def replay(nnodes: int, cohorts: int, picked: list[int], steps: int, faults: int) -> World:
+def replay(nnodes: int, cohorts: int, picked: list[int], steps: int, faults: int, activate: bool = False) -> World:
     """Run a printed case again."""
     left = iter(picked)
-    return explore(nnodes, cohorts, lambda n: next(left, 0), steps, faults)
+    return explore(nnodes, cohorts, lambda n: next(left, 0), steps, faults, activate)
