@@ -280,6 +280,7 @@ class Agent:
             elif run.state is RunState.STOPPING:
                 self.stop("the run is being stopped")
         if self.is_leader:
+            leading.tell_refusals(self)
             for node in self.mirror.nodes.values():
                 if node.failed and node.node_rank != self.node_rank:
                     self.fail(by_code(node.exit_code, f"{membership.name(node)}: {node.failed}"))

@@ -11,6 +11,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
+from gms_launch import contents
 from gms_launch.cohort import membership, process
 from gms_launch.control.records import RunState
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
@@ -29,6 +30,7 @@ async def start(agent: Agent) -> None:
     await clear_node(agent)
     if leader and layout.own_etcd:
         await agent.start_service(layout.etcd_service())
+    agent.report.model = await agent.loop.run_in_executor(None, contents.stamp, agent.settings.model)
     try:
         await agent.loop.run_in_executor(None, agent.session.open, agent.report.record())
     except NoContactError:

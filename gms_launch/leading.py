@@ -34,7 +34,7 @@ CONFIRM_PAUSE = 0.005
 
 def view(agent: Agent) -> View:
     """The run as the leader sees it now."""
-    shot = snapshot.build(agent.mirror)
+    shot, nnodes = snapshot.build(agent.mirror), agent.layout.topology.nnodes
     slots = {}
     for c in shot.cohorts:
         desired = agent.mirror.desired[c.cohort_id]
@@ -61,7 +61,7 @@ def view(agent: Agent) -> View:
         no_token=agent.no_token,
         absent={
             r: gather.node_name(agent, r)
-            for r in membership.missing(agent.mirror.nodes, agent.layout.topology.nnodes)
+            for r in [*membership.missing(agent.mirror.nodes, nnodes), *membership.unfit(agent.mirror.nodes, nnodes)]
             if r != agent.node_rank
         },
         lost=shot.lost,
@@ -81,6 +81,15 @@ def _request(command: CommandRecord) -> Request:
     if command.verb == "roll":
         return RollRequest(command.uuid, command.engine_args)
     return KillRequest(command.uuid, command.scope, command.force, command.to)
+
+
+def tell_refusals(agent: Agent) -> None:
+    """Say which agents came to the run and did not fit. They ended; the run goes on as it was."""
+    for key, text in agent.mirror.refusals.items():
+        if key not in agent.answered:
+            agent.answered.add(key)
+            agent.report.emit("node_refused", detail=text)
+            agent.progress(f"an agent was refused: {text}")
 
 
 def carry_out(agent: Agent, action: actions.Action) -> None:

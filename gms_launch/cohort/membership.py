@@ -1,14 +1,14 @@
 """Do these nodes make one run? Pure: the records that the agents wrote when they came, in; objections, out.
 
-Judged before anything but etcd is started. Cohorts span all nodes, so what differs between two of them would only show
-later, as a hang.
+Judged before anything but etcd is started, and again when a node comes back with a new agent. Cohorts span all nodes,
+so what differs between two of them would only show later, as a hang or as another text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gms_launch.control.records import NodeRecord
+from gms_launch.control.records import ModelStamp, NodeRecord
 
 #: Clocks further apart than this make timelines and leases hard to read (seconds).
 CLOCK_TOLERANCE = 5.0
@@ -24,24 +24,46 @@ def objections(nodes: Mapping[int, NodeRecord], nnodes: int) -> list[str]:
     leader = nodes.get(0)
     if leader is None:
         return []
+    return [text for _, node in sorted(nodes.items()) for text in objections_to(node, leader, nnodes)]
+
+
+def objections_to(node: NodeRecord, leader: NodeRecord, nnodes: int) -> list[str]:
+    """What keeps a node from the leader's run, when that begins or when the node comes back to it."""
     found = []
-    for rank, node in sorted(nodes.items()):
-        if rank >= nnodes:
-            found.append(f"{name(node)} came to a run of {nnodes} nodes, whose ranks count from 0")
-        if node.version != leader.version:
-            found.append(
-                f"{name(node)} has gms-launch {node.version or '(of an unknown version)'}, "
-                f"{name(leader)} has {leader.version}"
-            )
-        elif node.settings_digest != leader.settings_digest:
+    if node.node_rank >= nnodes:
+        found.append(f"{name(node)} came to a run of {nnodes} nodes, whose ranks count from 0")
+    if node.version != leader.version:
+        found.append(
+            f"{name(node)} has gms-launch {node.version or '(of an unknown version)'}, "
+            f"{name(leader)} has {leader.version}"
+        )
+    else:
+        if node.settings_digest != leader.settings_digest:
             told = "; ".join(node.differences) or "compare `gms-launch plan --json` on both"
             found.append(f"{name(node)} has other settings than {name(leader)}: {told}")
-        elif len(node.gpus) != len(leader.gpus):
+        elif node.model != leader.model:
+            found.append(
+                f"{name(node)} has another model in the same place than {name(leader)}: "
+                f"{_model(node.model)} there, {_model(leader.model)} here"
+            )
+        if len(node.gpus) != len(leader.gpus):
             found.append(f"{name(node)} has {len(node.gpus)} GPUs, {name(leader)} has {len(leader.gpus)}")
-        if abs(node.clock_skew) > CLOCK_TOLERANCE:
-            ahead = "ahead of" if node.clock_skew > 0 else "behind"
-            found.append(f"the clock of {name(node)} is at least {abs(node.clock_skew):.0f} s {ahead} {name(leader)}'s")
+    if abs(node.clock_skew) > CLOCK_TOLERANCE:
+        ahead = "ahead of" if node.clock_skew > 0 else "behind"
+        found.append(f"the clock of {name(node)} is at least {abs(node.clock_skew):.0f} s {ahead} {name(leader)}'s")
     return found
+
+
+def _model(stamp: ModelStamp) -> str:
+    if not stamp.files:
+        return "no model directory"
+    return f"{stamp.files} files of {stamp.bytes} bytes, content {stamp.digest[:12]}"
+
+
+def unfit(nodes: Mapping[int, NodeRecord], nnodes: int) -> list[int]:
+    """The node ranks whose agents came to a run that they do not fit."""
+    leader = nodes.get(0)
+    return [r for r, n in sorted(nodes.items()) if leader is not None and objections_to(n, leader, nnodes)]
 
 
 def missing(nodes: Mapping[int, NodeRecord], nnodes: int) -> list[int]:

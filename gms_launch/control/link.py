@@ -115,6 +115,10 @@ class ControlLink:
         self._keeper.start()
         self._watch.start()
 
+    def get(self, key: str) -> bytes | None:
+        """What a key holds now. Blocks. Raises `NoContactError`."""
+        return self._etcd.get(key)
+
     def put_now(self, key: str, value: bytes) -> None:
         """Store a value before going on. Blocks. Raises `NoContactError`."""
         self._etcd.put(key, value)

@@ -99,7 +99,10 @@ class ServiceStatus(Record):
 
 @dataclass(frozen=True)
 class GmsStatus(Record):
-    """One GMS socket as its probe showed it; `loads` counts `rw_connected` events (reads from disk, for weights)."""
+    """One GMS socket as its probe showed it; `loads` counts `rw_connected` events (reads from disk, for weights).
+
+    `allocated_bytes` is None when the server does not tell, as upstream's.
+    """
 
     device: int
     uuid: str
@@ -110,7 +113,7 @@ class GmsStatus(Record):
     allocations: int = 0
     loads: int = 0
     layout_hash: str = ""
-    allocated_bytes: int = 0
+    allocated_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,21 @@ class GpuStatus(Record):
 
 
 @dataclass(frozen=True)
+class ModelStamp(Record):
+    """What a node's model directory holds (`contents.stamp`): files that engines read, their bytes, and a digest."""
+
+    files: int = 0
+    bytes: int = 0
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class NodeRecord(Record):
     """`nodes/<rank>`, on that agent's lease.
 
     The leader judges it by `version`, `settings_digest`, `differences` (settings that are others than its own, for
-    people) and `clock_skew` (seconds ahead of its clock, 0 when not surely off). `stopping` begins the agent's end;
-    `stopped` comes last, with what it could not kill in `left`. One that `failed` says so with its `exit_code`.
+    people), `model` and `clock_skew` (seconds ahead of its clock, 0 when not surely off). `stopping` begins the agent's
+    end; `stopped` comes last, with what it could not kill in `left`. One that `failed` says so with its `exit_code`.
     `gms_epoch` is the one that its servers are of. `writing`: what is wrong with its directories, or was lost there;
     `internal_errors`: errors of the agent's own that the run outlived.
     """
@@ -167,6 +179,7 @@ class NodeRecord(Record):
     exit_code: int = 0
     writing: tuple[Place, ...] = ()
     internal_errors: int = 0
+    model: ModelStamp = ModelStamp()
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
+from gms_launch.cohort import membership
 from gms_launch.control import terms
 from gms_launch.control.keys import prefix
 from gms_launch.control.mirror import Mirror
-from gms_launch.control.records import EventRecord, NodeRecord
-from gms_launch.errors import DeadlineError, UsageError
+from gms_launch.control.records import EventRecord, NodeRecord, RunRecord, RunState
+from gms_launch.errors import DeadlineError, NoContactError, UsageError
 from gms_launch.observe.reporter import Reporter
 from gms_launch.plan import Layout
 
@@ -88,6 +89,8 @@ class Session:
             if layout.own_etcd:
                 self._enable_auth()
             link.forget(keys)
+        else:
+            self._compare(link, record)
         key = keys.node(layout.topology.node_rank)
         self._sent = time.monotonic()
         holder = link.claim(key, record.encode(), self._settings.lease_ttl)
@@ -103,6 +106,25 @@ class Session:
             link.listen([prefix(keys.prefix)], self._settings.lease_ttl, self, self._settings.namespace)
         else:
             link.listen(keys.followed(self._settings.cohorts), self._settings.lease_ttl, self)
+
+    def _compare(self, link: ControlLink, record: NodeRecord) -> None:
+        """A run that goes on takes back only a node that it would have begun with. Raises `UsageError`.
+
+        Before this node takes its place, so that a run that it does not fit is not disturbed.
+        """
+        keys, deadline = self.mirror.keys, time.monotonic() + 2 * self._settings.lease_ttl
+        value = link.get(keys.run)
+        if value is None or (run := RunRecord.decode(value)).state is not RunState.ADMITTED:
+            return  # the leader compares all nodes when all have come
+        while (leader := link.get(keys.node(0))) is None:
+            if time.monotonic() > deadline:
+                raise NoContactError("the leader's own record is not in etcd, so this node cannot be compared with it")
+            time.sleep(0.2)  # it has lost its lease, and takes a new one
+        found = membership.objections_to(record, NodeRecord.decode(leader), run.nnodes)
+        if found:
+            text = "; ".join(found)
+            link.put_now(keys.refusal(f"{record.boot_id}-{record.agent_pid}"), text.encode())
+            raise UsageError(f"{text}; run {run.run} goes on without this node until one comes that fits")
 
     def _enable_auth(self) -> None:
         assert self._link is not None

@@ -208,7 +208,7 @@ class GetRuntimeStateResponse(Message, tag="get_runtime_state_response"):
     allocation_count: int = 0
     memory_layout_hash: str = ""
     sessions: list[SessionInfo] = []
-    allocated_bytes: int = 0
+    allocated_bytes: int | None = None  # of our server only
 
 
 class RuntimeEvent(msgspec.Struct):

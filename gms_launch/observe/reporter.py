@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gms_launch import __version__
 from gms_launch.cohort import proc
 from gms_launch.control.mirror import Mirror
-from gms_launch.control.records import EventRecord, NodeRecord, RunRecord
+from gms_launch.control.records import EventRecord, ModelStamp, NodeRecord, RunRecord
 from gms_launch.plan import Layout, settings_digest
 from gms_launch.spool.writer import Place, Writer
 
@@ -46,6 +46,7 @@ class Reporter:
         self.seen: dict[int, NodeRecord] = {}
         self.link: ControlLink | None = None
         self.lease = 0
+        self.model = ModelStamp()
         self.started = time.time()
         self.errors = 0
         self._places: dict[str, Place] = {}
@@ -151,6 +152,7 @@ class Reporter:
             settings_digest=settings_digest(layout.settings),
             differences=layout.differences,
             clock_skew=layout.clock_skew,
+            model=self.model,
         )
 
     def lease_known(self) -> None:

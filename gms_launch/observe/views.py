@@ -87,7 +87,8 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         for s in node.services:
             rest.add_row(str(node.node_rank), s.name, s.state, str(s.pid or ""), str(s.starts), s.detail)
         for g in node.gms:
-            held = f"{g.allocated_bytes / 2**30:.2f} GiB in {g.allocations} allocations"
+            size = "" if g.allocated_bytes is None else f"{g.allocated_bytes / 2**30:.2f} GiB in "
+            held = f"{size}{g.allocations} allocations"
             note = f"{held}, {g.ro_sessions} readers, written {g.loads} times"
             rest.add_row(str(node.node_rank), f"gpu {g.device} {g.tag}", g.state.lower(), "", "", note)
         for gpu in node.gpu_memory:

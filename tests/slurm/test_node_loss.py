@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from gms_launch.cohort import proc
-from tests.slurm.lab import Lab
+from gms_launch.engines.reference import demo_model
+from tests.slurm.lab import Lab, Node
 from tests.slurm.support import QUICK, LabRun, since
 from tests.support import eventually
 
@@ -137,7 +138,31 @@ def test_a_killed_agent_under_slurm_breaks_the_step_and_leaves_nothing(lab: Lab,
     assert run.left() == {}
 
 
-def test_a_node_that_comes_back_with_a_new_agent(bare_lab: Lab, model: Path) -> None:
+def refused(run: LabRun, node: Node, tmp_path: Path) -> None:
+    """Agents that do not fit come to a lost node's place: each is told why, and the run does not notice."""
+    demo_model.make(tmp_path, 8, seed=7)  # as large as the run's, of the same shape
+    before = run.status()
+    agents = [n["agent_pid"] for n in before["nodes"]]
+    for environ, says in (
+        ({"GMS_LAUNCH_SHADOWS": "2"}, "shadows is 2 here and 1 there"),
+        ({"GMS_LAUNCH_VIRTUAL_GPUS": "2"}, "has 2 GPUs, node 0 (node1) has 1"),
+        ({}, "has another model in the same place than node 0 (node1)"),
+    ):
+        other_model = not environ
+        if other_model:
+            node.run(["mount", "--bind", str(tmp_path), str(run.model)], check=True)
+        run.hand(2, **environ)
+        assert run.processes.pop().wait(30) == 2, run.output()
+        if other_model:
+            node.run(["umount", str(run.model)], check=True)
+        assert says in run.output()
+        eventually(lambda says=says: any(says in e["detail"] for e in run.events("node_refused")))
+        status = run.status()
+        assert status["lost_nodes"] == [2] and [n["agent_pid"] for n in status["nodes"]] == agents
+        assert status["cohorts"] == before["cohorts"], "nothing was started with it"
+
+
+def test_a_node_that_comes_back_with_a_new_agent(bare_lab: Lab, model: Path, tmp_path: Path) -> None:
     """By hand there is no Slurm to break the step: the rest waits for that node, and starts cold with it."""
     run = LabRun(bare_lab, model, "--lease-ttl=2", "--node-wait=40").hand()
     with run:
@@ -148,6 +173,7 @@ def test_a_node_that_comes_back_with_a_new_agent(bare_lab: Lab, model: Path) -> 
         eventually(lambda: engines_dead(run, 0, 1), OVER)
         assert not any(proc.alive(i) for i in old)
         bare_lab.node("node3").start(daemons=False)
+        refused(run, bare_lab.node("node3"), tmp_path)
         run.hand(2)
         status = run.wait_full(60.0)
         assert status["lost_nodes"] == []

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+
 import pytest
+from rich.console import Console
 
 from gms_launch.cohort.failover import fold
 from gms_launch.cohort.model import Phase, Redundancy
@@ -18,7 +22,8 @@ from gms_launch.control.records import (
     RunRecord,
     Wanted,
 )
-from gms_launch.observe import snapshot
+from gms_launch.gms.protocol import GetRuntimeStateResponse
+from gms_launch.observe import snapshot, views
 
 NODE = NodeRecord(0, "h", "127.0.0.1", "b", 1, 2, ("GPU-x",), gms=(GmsStatus(0, "GPU-x", "weights", "RO"),))
 RANK = RankRecord(0, 0, 1, Phase.ACTIVE, 10, 10, 99, 5.0, leftovers=(7,))
@@ -115,6 +120,20 @@ def test_status_json_layout() -> None:
         *("nnodes", "lost_nodes", "generation", "rolling"),
     }
     assert data["cohorts"][0]["role"] == "primary" and data["cohorts"][1]["role"] == "shadow"
+
+
+def test_a_size_that_a_gms_server_does_not_tell_is_null_and_not_shown() -> None:
+    silent = GmsStatus(0, "u", "weights", "COMMITTED", allocations=26)
+    for gms, told in ((silent, None), (replace(silent, allocated_bytes=1 << 30), 1 << 30)):
+        mirror = filled()
+        mirror.apply(mirror.keys.node(0), replace(NODE, gms=(gms,)).encode())
+        shot = snapshot.build(mirror)
+        assert shot.to_json()["nodes"][0]["gms"][0]["allocated_bytes"] == told
+        console = Console(record=True, width=200, file=io.StringIO())
+        console.print(views.status(shot))
+        shown = console.export_text()
+        assert "26 allocations" in shown and ("GiB" in shown) == (told is not None)
+    assert GetRuntimeStateResponse("RO").allocated_bytes is None, "upstream's answer has no such field"
 
 
 def event(time: float, kind: str, cohort: int, life: int, node: int = 0, **data: object) -> EventRecord:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gms_launch import topology
+from gms_launch import contents, topology
 from gms_launch.cohort import membership
 from gms_launch.config import resolve
-from gms_launch.control.records import NodeRecord
+from gms_launch.control.records import ModelStamp, NodeRecord
+from gms_launch.engines.reference import demo_model
 from gms_launch.errors import UsageError
 
 #: What a task of `srun -N3 --gres=gpu:2` sees on its second node (Slurm 22.05).
@@ -110,6 +113,7 @@ NODE = NodeRecord(0, "a", "10.0.0.1", "b", 1, 1, gpus=("g",), version="1", setti
         ({}, ""),
         ({"version": "2"}, "node 1 (b) has gms-launch 2, node 0 (a) has 1"),
         ({"settings_digest": "e", "differences": ("tp is 2 here and 4 there",)}, "tp is 2 here and 4 there"),
+        ({"model": ModelStamp(3, 70, "other")}, "no model directory here"),
         ({"gpus": ("g", "h")}, "has 2 GPUs, node 0 (a) has 1"),
         ({"clock_skew": 61.0}, "at least 61 s ahead of node 0 (a)'s"),
         ({"clock_skew": -61.0}, "at least 61 s behind"),
@@ -119,6 +123,37 @@ NODE = NodeRecord(0, "a", "10.0.0.1", "b", 1, 1, gpus=("g",), version="1", setti
 def test_nodes_that_do_not_fit(other: dict[str, Any], says: str) -> None:
     found = membership.objections({0: NODE, 1: replace(NODE, node_rank=1, host="b", **other)}, 2)
     assert len(found) == (1 if says else 0) and says in "".join(found)
+
+
+def test_whoever_does_not_fit_is_as_good_as_absent() -> None:
+    other = replace(NODE, node_rank=1, host="b")
+    assert membership.unfit({0: NODE, 1: other}, 2) == []
+    assert membership.unfit({0: NODE, 1: replace(other, settings_digest="e")}, 2) == [1]
+    assert membership.unfit({1: other}, 2) == [], "nobody to compare it with"
+
+
+def _model(directory: Path, seed: int) -> Path:
+    demo_model.make(directory, 1, seed)
+    return directory
+
+
+def test_models_are_compared_by_what_is_in_them(tmp_path: Path) -> None:
+    one = _model(tmp_path / "one", 1)
+    stamp = contents.stamp(str(one))
+    assert stamp.files >= 4 and stamp.bytes > 1 << 20
+    shutil.copytree(one, tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("a copy")
+    (tmp_path / "copy" / ".cache").mkdir()
+    (tmp_path / "copy" / ".cache" / "x.json").write_text("{}")
+    assert contents.stamp(str(tmp_path / "copy")) == stamp, "what no engine reads may differ"
+    retrained = _model(tmp_path / "two", 2)
+    assert (retrained / "model.safetensors").stat().st_size == (one / "model.safetensors").stat().st_size
+    assert contents.stamp(str(retrained)).digest != stamp.digest, "same names, sizes, shapes: other weights"
+    (tmp_path / "copy" / "config.json").write_text("{}")
+    assert contents.stamp(str(tmp_path / "copy")) != stamp
+    assert contents.stamp("org/name-in-a-hub").files == 0
+    (tmp_path / "copy" / "broken.safetensors").symlink_to("nowhere")
+    assert contents.stamp(str(tmp_path / "copy")).files == stamp.files + 1, "unreadable is told apart, and no error"
 
 
 def test_a_rank_beyond_the_run() -> None:
