@@ -146,7 +146,13 @@ class Layout:
 
     def gms_services(self) -> list[Service]:
         return gms.services(
-            self.gms_kind, self.gms_memory, self.python, self.devices(), self.node_dir.gms, self.settings.gms_timeout
+            self.gms_kind,
+            self.gms_memory,
+            self.python,
+            self.devices(),
+            self.node_dir.gms,
+            self.settings.gms_timeout,
+            by_nvml=self.settings.engine == "vllm",
         )
 
     def etcd_service(self) -> Service:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from pathlib import Path
 from gms_launch.gms.backends import Memory
 from gms_launch.gms.backends.host import HostMemory
 from gms_launch.gms.devices import TAGS, device_uuid, socket_dir, socket_path
-from gms_launch.gms.server import AlreadyRunningError, Room, SocketServer
+from gms_launch.gms.requests import Room
+from gms_launch.gms.server import AlreadyRunningError, SocketServer
 from gms_launch.gms.store import LayoutStore
 
 
@@ -28,15 +30,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--tag", action="append", help=f"serve this tag only; may be repeated (default: {', '.join(TAGS)})"
     )
     parser.add_argument("--socket-path", type=Path, help="socket of the one tag served (default: in GMS_SOCKET_DIR)")
-    parser.add_argument("--memory", choices=["host", "cuda"], default="host", help="what kind of memory to own")
+    parser.add_argument("--socket-uuid", help="name the sockets by this UUID instead of the device's own")
+    parser.add_argument("--memory", choices=["host", "cuda"], help="what kind of memory to own (default: host)")
+    parser.add_argument("--device-type", choices=["cuda", "xpu"], help="upstream's word for --memory")
     parser.add_argument("--memory-mib", type=int, default=4096, help="size of the made-up device (MiB)")
     parser.add_argument("--alloc-retry-interval", type=float, default=0.5, help="seconds between attempts when full")
     parser.add_argument("--alloc-retry-timeout", type=float, default=60.0, help="seconds until an allocation fails")
-    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every session's end too")
     options = parser.parse_args(argv)
+    if options.device_type == "xpu":
+        parser.error("--device-type xpu: there is no XPU backend here; use upstream's server for it")
+    if options.device_type and options.memory not in (None, options.device_type):
+        parser.error(f"--device-type {options.device_type} and --memory {options.memory} contradict each other")
+    options.memory = options.memory or options.device_type or "host"
     options.tag = options.tag or list(TAGS)
+    if len(set(options.tag)) != len(options.tag):
+        parser.error("--tag values must be unique")
     if options.socket_path and len(options.tag) != 1:
         parser.error("--socket-path needs exactly one --tag")
+    if options.socket_path and options.socket_uuid:
+        parser.error("--socket-path and --socket-uuid exclude each other")
     if options.device < 0:
         parser.error("--device counts from 0")
     if options.alloc_retry_interval <= 0 or options.alloc_retry_timeout <= 0:
@@ -60,12 +73,21 @@ def make_memory(options: argparse.Namespace, uuid: str) -> Memory:
     return memory
 
 
+def raise_descriptor_limit() -> None:
+    """Allow this process as many descriptors as it may have: an allocation can take one for as long as it lives."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as exc:
+        logging.warning("the limit of %d descriptors stays: %s", soft, exc)
+
+
 async def serve(options: argparse.Namespace) -> None:
     uuid = device_uuid(options.memory, options.device)
     memory, room = make_memory(options, uuid), Room()
     servers = []
     for tag in options.tag:
-        path = options.socket_path or socket_path(socket_dir(), uuid, tag)
+        path = options.socket_path or socket_path(socket_dir(), options.socket_uuid or uuid, tag)
         server = SocketServer(
             path, LayoutStore(memory), room, options.alloc_retry_interval, options.alloc_retry_timeout
         )
@@ -98,6 +120,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
+    raise_descriptor_limit()
     try:
         asyncio.run(serve(options))
     except (AlreadyRunningError, OSError, LookupError) as exc:

@@ -3,6 +3,9 @@
 A writer allocates and maps; at `commit` its mappings go and the addresses stay reserved. A reader imports. `unmap_all`
 drops the mappings and keeps the addresses; `remap_all` brings the same layout back to the same addresses, after
 checking the layout hash. There is never a second copy: all clients map what the server owns.
+
+A writer that seals its layout (`commit_layout`) keeps its mappings and goes on writing; the next one may take the same
+memory over (`connect(RW_DATA_OR_RW)`) instead of making its own.
 """
 
 from __future__ import annotations
@@ -132,6 +135,21 @@ class GmsClient:
         """Store metadata: what lies at `offset` bytes into an allocation."""
         self._request(p.MetadataPutRequest(key, allocation_id, offset, value), p.MetadataPutResponse)
 
+    def free(self, slot: int) -> None:
+        """Give an allocation back, with its mapping, its address and its metadata."""
+        mapping = self.mappings.pop(slot)
+        if mapping.mapped:
+            self._mapper.unmap(mapping.address, mapping.aligned_size)
+        self._mapper.free(mapping.address, mapping.aligned_size)
+        self._request(p.FreeAllocationRequest(mapping.allocation_id), p.FreeAllocationResponse)
+
+    def commit_layout(self) -> str:
+        """Seal the shape and go on writing; returns the layout hash. The memory outlives this session from now on."""
+        answer = self._request(p.CommitLayoutRequest(), p.CommitLayoutResponse)
+        self.granted = answer.granted_lock_type
+        self._layout_hash = answer.memory_layout_hash
+        return answer.memory_layout_hash
+
     def commit(self) -> None:
         """Publish: unmap, commit, end the session. Read back with `connect(RO)` and `remap_all`."""
         self.unmap_all()
@@ -175,7 +193,7 @@ class GmsClient:
                 f"export of {mapping.allocation_id} from {self.path}: {getattr(answer, 'error', 'no descriptor')}"
             )
         try:
-            self._mapper.map(mapping.address, mapping.aligned_size, fd, self.granted is p.LockType.RW)
+            self._mapper.map(mapping.address, mapping.aligned_size, fd, self.granted is not p.LockType.RO)
         finally:
             os.close(fd)
         mapping = replace(mapping, mapped=True)
@@ -195,19 +213,28 @@ class GmsClient:
     def remap_all(self) -> int:
         """Bring the committed layout back to the same addresses; returns the bytes mapped.
 
-        Raises `StaleLayoutError` when the layout is no longer the one that was unmapped.
+        Allocations are matched by their rank in slot order, as the layout hash counts them: who freed some before the
+        commit left gaps. Raises `StaleLayoutError` when the layout is no longer the one that was unmapped.
         """
         current = self.layout_hash()
         if self._layout_hash and current != self._layout_hash:
             raise StaleLayoutError(f"layout {self._layout_hash[:12]} was unmapped and {current[:12]} is there now")
-        listed = {a.layout_slot: a for a in self._listed()}
-        if set(listed) != set(self.mappings):
-            raise StaleLayoutError(f"slots {sorted(self.mappings)} were unmapped and {sorted(listed)} are there now")
-        for slot, mapping in self.mappings.items():
-            found = listed[slot]
+        listed = sorted(self._listed(), key=lambda a: a.layout_slot)
+        unmapped = [self.mappings[slot] for slot in sorted(self.mappings)]
+        if len(listed) != len(unmapped):
+            raise StaleLayoutError(f"{len(unmapped)} allocations were unmapped and {len(listed)} are there now")
+        for rank, (found, mapping) in enumerate(zip(listed, unmapped, strict=True)):
             if (found.aligned_size, found.tag) != (mapping.aligned_size, mapping.tag):
-                raise StaleLayoutError(f"slot {slot} was {mapping.aligned_size} bytes and is {found.aligned_size} now")
-            self._map(replace(mapping, allocation_id=found.allocation_id))
+                raise StaleLayoutError(
+                    f"allocation {rank} was {mapping.aligned_size} bytes of {mapping.tag} "
+                    f"and is {found.aligned_size} of {found.tag} now"
+                )
+        self.mappings = {
+            found.layout_slot: replace(mapping, allocation_id=found.allocation_id, layout_slot=found.layout_slot)
+            for found, mapping in zip(listed, unmapped, strict=True)
+        }
+        for mapping in list(self.mappings.values()):
+            self._map(mapping)
         self._layout_hash = current
         return sum(m.aligned_size for m in self.mappings.values())
 

@@ -68,7 +68,10 @@ def _mig_slots(nvml: Any, handle: Any) -> int:
 
 
 def _gpu(nvml: Any, handle: Any, mig: bool) -> Gpu:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    try:  # as nvidia-smi has it: the first version of the call counts what the driver reserves for itself as used
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    except nvml.NVMLError:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)  # a driver that does not know the second
     modes = {0: "default", 2: "prohibited", 3: "exclusive process"}
     try:
         mode = modes.get(nvml.nvmlDeviceGetComputeMode(handle), "unknown")

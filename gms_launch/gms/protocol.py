@@ -1,8 +1,9 @@
 """GMS wire protocol: messages and framing, compatible with upstream's `gpu_memory_service`.
 
 A frame is a 4-byte big-endian length and a MessagePack map whose `type` names the message; names and fields are
-upstream's (common/protocol/messages.py and wire.py, releases 1.1 to 1.6). A descriptor rides along by SCM_RIGHTS
-with the frame it belongs to. Unknown fields are ignored in both directions, so either side may be newer.
+upstream's (common/protocol/messages.py and wire.py, releases 1.1 to 1.6, with the sealed layouts of 1.5 and newer). A
+descriptor rides along by SCM_RIGHTS with the frame it belongs to. Unknown fields are ignored in both directions, so
+either side may be newer. Not spoken: V1 (snapshots), and the persistent allocations of unreleased branches.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from typing import Any, Union
 
 import msgspec
 
-#: A longer frame is garbage: the largest real one lists allocations, at about 150 bytes each.
-MAX_FRAME = 16 * 1024 * 1024
+#: The longest frame, by what its sender has shown so far (bytes). A stranger says a few words; who holds a lock asks by
+#: name; only the one writer sends contents, metadata of tens of MiB with large models. Answers may be as long as that.
+MAX_FIRST_FRAME = 64 * 1024
+MAX_REQUEST = 1024 * 1024
+MAX_FRAME = 256 * 1024 * 1024
 HEADER = struct.Struct("!I")
 
 
@@ -25,11 +29,13 @@ class ProtocolError(Exception):
 
 
 class LockType(str, Enum):
-    """What a handshake asks for; a grant is RW or RO."""
+    """What a handshake asks for; a grant is RW, RO or RW_DATA, which is never asked for by name."""
 
     RW = "rw"
     RO = "ro"
     RW_OR_RO = "rw_or_ro"
+    RW_DATA_OR_RW = "rw_data_or_rw"
+    RW_DATA = "rw_data"
 
 
 class Message(msgspec.Struct):
@@ -62,6 +68,16 @@ class CommitResponse(Message, tag="commit_response"):
     success: bool
 
 
+class CommitLayoutRequest(Message, tag="commit_layout_request"):
+    """Seal the shape of the layout: it outlives its writer, who goes on with RW_DATA. Contents are not published."""
+
+
+class CommitLayoutResponse(Message, tag="commit_layout_response"):
+    success: bool
+    memory_layout_hash: str = ""
+    granted_lock_type: LockType | None = None
+
+
 class GetLockStateRequest(Message, tag="get_lock_state_request"):
     pass
 
@@ -73,6 +89,7 @@ class GetLockStateResponse(Message, tag="get_lock_state_response"):
     waiting_writers: int
     committed: bool
     is_ready: bool
+    layout_committed: bool = False
 
 
 class GetAllocationStateRequest(Message, tag="get_allocation_state_request"):
@@ -207,12 +224,15 @@ class GetRuntimeStateResponse(Message, tag="get_runtime_state_response"):
     is_ready: bool = False
     allocation_count: int = 0
     memory_layout_hash: str = ""
+    layout_committed: bool = False
     sessions: list[SessionInfo] = []
     allocated_bytes: int | None = None  # of our server only
 
 
 class RuntimeEvent(msgspec.Struct):
-    """`kind` is one of rw_connected, rw_aborted, allocations_cleared, committed, allocation_oom."""
+    """`kind` is one of rw_connected, rw_aborted, rw_disconnected, allocations_cleared, committed, layout_committed,
+    allocation_oom.
+    """
 
     kind: str
     allocation_count: int = 0
@@ -249,9 +269,10 @@ def decode(body: bytes) -> Any:
 
 
 class FrameBuffer:
-    """Collects bytes and hands out complete frames."""
+    """Collects bytes and hands out complete frames of at most `limit` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_FRAME) -> None:
+        self.limit = limit
         self._data = bytearray()
 
     def feed(self, data: bytes) -> None:
@@ -262,8 +283,8 @@ class FrameBuffer:
         if len(self._data) < HEADER.size:
             return None
         (length,) = HEADER.unpack_from(self._data)
-        if length > MAX_FRAME:
-            raise ProtocolError(f"a frame of {length} bytes; the longest allowed is {MAX_FRAME}")
+        if length > self.limit:
+            raise ProtocolError(f"a frame of {length} bytes; the longest allowed here is {self.limit}")
         end = HEADER.size + length
         if len(self._data) < end:
             return None
@@ -276,11 +297,20 @@ class Channel:
     """A blocking connection to a GMS server: one request, one answer."""
 
     def __init__(self, path: str, timeout: float | None = None) -> None:
-        """Connect to the socket at `path`. Raises `OSError`."""
+        """Connect to the socket at `path`; the kernel waits up to `timeout` seconds for a place in its queue.
+
+        Raises `OSError`. (A non-blocking connect, which Python's own timeout makes, fails at once on a full queue.)
+        """
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(timeout)
         try:
+            if timeout:
+                limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6) or 1)
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             self._socket.connect(path)
+            self._socket.settimeout(timeout)
+        except BlockingIOError:
+            self._socket.close()
+            raise TimeoutError(f"no place in its queue within {timeout} s") from None
         except BaseException:
             self._socket.close()
             raise

@@ -1,6 +1,7 @@
 """What one GMS socket holds: allocations, metadata, the layout hash and the event history.
 
-No sockets and no waiting here; `server` adds both. Errors that are the client's fault are `RequestError`.
+No sockets and no waiting here; `server` and `requests` add both. Errors that are the client's fault are `RequestError`,
+with upstream's texts, which its clients match.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Allocation:
-    """Sizes in bytes. `layout_slot` numbers allocations in the order they were made in this layout."""
+    """Sizes in bytes. `layout_slot` numbers allocations in the order they were made; none twice in a layout."""
 
     allocation_id: str
     size: int
@@ -49,6 +50,7 @@ class LayoutStore:
         self.allocations: dict[str, Allocation] = {}
         self.metadata: dict[str, Metadata] = {}
         self.layout_hash = ""
+        self._next_slot = 0
         self.events: deque[RuntimeEvent] = deque(maxlen=MAX_EVENTS)
 
     def record(self, kind: str, allocation_count: int = 0) -> None:
@@ -65,13 +67,11 @@ class LayoutStore:
         return align(size, self.memory.granularity)
 
     def allocate(self, size: int, tag: str) -> Allocation:
-        """Raises `OutOfMemoryError` and `RequestError`."""
+        """Raises `OutOfMemoryError`, `RequestError`, and `OSError` when the process has no descriptor left."""
         aligned = self.aligned(size)
-        if aligned > self.memory.total:
-            raise RequestError(f"{aligned} bytes can never be had: the device has {self.memory.total}")
         handle = self.memory.create(aligned)
-        slot = max((a.layout_slot for a in self.allocations.values()), default=-1) + 1
-        made = Allocation(str(uuid.uuid4()), size, aligned, tag, slot, handle)
+        made = Allocation(str(uuid.uuid4()), size, aligned, tag, self._next_slot, handle)
+        self._next_slot += 1
         self.allocations[made.allocation_id] = made
         return made
 
@@ -79,7 +79,7 @@ class LayoutStore:
         try:
             return self.allocations[allocation_id]
         except KeyError:
-            raise RequestError(f"unknown allocation: {allocation_id}") from None
+            raise RequestError(f"Unknown allocation: {allocation_id}") from None
 
     def listed(self, tag: str | None) -> list[Allocation]:
         found = sorted(self.allocations.values(), key=lambda a: a.layout_slot)
@@ -101,26 +101,33 @@ class LayoutStore:
         self.allocations.clear()
         self.metadata.clear()
         self.layout_hash = ""
+        self._next_slot = 0
         return count
 
     def put_metadata(self, key: str, allocation_id: str, offset_bytes: int, value: bytes) -> None:
         allocation = self.get(allocation_id)
-        if not 0 <= offset_bytes < allocation.aligned_size:
+        if offset_bytes < 0:
+            raise RequestError(f"offset_bytes must be >= 0, got {offset_bytes}")
+        if offset_bytes >= allocation.aligned_size:
             raise RequestError(
-                f"offset_bytes {offset_bytes} is outside allocation {allocation_id} of {allocation.aligned_size} bytes"
+                f"offset_bytes {offset_bytes} out of range for allocation {allocation_id} "
+                f"(aligned_size={allocation.aligned_size})"
             )
         self.metadata[key] = Metadata(allocation_id, offset_bytes, value)
 
     def seal(self) -> str:
-        """Compute the layout hash at commit: a hash of shape and metadata, not of contents."""
+        """Compute the layout hash at commit: a hash of shape and metadata, not of contents.
+
+        Allocations count by their rank in slot order: gaps that freed ones left make no other layout.
+        """
         digest = hashlib.sha256()
-        slots = {}
-        for a in self.listed(None):
-            slots[a.allocation_id] = a.layout_slot
-            digest.update(f"{a.layout_slot}:{a.size}:{a.aligned_size}:{a.tag}".encode())
+        ranks = {}
+        for rank, a in enumerate(self.listed(None)):
+            ranks[a.allocation_id] = rank
+            digest.update(f"{rank}:{a.size}:{a.aligned_size}:{a.tag}".encode())
         for key in sorted(self.metadata):
             m = self.metadata[key]
-            digest.update(f"{key}:{slots[m.allocation_id]}:{m.offset_bytes}:".encode())
+            digest.update(f"{key}:{ranks[m.allocation_id]}:{m.offset_bytes}:".encode())
             digest.update(m.value)
         self.layout_hash = digest.hexdigest()
         return self.layout_hash

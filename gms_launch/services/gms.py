@@ -19,7 +19,8 @@ from gms_launch.services.base import NotReadyError, Service
 def choose(setting: str, engine: str, python: str) -> str:
     """`builtin` or `upstream` for the value of --gms-server. Raises `UsageError` for a pair that cannot work.
 
-    The reference engine speaks to the builtin server alone, and vLLM brings upstream's client with upstream's server.
+    The reference engine speaks to the builtin server alone. vLLM brings upstream's client, which speaks to either;
+    where its package can be imported, its server is the default.
     """
     if setting == "auto":
         if engine == "reference":
@@ -29,8 +30,6 @@ def choose(setting: str, engine: str, python: str) -> str:
         raise UsageError("--engine reference speaks to the builtin GMS server; use --gms-server builtin")
     if setting == "upstream" and _no_upstream(python):
         raise UsageError("--gms-server upstream: gpu_memory_service cannot be imported (it is on no package index)")
-    if setting == "builtin" and engine == "vllm":
-        raise UsageError("--engine vllm comes with gpu_memory_service and its own server; use --gms-server upstream")
     return setting
 
 
@@ -39,9 +38,12 @@ def _no_upstream(python: str) -> bool:
 
 
 def services(
-    kind: str, memory: str, python: str, devices: list[Device], directory: Path, timeout: float
+    kind: str, memory: str, python: str, devices: list[Device], directory: Path, timeout: float, by_nvml: bool = False
 ) -> list[Service]:
-    """The servers for `devices`. A dead one stays dead: a new one would be empty, and engines hold the old memory."""
+    """The servers for `devices`. A dead one stays dead: a new one would be empty, and engines hold the old memory.
+
+    `by_nvml`: the engine has upstream's client, which looks for sockets by NVML's order, without CUDA_VISIBLE_DEVICES.
+    """
     made = []
     env: dict[str, str | None] = {"GMS_SOCKET_DIR": str(directory), "DYN_GMS_USE_V1": None}
     if memory == "cuda":
@@ -51,6 +53,7 @@ def services(
             mib = str(device.memory // (1024 * 1024))
             argv: tuple[str, ...] = (python, "-m", "gms_launch.gms", "--device", str(device.index))
             argv += ("--memory", "cuda") if memory == "cuda" else ("--memory-mib", mib)
+            argv += ("--socket-uuid", device.alias) if by_nvml and device.alias else ()
             made.append(_service(f"gms-{device.index}", argv, env, directory, device, TAGS, timeout))
         else:
             for tag in TAGS:

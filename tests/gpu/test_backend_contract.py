@@ -144,12 +144,12 @@ def test_out_of_memory_is_retried_until_a_deadline_and_then_refused(server: Serv
     writer = connected(server.weights, compute, LockType.RW)
     too_much = 1 << 40 if server.kind == "cuda" else 1 << 30
     begun = time.monotonic()
-    with pytest.raises(GmsError, match=r"can never be had|no room within 1 s"):
+    with pytest.raises(GmsError, match="Timed out waiting for GPU memory"):
         writer.allocate(too_much, "weights")
     half = (512 * MIB) // 2 + MIB
     if server.kind == "host":
         writer.allocate(half, "weights")
-        with pytest.raises(GmsError, match="no room within 1 s"):
+        with pytest.raises(GmsError, match="Timed out waiting for GPU memory"):
             writer.allocate(half, "weights")
         assert time.monotonic() - begun >= 1.0
     assert writer.allocate(MIB, "weights").mapped, "the session goes on"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,38 @@ def test_errors_have_the_calls_and_the_drivers_name(
     monkeypatch.setattr(cuda, "driver", lambda: fake)
     with pytest.raises(kind, match=says):
         cuda.CudaMemory(0).create(2 << 20)
+
+
+def test_only_so_many_descriptors_stay_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what the process may have: with more allocations than that the rest are exported on request."""
+    monkeypatch.setattr(cuda, "driver", FakeDriver)
+    memory = cuda.CudaMemory(0)
+    memory._keep = 2
+    before = len(os.listdir("/proc/self/fd"))
+    handles = [memory.create(2 << 20) for _ in range(5)]
+    for _ in range(2):
+        for handle in handles:
+            os.close(memory.export(handle, writable=True))
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    for handle in handles:
+        memory.release(handle)
+    assert len(os.listdir("/proc/self/fd")) == before and memory.used == 0
+
+
+def test_an_export_without_a_descriptor_does_not_reach_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's own error for it says less and would end the server."""
+    monkeypatch.setattr(cuda, "driver", lambda: FakeDriver(cuMemExportToShareableHandle=CUresult.CUDA_ERROR_NO_DEVICE))
+    memory = cuda.CudaMemory(0)
+    handle = memory.create(2 << 20)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            memory.export(handle, writable=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_gpu_that_is_not_there_is_named() -> None:

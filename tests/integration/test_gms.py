@@ -19,42 +19,9 @@ import pytest
 from gms_launch.gms import probe
 from gms_launch.gms import protocol as p
 from gms_launch.gms.backends.host import HostMapper
-from gms_launch.gms.client import GmsClient, GmsError, StaleLayoutError
-from gms_launch.gms.devices import socket_path, virtual_devices
+from gms_launch.gms.client import GmsError, StaleLayoutError
+from tests.gms_support import MIB, Server, client, dial, publish
 from tests.support import eventually
-
-MIB = 1 << 20
-
-
-class Server:
-    """`python -m gms_launch.gms --device 0` with 16 MiB."""
-
-    def __init__(self, directory: Path, *extra: str) -> None:
-        uuid = virtual_devices(1, 1)[0].uuid
-        self.weights = socket_path(directory, uuid, "weights")
-        self.kv = socket_path(directory, uuid, "kv_cache")
-        self.argv = [sys.executable, "-m", "gms_launch.gms", "--device", "0", "--memory-mib", "16", *extra]
-        self.env = os.environ | {"GMS_SOCKET_DIR": str(directory)}
-        self.process = subprocess.Popen(self.argv, env=self.env, stderr=subprocess.PIPE)
-        eventually(lambda: self.answers(self.weights) and self.answers(self.kv))
-
-    @staticmethod
-    def answers(path: Path) -> bool:
-        try:
-            return bool(probe.runtime_state(path).state)
-        except probe.ProbeError:
-            return False
-
-    def state(self) -> p.GetRuntimeStateResponse:
-        return probe.runtime_state(self.weights)
-
-    def events(self) -> list[str]:
-        return [e.kind for e in probe.event_history(self.weights)]
-
-    def stop(self) -> str:
-        """End it; returns its log."""
-        self.process.terminate()
-        return self.process.communicate(timeout=10)[1].decode()
 
 
 @pytest.fixture
@@ -64,21 +31,6 @@ def server(fast_dir: Path) -> Iterator[Server]:
         yield running
     finally:
         running.stop()
-
-
-def client(path: Path, mode: p.LockType, timeout_ms: int | None = 2000) -> GmsClient:
-    made = GmsClient(path, HostMapper())
-    made.connect(mode, timeout_ms)
-    return made
-
-
-def publish(server: Server, content: bytes = b"weights", size: int = MIB) -> GmsClient:
-    writer = client(server.weights, p.LockType.RW)
-    mapping = writer.allocate(size, "weights")
-    mapping.view()[: len(content)] = content
-    writer.put("tensor", mapping.allocation_id, 0, b"{}")
-    writer.commit()
-    return writer
 
 
 def test_probe_bytes_are_upstreams() -> None:
@@ -117,7 +69,7 @@ def test_remap_brings_the_same_bytes_to_the_same_address(server: Server) -> None
 def test_a_reader_cannot_write(server: Server) -> None:
     publish(server)
     reader = client(server.weights, p.LockType.RO)
-    with pytest.raises(GmsError, match="needs the RW lock"):
+    with pytest.raises(GmsError, match="AllocateRequest not allowed for RO session in state RO"):
         reader.allocate(4096)
     allocation = reader._listed()[0].allocation_id
     _, fd = reader._ask(p.ExportAllocationRequest(allocation))
@@ -192,7 +144,7 @@ def test_a_waiting_writer_keeps_new_readers_out_until_it_hangs_up(server: Server
 def test_out_of_memory_is_retried_until_room_is_made(server: Server) -> None:
     publish(server, size=12 * MIB)
     kv = client(server.kv, p.LockType.RW)
-    with pytest.raises(GmsError, match="no room within 1 s"):
+    with pytest.raises(GmsError, match="Timed out waiting for GPU memory: requested_size=8388608"):
         kv.allocate(8 * MIB)
     assert "allocation_oom" in [e.kind for e in probe.event_history(server.kv)]
     with pytest.raises(GmsError, match="can never be had"):
@@ -209,11 +161,11 @@ def test_out_of_memory_is_retried_until_room_is_made(server: Server) -> None:
 def test_metadata_must_lie_inside_its_allocation(server: Server) -> None:
     writer = client(server.weights, p.LockType.RW)
     mapping = writer.allocate(4096)
-    with pytest.raises(GmsError, match="outside allocation"):
+    with pytest.raises(GmsError, match=rf"out of range for allocation {mapping.allocation_id} \(aligned_size=4096\)"):
         writer.put("k", mapping.allocation_id, 4096, b"")
-    with pytest.raises(GmsError, match="outside allocation"):
+    with pytest.raises(GmsError, match="offset_bytes must be >= 0, got -1"):
         writer.put("k", mapping.allocation_id, -1, b"")
-    with pytest.raises(GmsError, match="unknown allocation"):
+    with pytest.raises(GmsError, match="Unknown allocation: somebody"):
         writer.put("k", "somebody-else's", 0, b"")
     writer.put("k", mapping.allocation_id, 4095, b"v")
     assert writer.get("k") == (mapping.allocation_id, 4095, b"v")
@@ -247,9 +199,7 @@ def test_a_bad_client_costs_its_own_connection_only(server: Server, data: bytes)
 
 def ask_raw(path: Path, data: bytes) -> bytes:
     """What the server says to `data`, up to the end of the connection or 64 KiB."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(10)
-        sock.connect(str(path))
+    with dial(path) as sock:
         sock.sendall(data)
         return sock.recv(65536)
 
@@ -264,7 +214,7 @@ def nested_probe(depth: int) -> bytes:
 def test_a_deeply_nested_field_costs_its_own_connection_only(server: Server, depth: int) -> None:
     publish(server)
     answer = ask_raw(server.weights, nested_probe(depth))
-    assert b"get_runtime_state_response" in answer or b"not a GMS message" in answer
+    assert b"get_runtime_state_response" in answer or b"not a GMS message" in answer or b"longest" in answer
     assert server.process.poll() is None
     assert server.state().allocated_bytes == MIB, "the memory is still there"
 

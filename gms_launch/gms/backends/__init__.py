@@ -29,10 +29,16 @@ class Memory(Protocol):
         """Bytes handed out and not released."""
 
     def create(self, size: int) -> int:
-        """Allocate `size` bytes, a multiple of the granularity. Raises `OutOfMemoryError`."""
+        """Allocate `size` bytes, a multiple of the granularity.
+
+        Raises `OutOfMemoryError`, and `OSError` when the process has no descriptor left; then nothing was allocated.
+        """
 
     def export(self, handle: int, writable: bool) -> int:
-        """A new descriptor of the allocation, for the caller to pass on and close."""
+        """A new descriptor of the allocation, for the caller to pass on and close.
+
+        Raises `OSError` when the process has none left.
+        """
 
     def release(self, handle: int) -> None:
         """Let go of an allocation. Clients that map it keep it until they unmap."""

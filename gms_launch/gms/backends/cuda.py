@@ -12,6 +12,7 @@ does not live on after one: what the driver holds is then not known any more, an
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,7 @@ class CudaMemory:
         self.used = 0
         self._handles: dict[int, tuple[Any, int]] = {}
         self._exported: dict[int, int] = {}
+        self._keep = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         self._next = 1
 
     def create(self, size: int) -> int:
@@ -128,10 +130,15 @@ class CudaMemory:
     def export(self, handle: int, writable: bool) -> int:
         # A GPU's descriptor knows no read-only form: what a client may do is what it sets as access. One stays open as
         # long as the allocation lives: closing the last takes the driver half a millisecond, here and at the client.
-        if handle not in self._exported:
-            fd = call("cuMemExportToShareableHandle", self._handles[handle][0], _handle_type(), 0)
-            self._exported[handle] = int(fd)
-        return os.dup(self._exported[handle])
+        # With very many allocations the rest are made on request, so that sessions never lack a descriptor.
+        if handle in self._exported:
+            return os.dup(self._exported[handle])
+        os.close(os.open(os.devnull, os.O_RDONLY))  # with none left this fails by its name, and not in the driver
+        fd = int(call("cuMemExportToShareableHandle", self._handles[handle][0], _handle_type(), 0))
+        if len(self._exported) >= self._keep:
+            return fd
+        self._exported[handle] = fd
+        return os.dup(fd)
 
     def release(self, handle: int) -> None:
         found, size = self._handles.pop(handle)

@@ -46,9 +46,13 @@ class HostMemory:
         if self.used + size > self.total:
             raise OutOfMemoryError(f"{size} bytes wanted, {self.total - self.used} of {self.total} free")
         fd = os.memfd_create("gms", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, size)
-        # Nobody can change the size under a client that has it mapped.
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        try:
+            os.ftruncate(fd, size)
+            # Nobody can change the size under a client that has it mapped.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except OSError:
+            os.close(fd)
+            raise
         self._sizes[fd] = size
         self.used += size
         return fd

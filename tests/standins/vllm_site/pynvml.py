@@ -30,7 +30,10 @@ def nvmlDeviceGetName(handle):
     return "stand-in"
 
 
-def nvmlDeviceGetMemoryInfo(handle):
+nvmlMemory_v2 = 2
+
+
+def nvmlDeviceGetMemoryInfo(handle, version=None):
     return types.SimpleNamespace(total=512 << 20, used=1 << 20)
 
 
