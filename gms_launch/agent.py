@@ -29,6 +29,7 @@ from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.rankset import RankSet
 from gms_launch.cohort.reconciler import Desire
 from gms_launch.cohort.view import Memory, Policy
+from gms_launch.control.claims import Claims
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import CommandRecord, RunState, Wanted
 from gms_launch.control.session import Session
@@ -87,6 +88,7 @@ class Agent:
         self.ranks = RankSet(
             layout, self.mirror, self.report, writer, self.gms, self.gates, self.spawn, self._rank_event
         )
+        self.claims = Claims(self.report.take, self.spawn, self.control_changed)
         self.failure: LaunchError | None = None
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
@@ -256,7 +258,8 @@ class Agent:
             else:
                 self.ranks.kill(action.cohort_id, action.reason)
         for command in self.mirror.commands.values():
-            if command.verb == "kill-rank" and command.scope == f"rank:{self.node_rank}":
+            mine = command.verb == "kill-rank" and command.scope == f"rank:{self.node_rank}"
+            if mine and self.claims.has(command):
                 self._kill_part(command)
 
     def _kill_part(self, command: CommandRecord) -> None:
@@ -271,7 +274,7 @@ class Agent:
     def _follow_the_run(self) -> None:
         """Do what the run as a whole calls for: stop when somebody asks, fail when it has failed."""
         for command in self.mirror.commands.values():
-            if command.verb == "stop" and command.created >= self.report.started:
+            if command.verb == "stop" and (command.taken or self.claims.has(command)):
                 self.stop("asked to by `gms-launch down`")
         run = self.mirror.run
         if run is not None and not self.is_leader:

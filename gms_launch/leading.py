@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from gms_launch.agent import Agent
     from gms_launch.cohort.ranks import Rank
 
+#: How long the agent of a node has to begin a drill (seconds).
+DRILL_TIME = 10.0
 #: Pause between two looks for a first token (seconds); the frontend announces nothing.
 CONFIRM_PAUSE = 0.005
 
@@ -52,7 +54,10 @@ def view(agent: Agent) -> View:
     waiting = [
         c
         for c in agent.mirror.commands.values()
-        if c.verb in ("kill", "roll") and c.uuid not in agent.mirror.results and c.uuid not in agent.answered
+        if c.verb in ("kill", "roll")
+        and c.uuid not in agent.mirror.results
+        and c.uuid not in agent.answered
+        and agent.claims.has(c)
     ]
     return View(
         slots=slots,
@@ -109,7 +114,10 @@ def carry_out(agent: Agent, action: actions.Action) -> None:
         part = f"rank:{action.node_rank}"
         drill = CommandRecord(uuid.uuid4().hex, "kill-rank", time.time(), action.cohort_id, action.incarnation, part)
         agent.mirror.commands[drill.uuid] = drill
-        agent.report.put(agent.mirror.keys.command(drill.uuid), drill.encode())
+        if action.node_rank == agent.node_rank:
+            agent.claims.own(drill)
+        agent.report.put(agent.mirror.keys.command(drill.uuid), drill.encode(), agent.report.lease)
+        agent.spawn(_withdraw(agent, drill.uuid))
         agent.wake.set()
     elif isinstance(action, actions.LoseNodes):
         known = agent.mirror.run.lost if agent.mirror.run else ()
@@ -162,6 +170,13 @@ def _roll(agent: Agent, action: actions.Roll | actions.Proved | actions.RollBack
 def _words(agent: Agent, args: tuple[str, ...] | None) -> str:
     """Engine arguments for people; None are those of the settings."""
     return shlex.join(agent.settings.engine_args if args is None else args) or "no engine arguments"
+
+
+async def _withdraw(agent: Agent, uuid: str) -> None:
+    """A drill that was not begun by then is not to be: its agent may have stood still, and the run has gone on."""
+    await asyncio.sleep(DRILL_TIME)
+    agent.mirror.commands.pop(uuid, None)
+    agent.report.delete(agent.mirror.keys.command(uuid))
 
 
 def _want(agent: Agent, cohort_id: int, incarnation: int, wanted: Wanted, why: str, given_up: bool = False) -> None:

@@ -6,6 +6,7 @@ left then, or was left by agents that died, is cleared on every node by `down --
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from gms_launch import rundir
 from gms_launch.cohort import proc, process
+from gms_launch.control.errand import Errand
 from gms_launch.control.keys import Keys
 from gms_launch.control.records import CommandRecord
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError
@@ -56,21 +58,23 @@ def stop(directory: RunDir, found: RunFile, timeout: float) -> bool:
     """End a run in order, within `timeout` seconds; False if there was nobody to ask. Raises `DeadlineError`."""
     if found.local:
         return stop_agent(found.agent, timeout)
+    command = CommandRecord(uuid.uuid4().hex, "stop", time.time())
+    deadline = time.monotonic() + timeout
     try:
-        door = contact.gateway(directory, found)
-        command = CommandRecord(uuid.uuid4().hex, "stop", time.time())
-        door.put(Keys(directory.run).command(command.uuid), command.encode())
-        door.close()
+        with Errand(contact.gateway(directory, found), Keys(directory.run), command) as errand:
+            while (now := directory.read()) is None or now.ended is None:
+                if time.monotonic() > deadline:
+                    raise DeadlineError(
+                        f"run {directory.run} was asked to stop and has not ended within {timeout:g} s: "
+                        f"{errand.withdraw()}; run `gms-launch down` again on {found.leader_host}, or "
+                        "`gms-launch status` here"
+                    )
+                with contextlib.suppress(NoContactError):  # etcd ends before the run does
+                    errand.renew()
+                time.sleep(POLL)  # the file is on the shared home: nothing announces a change there
+            errand.done()
     except NoContactError:
         return False
-    deadline = time.monotonic() + timeout
-    while (now := directory.read()) is None or now.ended is None:
-        if time.monotonic() > deadline:
-            raise DeadlineError(
-                f"run {directory.run} was asked to stop and has not ended within {timeout:g} s; "
-                f"run `gms-launch down` again on {found.leader_host}, or `gms-launch status` here"
-            )
-        time.sleep(POLL)  # the file is on the shared home: nothing announces a change there
     return True
 
 

@@ -17,9 +17,10 @@ from gms_launch import rundir
 from gms_launch.cohort import proc, process
 from gms_launch.cohort.failover import Failover, fold
 from gms_launch.cohort.model import CohortView, Phase, primary
+from gms_launch.control.errand import Errand
 from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
-from gms_launch.control.records import CommandRecord, CommandResult
+from gms_launch.control.records import CommandRecord, CommandResult, EventRecord
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
 from gms_launch.observe import contact, journal
 from gms_launch.rundir import RunDir, RunFile
@@ -34,15 +35,20 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
     directory, found = rundir.find(run)
     if scope.startswith("rank:") and int(scope[5:]) >= found.nnodes:
         raise UsageError(f"--scope {scope}: the run has {found.nnodes} nodes, ranks count from 0")
+    news = journal.Tail(directory.events)
     try:
-        command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
-        answer = ask(directory, contact.gateway(directory, found), command, timeout)
-        victim = answer.cohort_id, answer.incarnation
+        door = contact.gateway(directory, found)
+        contact.read(directory, door)
     except NoContactError as exc:
         if not found.live:
             raise
+        # Only before anything was asked for: a request that is still to be carried out would kill twice.
         victim = kill_directly(directory, found, scope, force, str(exc))
-    show(follow(directory, found, victim, timeout), as_json)
+    else:
+        command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
+        answer = ask(directory, door, command, timeout)
+        victim = answer.cohort_id, answer.incarnation
+    show(follow(news, found, victim, timeout), as_json)
 
 
 def show(failover: Failover, as_json: bool) -> None:
@@ -58,19 +64,23 @@ def show(failover: Failover, as_json: bool) -> None:
 
 
 def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float) -> CommandResult:
-    """Let the controller do it; returns its answer. Raises `RefusedError` and `NoContactError`."""
-    keys = Keys(directory.run)
-    contact.read(directory, door)
-    door.put(keys.command(command.uuid), command.encode())
-    key = keys.result(command.uuid)
-    deadline = time.monotonic() + min(timeout, 10.0)
-    while (answer := door.get_prefix(key).get(key)) is None:
-        if time.monotonic() > deadline:
-            raise DeadlineError(
-                "the leader's agent did not answer within 10 s; see `gms-launch status` and the agent's log"
-            )
-        time.sleep(POLL)  # etcd's JSON gateway has no watch that is worth its set-up here
-    result = CommandResult.decode(answer)
+    """Let the controller do it; returns its answer. What is not answered in time is withdrawn.
+
+    Raises `RefusedError`, `DeadlineError` and `NoContactError`.
+    """
+    wait = min(timeout, 10.0)
+    deadline = time.monotonic() + wait
+    with Errand(door, Keys(directory.run), command) as errand:
+        try:
+            while (result := errand.answer()) is None:
+                if time.monotonic() > deadline:
+                    raise DeadlineError(
+                        f"the leader's agent did not answer within {wait:g} s: {errand.withdraw()}; "
+                        "see `gms-launch status` and the agent's log"
+                    )
+                time.sleep(POLL)  # etcd's JSON gateway has no watch that is worth its set-up here
+        except NoContactError as exc:
+            raise NoContactError(f"{exc}, after it was asked: {errand.withdraw()}") from None
     if not result.ok:
         raise RefusedError(result.detail)
     return result
@@ -124,13 +134,16 @@ def kill_group(pid: int, start: int) -> None:
         )
 
 
-def follow(directory: RunDir, found: RunFile, victim: tuple[int, int], timeout: float) -> Failover:
+def follow(news: journal.Tail, found: RunFile, victim: tuple[int, int], timeout: float) -> Failover:
     """Wait until the failover of `victim` has ended in a token from somebody else."""
     deadline = time.monotonic() + timeout
+    events: list[EventRecord] = []
     while True:
-        for failover in fold(journal.read(directory.events), found.nnodes):
-            if failover.victim == victim and "first_token" in failover.steps:
-                return failover
+        if fresh := news.new():
+            events += fresh
+            for failover in fold(events, found.nnodes):
+                if failover.victim == victim and "first_token" in failover.steps:
+                    return failover
         if time.monotonic() > deadline:
             raise DeadlineError(
                 f"cohort {victim[0]} was killed, and no other cohort served a token within {timeout:g} s; "

@@ -14,7 +14,7 @@ from gms_launch import rundir
 from gms_launch.cli import kill_primary
 from gms_launch.control.records import CommandRecord
 from gms_launch.errors import DeadlineError, UsageError
-from gms_launch.observe import contact
+from gms_launch.observe import contact, journal
 from gms_launch.rundir import RunDir, RunFile
 from gms_launch.services import frontend
 from gms_launch.services.base import NotReadyError
@@ -44,8 +44,9 @@ def _cohort(text: str | None, found: RunFile) -> int:
 def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, as_json: bool) -> None:
     """Ask for it, follow it and print it. Raises `RefusedError`, `NoContactError` and `DeadlineError`."""
     command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), to=to)
+    news = journal.Tail(directory.events)
     answer = kill_primary.ask(directory, contact.gateway(directory, found), command, timeout)
-    failover = kill_primary.follow(directory, found, (answer.cohort_id, answer.incarnation), timeout)
+    failover = kill_primary.follow(news, found, (answer.cohort_id, answer.incarnation), timeout)
     kill_primary.show(failover, as_json)
 
 

@@ -66,6 +66,9 @@ class Gateway:
         except (OSError, http.client.HTTPException, ValueError) as exc:
             self._connection = None
             raise NoContactError(f"etcd at {self._endpoints[0]} does not answer: {exc or type(exc).__name__}") from None
+        except BaseException:
+            self._connection = None  # interrupted in the middle: this one is out of step
+            raise
         if answer.status != 200:
             if "not enabled" in str(data.get("error", "")):
                 return {}  # passwords are not switched on (yet): go on without
@@ -82,9 +85,42 @@ class Gateway:
             base64.b64decode(kv["key"]).decode(): base64.b64decode(kv.get("value", "")) for kv in found.get("kvs", [])
         }
 
-    def put(self, key: str, value: bytes) -> None:
+    def put(self, key: str, value: bytes, lease: int = 0) -> None:
         self._open()
-        self._post("/v3/kv/put", {"key": _encode(key.encode()), "value": _encode(value)})
+        self._post("/v3/kv/put", {"key": _encode(key.encode()), "value": _encode(value), "lease": str(lease)})
+
+    def delete(self, key: str) -> None:
+        self._open()
+        self._post("/v3/kv/deleterange", {"key": _encode(key.encode())})
+
+    def delete_first_version(self, key: str) -> bool:
+        """Delete a key that nobody has put again since it was made; False when somebody has, or it is gone."""
+        self._open()
+        name = _encode(key.encode())
+        done = self._post(
+            "/v3/kv/txn",
+            {
+                "compare": [{"key": name, "target": "VERSION", "result": "EQUAL", "version": "1"}],
+                "success": [{"requestDeleteRange": {"key": name}}],
+            },
+        )
+        return bool(done.get("succeeded"))
+
+    def grant(self, ttl: int) -> int:
+        """A new lease of `ttl` seconds; returns its id."""
+        self._open()
+        return int(self._post("/v3/lease/grant", {"TTL": str(ttl)})["ID"])
+
+    def renew(self, lease: int) -> None:
+        """Keep a lease alive. Raises `NoContactError` too when it has ended."""
+        self._open()
+        if not int(self._post("/v3/lease/keepalive", {"ID": str(lease)}).get("result", {}).get("TTL", 0)):
+            raise NoContactError(f"etcd at {self._endpoints[0]} has ended our lease")
+
+    def revoke(self, lease: int) -> None:
+        """End a lease, and with it the keys that are on it."""
+        self._open()
+        self._post("/v3/lease/revoke", {"ID": str(lease)})
 
     def close(self) -> None:
         if self._connection is not None:

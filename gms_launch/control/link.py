@@ -123,6 +123,10 @@ class ControlLink:
         """Store a value before going on. Blocks. Raises `NoContactError`."""
         self._etcd.put(key, value)
 
+    def take(self, key: str, value: bytes) -> bool:
+        """Put `value` in the place of a command that stands and is nobody's yet. Blocks. Raises `NoContactError`."""
+        return self._etcd.replace_first_version(key, value, retry=2.0)
+
     def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
         """Store a value soon; `later` when nobody acts on it."""
         self._publisher.put(key, value, lease, later)

@@ -247,6 +247,7 @@ class CommandRecord(Record):
     leader, to the agent of the node that `scope` names as rank:N).
 
     `to` is the cohort that shall take over, -1 for any; `engine_args` are those of a roll, None for the same again.
+    `taken` names the agent that carries it out, once one does.
     """
 
     uuid: str
@@ -258,6 +259,7 @@ class CommandRecord(Record):
     force: bool = False
     to: int = -1
     engine_args: tuple[str, ...] | None = None
+    taken: str = ""
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,27 @@ class Etcd:
 
         return self.call(request, retry)
 
+    def replace_first_version(self, key: str, value: bytes, retry: float = 8.0) -> bool:
+        """Put `value` in the place of what `key` was made with, on the same lease.
+
+        Says whether the key holds our value now; False when it is gone or somebody else has put it again.
+        """
+        rpc, name = etcd3.etcdrpc, key.encode()
+
+        def request(client: Any) -> bool:
+            made = rpc.Compare(key=name, target=rpc.Compare.VERSION, result=rpc.Compare.EQUAL, version=1)
+            put = rpc.RequestOp(request_put=rpc.PutRequest(key=name, value=value, ignore_lease=True))
+            look = rpc.RequestOp(request_range=rpc.RangeRequest(key=name))
+            reply = client.kvstub.Txn(
+                rpc.TxnRequest(compare=[made], success=[put], failure=[look]),
+                timeout=self._timeout,
+                metadata=client.metadata,
+            )
+            # A repeated attempt finds what the first one stored.
+            return bool(reply.succeeded) or any(kv.value == value for kv in reply.responses[0].response_range.kvs)
+
+        return self.call(request, retry)
+
     def get(self, key: str, retry: float = 8.0) -> bytes | None:
         """The value of `key` by a linearizable read."""
         value: bytes | None = self.call(lambda c: c.get(key)[0], retry)

@@ -5,19 +5,44 @@ They outlive etcd and the run, so that the timeline can be read afterwards.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from gms_launch.control.records import EventRecord, RecordError
 
 
+class Tail:
+    """What is added to a journal from now on, each event once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._at = 0
+        with contextlib.suppress(OSError):
+            self._at = path.stat().st_size
+
+    def new(self) -> list[EventRecord]:
+        """The events whose lines were completed since the last call."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._at)
+                whole = file.read().rpartition(b"\n")
+        except OSError:
+            return []
+        self._at += len(whole[0]) + len(whole[1])
+        return _decode(whole[0])
+
+
 def read(path: Path) -> list[EventRecord]:
-    """Every event in the journal, in the order written. A half-written line is left out."""
-    events = []
+    """Every event in the journal, in the order written. A half-written last line is left out."""
     try:
-        lines = path.read_bytes().splitlines()
+        return _decode(path.read_bytes())
     except OSError:
         return []
-    for line in lines:
+
+
+def _decode(text: bytes) -> list[EventRecord]:
+    events = []
+    for line in text.splitlines():
         try:
             events.append(EventRecord.decode(line))
         except RecordError:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gms_launch import __version__
 from gms_launch.cohort import proc
 from gms_launch.control.mirror import Mirror
-from gms_launch.control.records import EventRecord, ModelStamp, NodeRecord, RunRecord
+from gms_launch.control.records import CommandRecord, EventRecord, ModelStamp, NodeRecord, RunRecord
 from gms_launch.plan import Layout, settings_digest
 from gms_launch.spool.writer import Place, Writer
 
@@ -60,6 +60,12 @@ class Reporter:
         """Store a record in etcd, at once, unless somebody did."""
         assert self.link is not None, "nothing is reported before there is etcd"
         self.link.put_once(key, value)
+
+    def take(self, command: CommandRecord) -> bool:
+        """Take a command for this agent; False when it no longer stands. Blocks. Raises `NoContactError`."""
+        assert self.link is not None, "no command is heard before there is etcd"
+        taken = replace(command, taken=f"{self._layout.topology.host} {os.getpid()}")
+        return self.link.take(self._keys.command(command.uuid), taken.encode())
 
     def delete(self, key: str) -> None:
         """Take a record out of etcd."""
