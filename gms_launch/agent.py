@@ -33,7 +33,7 @@ from gms_launch.control.claims import Claims
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import CommandRecord, RunState, Wanted
 from gms_launch.control.session import Session
-from gms_launch.errors import DeadlineError, LaunchError, by_code
+from gms_launch.errors import DeadlineError, InterruptedRunError, LaunchError, by_code
 from gms_launch.observe import snapshot
 from gms_launch.observe.follow import FileWatcher
 from gms_launch.observe.gms import GmsWatch
@@ -125,7 +125,7 @@ class Agent:
         log_file = self.layout.run_dir.logs / f"guard-node{self.node_rank}.log"
         self.guard_pid, self._guard = guard.start(self.layout.run, self.node_rank, log_file, self.gates.take())
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self.loop.add_signal_handler(sig, self.stop, f"signal {sig.name}", True)
+            self.loop.add_signal_handler(sig, self.interrupt, f"signal {sig.name}")
         self.files = FileWatcher(self.loop)
         self.session = Session(self.layout, self.mirror, self.report, self)
         try:
@@ -150,6 +150,12 @@ class Agent:
             self.progress(f"stopping: {why}")
             self.stopping.set()
             self.wake.set()
+
+    def interrupt(self, why: str) -> None:
+        """Stop, since somebody wants no more of it; before the run was up once, that is a start that failed."""
+        if not self.ready.is_set() and not self.stopping.is_set():
+            self.failure = InterruptedRunError(f"stopped before redundancy was full for the first time: {why}")
+        self.stop(why, hurry=True)
 
     def fail(self, error: LaunchError) -> None:
         """End the run with an error."""

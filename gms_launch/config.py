@@ -21,12 +21,12 @@ from gms_launch.numbers import real, whole
 
 ENV_PREFIX = "GMS_LAUNCH_"
 #: Names with our prefix that are not settings: the process tag, and where runs are recorded.
-RESERVED_ENV = frozenset({"GMS_LAUNCH_TAG", "GMS_LAUNCH_HOME", "GMS_LAUNCH_RUN", "GMS_LAUNCH_CONFIG"})
+RESERVED_ENV = frozenset({"GMS_LAUNCH_TAG", "GMS_LAUNCH_HOME", "GMS_LAUNCH_CONFIG"})
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting. `name` is the TOML key, the dataclass field and, with dashes, the flag."""
+    """One setting. `name` is the TOML key, the dataclass field and, with dashes, the flag, unless `word` is that."""
 
     name: str
     kind: type
@@ -37,14 +37,20 @@ class Setting:
     choices: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
+    word: str = ""
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return "--" + (self.word or self.name).replace("_", "-")
 
     @property
     def env(self) -> str:
-        return ENV_PREFIX + self.name.upper()
+        return ENV_PREFIX + (self.word or self.name).upper()
+
+    @property
+    def old(self) -> tuple[tuple[str, str], ...]:
+        """Flag and environment name as they were before the setting got its `word`; still taken."""
+        return (("--" + self.name.replace("_", "-"), ENV_PREFIX + self.name.upper()),) if self.word else ()
 
 
 def _port(name: str, default: int, help_: str, recipe: str | None = None, maximum: int = 65535) -> Setting:
@@ -56,7 +62,7 @@ def _seconds(name: str, default: float, help_: str) -> Setting:
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("run_id", str, "", "name of the run; made up when empty", "run"),
+    Setting("run_id", str, "", "name of the run; made up when empty", "run", word="run"),
     Setting("model", str, "", "model directory", "engine", recipe="MODEL"),
     Setting("served_model_name", str, "", "name clients ask for; the model path when empty", "engine"),
     Setting("engine", str, "vllm", "which engine to run", "engine", choices=("vllm", "reference", "command")),
@@ -345,7 +351,7 @@ def resolve(
     for key in toml or {}:
         if key not in BY_NAME:
             raise UsageError(f"{toml_path}: unknown setting {key!r}{_suggest(key, list(BY_NAME))}")
-    known_env = [s.env for s in SETTINGS]
+    known_env = [s.env for s in SETTINGS] + [env for s in SETTINGS for _, env in s.old]
     for key in environ:
         if key.startswith(ENV_PREFIX) and key not in RESERVED_ENV and key not in known_env:
             raise UsageError(f"environment: unknown setting {key}{_suggest(key, known_env)}")
@@ -355,7 +361,7 @@ def resolve(
     for s in SETTINGS:
         candidates: list[tuple[Any, str]] = [(flags.get(s.name), s.flag)]
         # An empty variable counts as unset, as in the recipe's own ${NAME:-default}.
-        candidates.append((environ.get(s.env) or None, s.env))
+        candidates += [(environ.get(name) or None, name) for name in (s.env, *(env for _, env in s.old))]
         if s.recipe:
             candidates.append((environ.get(s.recipe) or None, s.recipe))
         candidates.append(((toml or {}).get(s.name), toml_path))

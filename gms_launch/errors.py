@@ -24,6 +24,12 @@ class RefusedError(LaunchError):
     exit_code = 3
 
 
+class InterruptedRunError(LaunchError):
+    """Somebody stopped it before it had come to what it was for: Ctrl-C, SIGTERM or SIGHUP during a start."""
+
+    exit_code = 130
+
+
 class DeadlineError(LaunchError):
     """Something did not finish in the time it was given."""
 
@@ -38,5 +44,5 @@ class NoContactError(LaunchError):
 
 def by_code(code: int, text: str) -> LaunchError:
     """The error whose exit code is `code`."""
-    kinds = (LaunchError, UsageError, RefusedError, DeadlineError, NoContactError)
+    kinds = (LaunchError, UsageError, RefusedError, DeadlineError, NoContactError, InterruptedRunError)
     return next((k for k in kinds if k.exit_code == code), LaunchError)(text)

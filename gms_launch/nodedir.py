@@ -45,7 +45,7 @@ class NodeDir:
             raise UsageError(
                 f"GMS sockets in {self.gms} would have paths of {longest} bytes, and the kernel takes "
                 f"{SOCKET_PATH_MAX}; "
-                "choose a shorter --gms-socket-dir or --run-id"
+                "choose a shorter --gms-socket-dir or --run"
             )
 
     def create(self) -> None:

@@ -66,6 +66,13 @@ class _Chooser:
         raise UsageError(f"{name}: no free port from {wanted} on")
 
 
+def moved(settings: Settings, chosen: Ports) -> str:
+    """The services' ports that are not the wanted ones, for people; empty when none had to be moved."""
+    names = ("frontend", "etcd", "etcd_peer", "nats")
+    pairs = [(n, getattr(settings, f"{n}_port"), getattr(chosen, n)) for n in names]
+    return ", ".join(f"{name} {port} instead of {wanted}" for name, wanted, port in pairs if port != wanted)
+
+
 def follow(
     settings: Settings, leaders: Mapping[str, Any], free: Callable[[int], bool], extra: Mapping[str, int] | None = None
 ) -> Ports:

@@ -32,6 +32,11 @@ def home() -> Path:
     return Path(os.environ.get("GMS_LAUNCH_HOME") or Path.home() / ".gms-launch")
 
 
+def named(environ: Mapping[str, str]) -> str:
+    """The run that the environment names, under its name of today or its old one; empty when it names none."""
+    return environ.get("GMS_LAUNCH_RUN") or environ.get("GMS_LAUNCH_RUN_ID") or ""
+
+
 def slurm_run_id(environ: Mapping[str, str]) -> str:
     """The run id of a Slurm job; empty outside of Slurm."""
     return environ.get("SLURM_JOB_ID", "")
@@ -213,7 +218,7 @@ class RunDir:
             return
         raise RefusedError(
             f"run {self.run} is already up (agent {previous.agent_pid} on {previous.leader_host}); "
-            f"stop it with `gms-launch down --run {self.run}` or choose another --run-id"
+            f"stop it with `gms-launch down --run {self.run}` or choose another --run"
         )
 
     def text(self, path: Path) -> str:
@@ -266,7 +271,7 @@ def find(run: str | None) -> tuple[RunDir, RunFile]:
 
     Raises `NoContactError` when there is none and `UsageError` when several are live.
     """
-    wanted = run or os.environ.get("GMS_LAUNCH_RUN")
+    wanted = run or named(os.environ)
     if wanted:
         if not RUN_ID.match(wanted):
             raise UsageError(f"{wanted!r} is not the name of a run")

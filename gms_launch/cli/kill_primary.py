@@ -56,11 +56,9 @@ def show(failover: Failover, as_json: bool) -> None:
     if as_json:
         print(json.dumps(failover.to_json(), indent=1))
         return
-    from rich.console import Console
-
     from gms_launch.observe import views
 
-    Console().print(views.failover(failover))
+    views.console().print(views.failover(failover))
 
 
 def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float) -> CommandResult:

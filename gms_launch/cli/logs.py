@@ -9,6 +9,7 @@ from pathlib import Path
 from gms_launch.cli.timeline import _directory as find_directory
 from gms_launch.errors import UsageError
 from gms_launch.numbers import count
+from gms_launch.services.base import plain
 
 
 def main(component: str | None, run: str | None, follow: bool, tail: int, node: int) -> None:
@@ -25,7 +26,7 @@ def main(component: str | None, run: str | None, follow: bool, tail: int, node: 
             f"run {directory.run} has no log of {component!r} on node {node}; it has: {', '.join(sorted(names))}"
         )
     text = log.read_text(errors="replace")
-    lines = text.splitlines()
+    lines = (text if sys.stdout.isatty() else plain(text)).splitlines()
     print(*(lines[-tail:] if tail else lines), sep="\n")
     if follow:
         _follow(log, len(text.encode()))
@@ -48,5 +49,6 @@ def _follow(log: Path, offset: int) -> None:
             file.seek(offset)
             data = file.read()
         offset += len(data)
-        sys.stdout.write(data.decode(errors="replace"))
+        added = data.decode(errors="replace")
+        sys.stdout.write(added if sys.stdout.isatty() else plain(added))
         sys.stdout.flush()

@@ -25,7 +25,7 @@ app = typer.Typer(
 
 Run = Annotated[
     Optional[str],  # noqa: UP045 - typer reads this at run time on Python 3.10 too
-    typer.Option("--run", help="which run (default: GMS_LAUNCH_RUN, SLURM_JOB_ID, or the only live one)"),
+    typer.Option("--run", "--run-id", help="which run (default: GMS_LAUNCH_RUN, SLURM_JOB_ID, or the only live one)"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON with a documented layout")]
 

@@ -53,7 +53,11 @@ def positive(value: str) -> int:
 
 
 def _option(setting: Setting) -> Any:
-    names = [setting.flag] if setting.kind is not bool else [f"{setting.flag}/--no-{setting.flag[2:]}"]
+    names = (
+        [setting.flag, *(flag for flag, _ in setting.old)]
+        if setting.kind is not bool
+        else [f"{setting.flag}/--no-{setting.flag[2:]}"]
+    )
     default = setting.default if setting.default != "" else "none"
     choices = f" [{'|'.join(setting.choices)}]" if setting.choices else ""
     recipe = f" or {setting.recipe}" if setting.recipe else ""

@@ -72,7 +72,10 @@ def show(data: dict[str, Any]) -> None:
         f"engine {data['engine']}, GMS {data['gms_server']}"
     )
     print(f"run directory {data['run_dir']}, node-local directory {data['node_dir']}, frontend {data['frontend_url']}")
-    print("ports: " + ", ".join(f"{k} {v}" for k, v in data["ports"].items()))
+    print(
+        "ports, as wanted (`up` moves those in use that you did not set): "
+        + ", ".join(f"{k} {v}" for k, v in data["ports"].items())
+    )
     for process in data["processes"]:
         print(f"\n# {process['name']}")
         for key, value in process["env"].items():

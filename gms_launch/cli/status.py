@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Iterator
 
 from gms_launch import rundir
+from gms_launch.control.gateway import Gateway
 from gms_launch.observe import contact
+from gms_launch.observe.snapshot import Snapshot
+from gms_launch.observe.stamp import stamp
+from gms_launch.rundir import RunDir
+
+#: Between two looks of --watch (seconds).
+PAUSE = 0.5
 
 
 def main(run: str | None, watch: bool, as_json: bool) -> None:
@@ -15,19 +25,39 @@ def main(run: str | None, watch: bool, as_json: bool) -> None:
     if as_json and not watch:
         print(json.dumps(shot.to_json(), indent=1))
         return
-    from rich.console import Console
-
     from gms_launch.observe import views
 
     if not watch:
-        Console().print(views.status(shot))
+        views.console().print(views.status(shot))
         return
-    import time
+    if sys.stdout.isatty() and not as_json:
+        _live(directory, door, shot)
+    for now in _follow(directory, door, shot):
+        if as_json:
+            print(json.dumps(now.to_json()), flush=True)
+        else:
+            views.console().print(stamp(time.time()), views.status(now), sep="\n")
+            sys.stdout.flush()
 
+
+def _follow(directory: RunDir, door: Gateway, first: Snapshot) -> Iterator[Snapshot]:
+    """The state, and again whenever it has changed."""
+    yield first
+    while True:
+        time.sleep(PAUSE)  # etcd's JSON gateway has no watch that is worth its set-up here
+        _, shot = contact.read(directory, door)
+        if shot != first:
+            yield (first := shot)
+
+
+def _live(directory: RunDir, door: Gateway, shot: Snapshot) -> None:
+    """A view for people, whose ages move on."""
     from rich.live import Live
+
+    from gms_launch.observe import views
 
     with Live(views.status(shot), refresh_per_second=4) as live:
         while True:
-            time.sleep(0.5)  # a view for people; scripts use --json
+            time.sleep(PAUSE)
             _, shot = contact.read(directory, door)
             live.update(views.status(shot))

@@ -34,7 +34,7 @@ def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) ->
 
     from gms_launch.observe import views
 
-    console = Console() if html is None else Console(record=True, width=PAGE_WIDTH, file=io.StringIO())
+    console = views.console() if html is None else Console(record=True, width=PAGE_WIDTH, file=io.StringIO())
     if all_events:
         console.print(views.events(events))
     elif not failovers:

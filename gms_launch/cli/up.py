@@ -21,6 +21,7 @@ from gms_launch.cohort import proc
 from gms_launch.config import SETTINGS, Settings, checked
 from gms_launch.errors import LaunchError, RefusedError, by_code
 from gms_launch.nodedir import NodeDir
+from gms_launch.observe.stamp import Formatter
 from gms_launch.plan import Layout
 from gms_launch.rundir import Credentials, RunDir, RunFile
 from gms_launch.spool.writer import LogHandler, Writer
@@ -54,6 +55,8 @@ def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> N
     try:
         if not place.is_leader:
             layout = follow(layout, reservation, reporter.progress)
+        if place.is_leader and (moved := ports.moved(settings, layout.ports)):
+            reporter.progress(f"ports in use here, so others were taken: {moved}")
         run_agent(layout, reporter, until_eof)
     except LaunchError as exc:
         reporter.failed(exc)
@@ -136,11 +139,9 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
     _make_places(layout, record)
     writer = Writer(layout.run_dir.path, layout.log_dir, layout.node_dir.path, layout.settings.log_max_mib * 2**20)
     agent_log = layout.run_dir.agent_log if leader else layout.log_dir / "agent.log"
-    logging.basicConfig(
-        handlers=[LogHandler(writer.append, agent_log)],
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    lines = LogHandler(writer.append, agent_log)
+    lines.setFormatter(Formatter())
+    logging.basicConfig(level=logging.INFO, handlers=[lines], force=True)  # what was said before made one of its own
     agents: list[Agent] = []
 
     async def live() -> None:
@@ -198,7 +199,7 @@ def _make_places(layout: Layout, record: RunFile) -> None:
 def _input_ended(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
     if not os.read(0, 4096):
         loop.remove_reader(0)
-        agent.stop("the command that started this agent is gone")
+        agent.interrupt("the command that started this agent is gone")
 
 
 def _watch_parent(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
@@ -210,13 +211,13 @@ def _watch_parent(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
     try:
         fd = os.pidfd_open(parent)
     except ProcessLookupError:
-        agent.stop("its parent is gone")
+        agent.interrupt("its parent is gone")
         return
 
     def gone() -> None:
         loop.remove_reader(fd)
         os.close(fd)
-        agent.stop(f"its parent (pid {parent}) is gone")
+        agent.interrupt(f"its parent (pid {parent}) is gone")
 
     loop.add_reader(fd, gone)
 

@@ -112,7 +112,7 @@ class Hosts:
         settings, nnodes = self._settings, len(self._hosts)
         named = {"hosts", "nnodes", "node_rank", "run_id", "leader_addr"}
         own = replace(settings, sources={k: v for k, v in settings.sources.items() if k not in named})
-        flags = [f"--run-id={settings.run_id}", f"--nnodes={nnodes}", f"--node-rank={rank}"]
+        flags = [f"--run={settings.run_id}", f"--nnodes={nnodes}", f"--node-rank={rank}"]
         if nnodes > 1:
             flags.append(f"--leader-addr={self._leader_addr()}")
         # In the working directory of this command where the host has it, as srun does: paths may be relative.

@@ -41,7 +41,7 @@ def main(run: str | None, timeout: float | None) -> None:
 
 def _directory(run: str | None) -> RunDir:
     """The run meant, which need not exist yet when it is named."""
-    wanted = run or os.environ.get("GMS_LAUNCH_RUN") or rundir.slurm_run_id(os.environ)
+    wanted = run or rundir.named(os.environ) or rundir.slurm_run_id(os.environ)
     return RunDir.of(wanted) if wanted and RUN_ID.match(wanted) else rundir.find(run)[0]
 
 

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("agent")
 
+#: Events that somebody should look at; everything else is as it should be.
+LEVELS = {
+    **dict.fromkeys(("exit", "hung", "cut_off", "lease_lost", "rolled_back", "gms_restart"), logging.WARNING),
+    **dict.fromkeys(("service_exited", "service_killed", "service_restarted"), logging.WARNING),
+    **dict.fromkeys(("unfenced", "given_up", "service_failed"), logging.ERROR),
+}
+#: Events of which the agent says the same to people, in the same log.
+SAID = frozenset({"redundancy", "stopped"})
 #: Events of this node that stay in etcd; the journal keeps all.
 EVENTS_KEPT = 1000
 
@@ -93,7 +101,8 @@ class Reporter:
             if len(self._event_keys) > EVENTS_KEPT:
                 self.link.delete(self._event_keys.popleft())
         who = f"cohort {cohort_id}.{incarnation} " if cohort_id >= 0 else ""
-        log.info("%s%s %s", who, kind, detail)
+        if kind not in SAID:
+            log.log(LEVELS.get(kind, logging.INFO), "%s%s %s", who, kind, detail)
 
     def take_event(self, event: EventRecord) -> None:
         """Keep another node's event in the journal."""

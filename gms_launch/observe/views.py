@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Sequence
+from typing import TextIO
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -13,13 +16,23 @@ from gms_launch.cohort.failover import STEPS, Failover
 from gms_launch.cohort.model import Redundancy
 from gms_launch.control.records import EventRecord
 from gms_launch.observe.snapshot import Snapshot
+from gms_launch.observe.stamp import stamp
 
+#: No row is longer (characters).
+PIPE_WIDTH = 10_000
 _COLOURS = {
     Redundancy.FULL: "green",
     Redundancy.DEGRADED: "yellow",
     Redundancy.NONE: "red",
     Redundancy.DOWN: "bold red",
 }
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """Where tables are printed: as wide as the terminal; a pipe has no edge, and wrapped rows are for nobody."""
+    out = stream or sys.stdout
+    wide = out.isatty() or "COLUMNS" in os.environ
+    return Console(file=out, width=None if wide else PIPE_WIDTH)
 
 
 def age(since: float, now: float) -> str:
@@ -108,8 +121,9 @@ def failover(found: Failover) -> RenderableType:
         return "nobody" if life is None else f"cohort {life[0]} (life {life[1]})"
 
     victim, promoted = name(found.victim), name(found.promoted)
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.time))
-    head = Text.assemble((when, "bold"), f"  {victim} -> {promoted}", ("  cause: ", "dim"), found.cause or "unknown")
+    head = Text.assemble(
+        (stamp(found.time), "bold"), f"  {victim} -> {promoted}", ("  cause: ", "dim"), found.cause or "unknown"
+    )
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("STEP")
     table.add_column("AFTER", justify="right")
@@ -126,7 +140,6 @@ def events(found: Sequence[EventRecord]) -> RenderableType:
     for name in ("TIME", "NODE", "EVENT", "COHORT", "DETAIL"):
         table.add_column(name)
     for e in found:
-        at = time.strftime("%H:%M:%S", time.localtime(e.time)) + f"{e.time % 1:.3f}"[1:]
         who = f"{e.cohort_id}.{e.incarnation}" if e.cohort_id >= 0 else ""
-        table.add_row(at, str(e.node_rank), e.kind, who, e.detail)
+        table.add_row(stamp(e.time), str(e.node_rank), e.kind, who, e.detail)
     return table

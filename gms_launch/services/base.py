@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,9 +97,17 @@ def log_excerpt(path: Path, lines: int = 15) -> str:
             text = file.read().lstrip(b"\0").decode(errors="replace")  # given back to memory
     except OSError as exc:
         return f"(no log: {exc})"
-    everything = text.splitlines()
+    everything = plain(text).splitlines()
     shown = first_traceback(everything) or everything[-lines:]
     return "\n".join("  | " + line for line in shown) or "  | (the log is empty)"
+
+
+def plain(text: str) -> str:
+    """Without the control sequences by which engines colour their logs: a terminal may be told anything by them."""
+    return _CONTROL.sub("", text)
+
+
+_CONTROL = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\^_])")
 
 
 def first_traceback(lines: list[str], most: int = 40) -> list[str]:
