@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := etcd-server etcd-client nats-server iproute2 slurm-wlm munge openssh-server
+PACKAGES := curl etcd-server etcd-client nats-server iproute2 slurm-wlm munge openssh-server
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo demo-down test test-slow lint bench clean
@@ -84,6 +84,7 @@ bench: setup
 	$(BIN)/python -m bench.fence
 	$(BIN)/python -m bench.simulate
 	$(BIN)/python -m bench.overhead
+	$(BIN)/python -m bench.requests
 
 clean:
 	rm -rf $(VENV) build *.egg-info
