@@ -17,9 +17,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from gms_launch import ending, gather, leading, upkeep
 from gms_launch.cohort import controller, guard, membership, process, reconciler
@@ -45,7 +44,7 @@ from gms_launch.services.canary import Canary
 from gms_launch.services.runner import ServiceRunner
 from gms_launch.spool.output import Output
 from gms_launch.spool.writer import Writer
-from gms_launch.tasks import Tasks
+from gms_launch.tasks import Tasks, until
 
 log = logging.getLogger("agent")
 
@@ -129,7 +128,7 @@ class Agent:
         self.files = FileWatcher(self.loop)
         self.session = Session(self.layout, self.mirror, self.report, self)
         try:
-            await self._or_stopped(gather.start(self))
+            await until(self.stopping, gather.start(self))
             if not self.stopping.is_set():
                 await self._work()
         except LaunchError as exc:
@@ -167,19 +166,6 @@ class Agent:
         """An error of ours in a task or a callback: the run goes on."""
         self.report.unexpected(what, error)
         self.wake.set()
-
-    async def _or_stopped(self, work: Coroutine[Any, Any, None]) -> None:
-        """Await `work`, but no longer than until somebody says stop."""
-        task = self.loop.create_task(work)
-        stopped = self.loop.create_task(self.stopping.wait())
-        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-            return
-        await task
 
     async def dismiss_guard(self) -> None:
         """End the guard as our own end would: it looks once more and goes."""

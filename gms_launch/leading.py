@@ -11,6 +11,7 @@ import os
 import shlex
 import time
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gms_launch import gather, ports
@@ -23,6 +24,7 @@ from gms_launch.observe import snapshot
 from gms_launch.observe.gms import DOWN
 from gms_launch.services.base import log_excerpt
 from gms_launch.services.confirm import TokenWatch
+from gms_launch.spool.reading import within
 
 if TYPE_CHECKING:
     from gms_launch.agent import Agent
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 #: How long the agent of a node has to begin a drill (seconds).
 DRILL_TIME = 10.0
+#: What reading another node's log may take while the run waits (seconds).
+EXCERPT = 1.0
 #: Pause between two looks for a first token (seconds); the frontend announces nothing.
 CONFIRM_PAUSE = 0.005
 
@@ -227,7 +231,10 @@ def _log_of(agent: Agent, cohort_id: int) -> str:
     if found is None:
         return ""
     path = agent.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
-    return f"\n  log: {path}\n{log_excerpt(agent.ranks.output(found) or path)}"
+    here = agent.ranks.output(found)
+    # Another node's log is on the shared home, which may hang, and this is the event loop.
+    text = log_excerpt(here) if here else within(EXCERPT, partial(log_excerpt, path), "  | (the home does not answer)")
+    return f"\n  log: {path}\n{text}"
 
 
 async def confirm(agent: Agent, rank: Rank) -> None:

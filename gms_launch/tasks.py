@@ -7,6 +7,7 @@ and what should be is compared with what is again. The same for callbacks of the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -50,3 +51,17 @@ class Tasks:
             self._fail(error)
         else:
             self._outlived(what, error)
+
+
+async def until(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Await `work`, but no longer than until the event. Raises what `work` raises."""
+    task = asyncio.get_running_loop().create_task(work)
+    stopped = asyncio.get_running_loop().create_task(event.wait())
+    await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if task.done():
+        await task
+        return
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

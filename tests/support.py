@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -81,9 +81,13 @@ class EtcdServer:
         return self._process is not None and self._process.poll() is None
 
 
-def gms_launch(*args: str, env: dict[str, str], timeout: float = 90.0) -> subprocess.CompletedProcess[str]:
-    """Run the command line and collect what it says."""
-    return subprocess.run([*GMS_LAUNCH, *args], env=env, capture_output=True, text=True, timeout=timeout, check=False)
+def gms_launch(
+    *args: str, env: dict[str, str], timeout: float = 90.0, within: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line, `within` something else, and collect what it says."""
+    return subprocess.run(
+        [*within, *GMS_LAUNCH, *args], env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def complete(host: str, port: int, prompt: str, tokens: int, timeout: float = 10.0, model: str = "tiny") -> str | None:

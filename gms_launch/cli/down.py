@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import time
 import uuid
@@ -24,6 +25,7 @@ from gms_launch.nodedir import NodeDir
 from gms_launch.observe import contact
 from gms_launch.rundir import NodeEnd, RunDir, RunFile
 from gms_launch.spool.files import trouble
+from gms_launch.spool.reading import PATIENCE
 from gms_launch.transport import Target, gms_launch, run_on
 
 POLL = 0.05
@@ -39,10 +41,9 @@ def main(run: str | None, timeout: float) -> None:
     wrong = ""
     if not bad and found.ended is None:
         reason = found.reason or ("" if stopped else "its agent died")
-        try:
-            directory.write(replace(found, ended=time.time(), reason=reason))
-        except OSError as exc:
-            wrong = f"the run directory {directory.path} is {trouble(exc)}: its end could not be recorded there"
+        end = replace(found, ended=time.time(), reason=reason)
+        if wrong := recorded(directory, end):
+            wrong = f"the run directory {directory.path} is {wrong}: its end could not be recorded there"
     print(f"run {directory.run} is down: " + ("stopped in order" if stopped else "it had ended already"))
     for proof in proved:
         state = "nothing of it is alive" if proof.clean else "NOT PROVED"
@@ -125,6 +126,36 @@ class Node:
     node_rank: int
     target: Target
     end: NodeEnd | None
+
+
+def recorded(directory: RunDir, end: RunFile) -> str:
+    """Write a run's end down; returns what is wrong with the place if that cannot be done.
+
+    In a process of its own: when the home hangs, that may be there for as long as the home does, and we are not.
+    """
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        wrong = ""
+        try:
+            os.setsid()
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):  # whoever reads what we print must not wait for this process
+                os.dup2(null, stream)
+            directory.write(end)
+        except OSError as exc:
+            wrong = trouble(exc)
+        except BaseException as exc:
+            wrong = repr(exc)
+        finally:
+            os.write(writer, (wrong or "well").encode())
+            os._exit(0)
+    os.close(writer)
+    answered, _, _ = select.select([reader], [], [], PATIENCE)
+    said = os.read(reader, 1000).decode() if answered else "slow"
+    os.close(reader)
+    if answered:
+        os.waitpid(child, 0)
+    return "" if said == "well" else said
 
 
 def known_nodes(directory: RunDir, found: RunFile) -> dict[int, Target]:

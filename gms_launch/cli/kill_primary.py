@@ -22,11 +22,13 @@ from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
 from gms_launch.control.records import CommandRecord, CommandResult, EventRecord
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
-from gms_launch.observe import contact, journal
+from gms_launch.observe import contact, history, journal
 from gms_launch.rundir import RunDir, RunFile
 from gms_launch.transport import Target, gms_launch, run_on
 
 POLL = 0.02
+#: A journal that does not tell by then may not be written: etcd is asked, and again after so long (seconds).
+LATE = 1.0
 
 
 def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool) -> None:
@@ -48,7 +50,7 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
         command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
         answer = ask(directory, door, command, timeout)
         victim = answer.cohort_id, answer.incarnation
-    show(follow(news, found, victim, timeout), as_json)
+    show(follow(news, directory, found, victim, timeout), as_json)
 
 
 def show(failover: Failover, as_json: bool) -> None:
@@ -132,16 +134,20 @@ def kill_group(pid: int, start: int) -> None:
         )
 
 
-def follow(news: journal.Tail, found: RunFile, victim: tuple[int, int], timeout: float) -> Failover:
+def follow(news: journal.Tail, directory: RunDir, found: RunFile, victim: tuple[int, int], timeout: float) -> Failover:
     """Wait until the failover of `victim` has ended in a token from somebody else."""
-    deadline = time.monotonic() + timeout
+    begun = time.monotonic()
+    deadline, look = begun + timeout, begun + LATE
     events: list[EventRecord] = []
     while True:
-        if fresh := news.new():
-            events += fresh
-            for failover in fold(events, found.nnodes):
-                if failover.victim == victim and "first_token" in failover.steps:
-                    return failover
+        fresh = news.new()
+        events += fresh
+        told = events
+        if not fresh and time.monotonic() > look:
+            told, look = history.events(directory, found), time.monotonic() + LATE
+        for failover in fold(told, found.nnodes) if fresh or told is not events else ():
+            if failover.victim == victim and "first_token" in failover.steps:
+                return failover
         if time.monotonic() > deadline:
             raise DeadlineError(
                 f"cohort {victim[0]} was killed, and no other cohort served a token within {timeout:g} s; "

@@ -18,7 +18,7 @@ from gms_launch.control.gateway import Gateway
 from gms_launch.control.records import CommandRecord
 from gms_launch.engines import arguments
 from gms_launch.errors import DeadlineError, LaunchError, UsageError
-from gms_launch.observe import contact, journal
+from gms_launch.observe import contact, history
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.rundir import RunDir
 
@@ -76,7 +76,7 @@ def _until_restarted(directory: RunDir, door: Gateway, patience: float, quiet: b
 
 def _why_back(directory: RunDir) -> str:
     """What the leader's agent noted when it went back."""
-    backs = [e for e in journal.read(directory.events) if e.kind == "rolled_back"]
+    backs = [e for e in history.written(directory) if e.kind == "rolled_back"]
     if not backs:
         return "the engine did not start with the new arguments; the run went back to the old ones"
     last = backs[-1]

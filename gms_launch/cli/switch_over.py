@@ -46,7 +46,7 @@ def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, as_jso
     command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), to=to)
     news = journal.Tail(directory.events)
     answer = kill_primary.ask(directory, contact.gateway(directory, found), command, timeout)
-    failover = kill_primary.follow(news, found, (answer.cohort_id, answer.incarnation), timeout)
+    failover = kill_primary.follow(news, directory, found, (answer.cohort_id, answer.incarnation), timeout)
     kill_primary.show(failover, as_json)
 
 

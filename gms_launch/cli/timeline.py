@@ -10,7 +10,7 @@ from pathlib import Path
 from gms_launch import rundir
 from gms_launch.cohort.failover import fold
 from gms_launch.errors import NoContactError, UsageError
-from gms_launch.observe import journal
+from gms_launch.observe import history
 from gms_launch.rundir import RunDir
 
 #: Of an HTML page (characters).
@@ -21,8 +21,8 @@ def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) ->
     if as_json and html is not None:
         raise UsageError("--json and --html are two ways to print the same; give one of them")
     directory = _directory(run)
-    events = journal.read(directory.events)
     run_file = directory.read()
+    events = history.events(directory, run_file) if run_file is not None else history.written(directory)
     failovers = fold(events, run_file.nnodes if run_file is not None else 1)
     if as_json:
         data = [dataclasses.asdict(e) for e in events] if all_events else [f.to_json() for f in failovers]

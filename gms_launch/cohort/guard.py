@@ -22,23 +22,24 @@ KILL_TIMEOUT = 30.0
 def start(run: str, node_rank: int, log: Path, inherit: Sequence[int] = ()) -> tuple[int, int]:
     """Start the guard of a node; returns its pid and our end of its pipe, which closes when we die.
 
+    It opens `log` only when it has something to say, which is at its end: the disk may hang.
+
     It keeps the descriptors in `inherit` open until it has done its work.
     """
     from gms_launch.cohort.process import Command, child_environment
 
     reader, writer = os.pipe2(os.O_CLOEXEC)
     env = child_environment(os.environ, Command((), {}), f"{run}/guard/1/{node_rank}")
-    with open(log, "ab") as out:
-        guard = subprocess.Popen(
-            [sys.executable, "-m", "gms_launch.cohort.guard", run, str(node_rank), str(reader)],
-            pass_fds=(reader, *inherit),
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            cwd="/",
-        )
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "gms_launch.cohort.guard", run, str(node_rank), str(reader), str(log.absolute())],
+        pass_fds=(reader, *inherit),
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
     guard.returncode = 0  # it outlives us
     os.close(reader)
     return guard.pid, writer
@@ -51,10 +52,12 @@ def main() -> None:
     while os.read(fd, 64):
         pass
     from gms_launch.cohort.process import kill_tagged
+    from gms_launch.spool import files
 
     left = kill_tagged(run, KILL_TIMEOUT, spare=frozenset({os.getpid()}), node_rank=node_rank)
-    for who in left:
-        print(f"guard: process {who.pid} could not be killed", file=sys.stderr)
+    text = "".join(f"guard: process {who.pid} could not be killed\n" for who in left)
+    if text:
+        files.append(Path(sys.argv[4]), text.encode())
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ from gms_launch.cohort.process import Command
 from gms_launch.spool.output import Output
 reader, writer = os.pipe2(os.O_CLOEXEC)
 env = process.child_environment(os.environ, Command((), {{}}), "{run}/guard/1/0")
-guard = [sys.executable, "-m", "gms_launch.cohort.guard", "{run}", "0", str(reader)]
+guard = [sys.executable, "-m", "gms_launch.cohort.guard", "{run}", "0", str(reader), "/dev/null"]
 subprocess.Popen(guard, pass_fds=(reader,), env=env, start_new_session=True)
 os.close(reader)
 code = '''

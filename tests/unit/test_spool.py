@@ -179,7 +179,6 @@ ALLOWED = {
     "nodedir.py": "a start's directory in memory; its removal at the end",
     "ports.py": "a start's reservations, before anything runs",
     "cohort/gates.py": "locks, made before anything runs",
-    "cohort/guard.py": "the guard's own log: opened at the start, written to when everything else is over",
     "services/nats.py": "NATS's settings, without which it cannot be started",
     "cli/sweep.py": "removes what dead runs left",
     "cli/doctor.py": "a command of its own, and its business",

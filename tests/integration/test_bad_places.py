@@ -1,0 +1,183 @@
+"""A home and a /dev/shm that are full, read-only, gone or hanging, with a failover in each: the run does not notice.
+
+The home is a small ext4 in a file, which can be all of these; /dev/shm is a small one of a mount namespace of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import Deployment, complete, eventually
+
+MIB = 2**20
+
+
+def sh(*argv: str) -> None:
+    subprocess.run(argv, check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture
+def small_home(tmp_path: Path) -> Iterator[Path]:
+    """A home of 16 MiB of its own."""
+    image, home = tmp_path / "home.ext4", tmp_path / "home"
+    home.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(16 * MIB)
+    sh("mkfs.ext4", "-q", "-m", "0", str(image))
+    sh("mount", "-o", "loop", str(image), str(home))
+    try:
+        yield home
+    finally:
+        subprocess.run(["fsfreeze", "-u", str(home)], check=False, capture_output=True)
+        sh("umount", "-l", str(home))
+
+
+def fill(place: Path) -> Path:
+    """Take every byte that is left."""
+    filler = place / "filler"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * MIB) == MIB:
+            pass
+    with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 1024):
+            pass
+    return filler
+
+
+@contextlib.contextmanager
+def full(home: Path, run: str) -> Iterator[None]:
+    filler = fill(home)
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@contextlib.contextmanager
+def read_only(home: Path, run: str) -> Iterator[None]:
+    sh("mount", "-o", "remount,ro", str(home))
+    try:
+        yield
+    finally:
+        sh("mount", "-o", "remount,rw", str(home))
+
+
+@contextlib.contextmanager
+def gone(home: Path, run: str) -> Iterator[None]:
+    (home / run).rename(home / "elsewhere")
+    try:
+        yield
+    finally:
+        (home / "elsewhere").rename(home / run)
+
+
+@contextlib.contextmanager
+def slow(home: Path, run: str) -> Iterator[None]:
+    sh("fsfreeze", "-f", str(home))
+    try:
+        yield
+    finally:
+        sh("fsfreeze", "-u", str(home))
+
+
+FAULTS: dict[str, Callable[[Path, str], contextlib.AbstractContextManager[None]]] = {
+    "full": full,
+    "read-only": read_only,
+    "gone": gone,
+    "slow": slow,
+}
+
+
+def told(run: Deployment, name: str = "run directory") -> str:
+    """What `status` says of a directory; empty when it has nothing to say."""
+    places = run.status()["nodes"][0]["writing"]
+    return next((str(p["state"]) for p in places if p["name"] == name), "")
+
+
+def service(run: Deployment, name: str) -> dict[str, Any]:
+    return next(s for s in run.status()["nodes"][0]["services"] if s["name"] == name)
+
+
+def ask(run: Deployment) -> str | None:
+    """A completion, found by what is remembered: the run's own record may be gone."""
+    host, port = run.status()["frontend_url"].removeprefix("http://").split(":")
+    return complete(host, int(port), "hello", 8)
+
+
+def fail_over(run: Deployment, before: str) -> dict[str, Any]:
+    """Kill the primary's process; returns the status once the shadow serves and another one is parked."""
+    status = run.wait_full()
+    victim = status["primary"]
+    os.kill(status["cohorts"][victim]["ranks"][0]["pid"], signal.SIGKILL)
+    eventually(lambda: ask(run) == before, what="the shadow serves the same text")
+    after = run.wait_full()
+    assert after["primary"] != victim
+    return after
+
+
+@pytest.mark.timeout(300)
+def test_a_home_that_is_full_read_only_gone_or_hanging_changes_nothing_but_what_is_told(
+    small_home: Path, model: Path
+) -> None:
+    with Deployment(small_home, model) as run:
+        before = ask(run)
+        assert before
+        run.wait_full()
+        for name, fault in FAULTS.items():
+            with fault(small_home, run.run):
+                fail_over(run, before)
+                eventually(lambda name=name: told(run) == name, what=f"status says that the home is {name}")
+                assert name in run.cli("status").stdout
+                done = run.cli("kill-primary", "--json")
+                assert done.returncode == 0, f"{name}: {done.stderr}"
+                assert "first_token" in json.loads(done.stdout)["steps"]
+                eventually(lambda: ask(run) == before)
+                run.wait_full()
+                frontend = service(run, "frontend")
+                os.kill(frontend["pid"], signal.SIGKILL)  # a service, too
+                eventually(lambda old=frontend: service(run, "frontend")["starts"] == old["starts"] + 1)
+                eventually(lambda: ask(run) == before)
+            eventually(lambda: told(run) in ("", "well"), what=f"well again after {name}")
+            run.wait_full()
+            assert {e["detail"].rpartition(" is ")[2].partition(";")[0] for e in run.events("writing")} >= {
+                name,
+                "well again",
+            }
+        assert len(run.events("first_token")) >= 9, "what had to wait was written when it could be"
+        with slow(small_home, run.run):
+            os.kill(run.cohort(0)["ranks"][0]["pid"], signal.SIGKILL)
+            eventually(lambda: told(run) == "slow")
+            down = run.cli("down")
+            assert down.returncode == 0, down.stdout + down.stderr
+            assert "nothing of it is alive" in down.stdout
+            assert f"the run directory {small_home / run.run} is slow" in down.stdout
+            assert run.alive() == []
+
+
+def test_a_run_that_is_stopped_while_its_home_is_full_ends_as_any_other(small_home: Path, model: Path) -> None:
+    with Deployment(small_home, model) as run:
+        filler = fill(small_home)
+        down = run.cli("down")
+        assert down.returncode == 0, down.stderr
+        assert "nothing of it is alive" in down.stdout and "is full: its end could not be recorded" in down.stdout
+        filler.unlink()
+        done = run.cli("wait")
+        assert done.returncode == 1 and "has not recorded an end" in done.stderr
+
+
+def test_a_start_on_a_full_home_says_so(small_home: Path, model: Path) -> None:
+    run = Deployment(small_home, model)
+    fill(small_home)
+    done = run.up()
+    assert done.returncode == 3
+    assert f"the run directory cannot be made in {small_home}, which is full" in done.stderr
+    assert run.alive() == []
