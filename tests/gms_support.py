@@ -27,7 +27,9 @@ class Server:
         self.kv = socket_path(directory, uuid, "kv_cache")
         self.argv = [sys.executable, "-m", "gms_launch.gms", "--device", "0", "--memory-mib", "16", *extra]
         self.env = os.environ | {"GMS_SOCKET_DIR": str(directory)}
-        self.process = subprocess.Popen(self.argv, env=self.env, stderr=subprocess.PIPE)
+        self.log = directory / "gms.log"  # a file: nobody reads a pipe, and a full one would stop the server
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(self.argv, env=self.env, stderr=log)
         eventually(lambda: self.answers(self.weights) and self.answers(self.kv))
 
     @staticmethod
@@ -46,7 +48,8 @@ class Server:
     def stop(self) -> str:
         """End it; returns its log."""
         self.process.terminate()
-        return self.process.communicate(timeout=10)[1].decode()
+        self.process.wait(timeout=10)
+        return self.log.read_text()
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import socket
 import struct
 from pathlib import Path
@@ -30,6 +31,8 @@ log = logging.getLogger("gms")
 #: Seconds between attempts to accept while the process has no descriptor left.
 _ACCEPT_PAUSE = 0.1
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+#: Descriptors that new connections leave for the sessions that are there: an export needs one.
+_RESERVE = 32
 
 
 class AlreadyRunningError(Exception):
@@ -72,7 +75,7 @@ class SocketServer:
             try:
                 probe.connect(str(self.path))
             except FileNotFoundError:
-                pass
+                _leave_a_reserve()
             except ConnectionRefusedError:
                 self.path.unlink(missing_ok=True)
             else:
@@ -100,6 +103,7 @@ class SocketServer:
         failing = False
         while True:
             try:
+                _leave_a_reserve()
                 connection, _ = await loop.sock_accept(listener)
             except OSError as exc:
                 if not failing:  # once, not at every attempt
@@ -280,3 +284,12 @@ class SocketServer:
             sessions=[p.SessionInfo(s.mode.value, s.pid) for s in self._sessions.values() if s.mode],
             allocated_bytes=self.store.allocated_bytes,
         )
+
+
+def _leave_a_reserve() -> None:
+    """Raises `OSError` (EMFILE) when one connection more would take the last descriptors of this process."""
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if lowest >= soft - min(_RESERVE, soft // 4):
+        raise OSError(errno.EMFILE, "all but a reserve of the descriptors are taken")

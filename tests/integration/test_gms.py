@@ -222,12 +222,11 @@ def test_a_deeply_nested_field_costs_its_own_connection_only(server: Server, dep
 def test_a_server_without_descriptors_accepts_again_when_it_has_some(server: Server) -> None:
     publish(server)
     fds = len(os.listdir(f"/proc/{server.process.pid}/fd"))
-    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (fds + 8, fds + 8))
-    crowd = []
-    for _ in range(40):
-        crowd.append(socket.socket(socket.AF_UNIX))
-        crowd[-1].connect(str(server.weights))
-    eventually(lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) >= fds + 8, what="no descriptor is left")
+    reader = client(server.weights, p.LockType.RO)
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (fds + 40, fds + 40))
+    crowd = [dial(server.weights) for _ in range(60)]
+    eventually(lambda: "cannot accept" in server.log.read_text())
+    assert len(reader.import_all()) == 1, "who is in goes on"
     with pytest.raises(probe.ProbeError):
         probe.runtime_state(server.weights, timeout=0.5)
     for sock in crowd:
