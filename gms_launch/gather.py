@@ -15,7 +15,7 @@ from gms_launch import contents
 from gms_launch.cohort import membership, process
 from gms_launch.control.records import RunState
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
-from gms_launch.services import nats
+from gms_launch.services import etcd, nats
 
 if TYPE_CHECKING:
     from gms_launch.agent import Agent
@@ -30,6 +30,8 @@ async def start(agent: Agent) -> None:
     await clear_node(agent)
     if leader and layout.own_etcd:
         await agent.start_service(layout.etcd_service())
+        if wanting := etcd.reserve(layout.node_dir.etcd_data):
+            agent.progress(f"no room could be taken for etcd's records ({wanting}): a full /dev/shm will end the run")
     agent.report.model = await agent.loop.run_in_executor(None, contents.stamp, agent.settings.model)
     try:
         await agent.loop.run_in_executor(None, agent.session.open, agent.report.record())

@@ -6,10 +6,12 @@ For what must be there before a start goes on, and for `Writer`, which does it o
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from pathlib import Path
 
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 #: What an error of a write says about the place, in a word for people.
 _PLACES = {
     errno.ENOSPC: "full",
@@ -59,6 +61,22 @@ def append(path: Path, data: bytes) -> int:
         return done
     finally:
         os.close(fd)
+
+
+def allocate(fd: int, size: int) -> str:
+    """Take the room for the first `size` bytes of a file, whose length stays; returns why not, if that failed."""
+    return _fallocate(fd, _KEEP_SIZE, 0, size)
+
+
+def punch(fd: int, start: int, end: int) -> str:
+    """Give back the room of a part of a file, which reads as zeros from then on; returns why not, if that failed."""
+    return _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, start, end - start)
+
+
+def _fallocate(fd: int, mode: int, start: int, size: int) -> str:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return os.strerror(ctypes.get_errno()) if libc.fallocate(fd, mode, start, size) else ""
 
 
 def trouble(error: OSError) -> str:

@@ -9,7 +9,6 @@ its beginning. Not for the agent's own words: those go to `Writer.append`.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from pathlib import Path
@@ -23,7 +22,6 @@ BACKLOG = 4 * 1024 * 1024
 #: Copied at once (bytes).
 CHUNK = 1024 * 1024
 PAGE = 4096
-_KEEP_SIZE_PUNCH_HOLE = 3
 
 
 class Output:
@@ -54,8 +52,10 @@ class Output:
         with self._lock:
             return 0 if self._closed else os.fstat(self.fd).st_size - self._copied
 
-    def copy(self) -> None:
-        """Bring the copy up to date. Blocks as the disk does. Raises `OSError`."""
+    def copy(self) -> bool:
+        """Bring the copy up to date; False when it was. Blocks as the disk does. Raises `OSError`."""
+        if not self.waiting:
+            return False
         while self.waiting > 0:
             with self._lock:
                 start, untold = self._copied, self._untold
@@ -68,6 +68,7 @@ class Output:
             with self._lock:
                 self._copied = max(self._copied, start + done)  # it may have been bounded meanwhile
                 self._give_back(self._copied - TAIL)
+        return True
 
     def bound(self) -> None:
         """Drop the oldest of what waits for a disk, beyond `BACKLOG`. Never blocks."""
@@ -92,11 +93,5 @@ class Output:
     def _give_back(self, end: int) -> None:
         end -= end % PAGE
         if end > self._punched:
-            _libc().fallocate(self.fd, _KEEP_SIZE_PUNCH_HOLE, self._punched, end - self._punched)
+            files.punch(self.fd, self._punched, end)
             self._punched = end
-
-
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    return libc

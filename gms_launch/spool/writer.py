@@ -222,8 +222,8 @@ class Writer:
         for output in list(self._outputs):
             ended = output.ended or last
             try:
-                output.copy()
-                self._rotate(output.path)
+                if output.copy():
+                    self._rotate(output.path)
             except OSError as exc:
                 wrong = wrong or files.trouble(exc)
             if ended and not (wrong and output.waiting):

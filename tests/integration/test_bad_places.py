@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import Deployment, complete, eventually
+from tests.support import Deployment, complete, eventually, gms_launch
 
 MIB = 2**20
 
@@ -181,3 +182,51 @@ def test_a_start_on_a_full_home_says_so(small_home: Path, model: Path) -> None:
     assert done.returncode == 3
     assert f"the run directory cannot be made in {small_home}, which is full" in done.stderr
     assert run.alive() == []
+
+
+class Apart(Deployment):
+    """A run in a mount namespace whose /dev/shm has a size."""
+
+    def __init__(self, home: Path, model: Path, size: str, *extra: str) -> None:
+        super().__init__(home, model, *extra)
+        self._holder = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o mode=1777,size={size} none /dev/shm && echo ok; cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._holder.stdout is not None and self._holder.stdout.readline() == b"ok\n"
+        self.shm = Path(f"/proc/{self._holder.pid}/root/dev/shm")
+        self.within = ("nsenter", "-t", str(self._holder.pid), "-m", "--")
+
+    def up(self) -> subprocess.CompletedProcess[str]:
+        return gms_launch("up", "-d", *self.flags, env=self.env, within=self.within)
+
+    def cli(self, verb: str, *args: str) -> subprocess.CompletedProcess[str]:
+        return gms_launch(verb, "--run", self.run, *args, env=self.env, within=self.within)
+
+    def __exit__(self, *_: object) -> None:
+        self.cli("down")
+        super().__exit__()
+        assert self._holder.stdin is not None
+        self._holder.stdin.close()
+        self._holder.wait(10)
+
+
+@pytest.mark.timeout(300)
+def test_a_full_dev_shm_stops_no_failover(tmp_path: Path, model: Path) -> None:
+    with Apart(tmp_path / "home", model, "600m") as run:
+        before = ask(run)
+        assert before
+        run.wait_full()
+        filler = fill(run.shm)
+        assert shutil.disk_usage(run.shm).free == 0
+        fail_over(run, before)
+        eventually(lambda: told(run, "node directory") == "full")
+        assert run.cli("kill-primary").returncode == 0
+        eventually(lambda: ask(run) == before)
+        run.wait_full()
+        filler.unlink()
+        eventually(lambda: told(run, "node directory") == "")
+        ranks = {c["cohort_id"]: c["ranks"][0]["pgid"] for c in run.status()["cohorts"]}
+        directory = run.shm / Path(run.run_file["node_dir"]).relative_to("/dev/shm")
+        assert {k: int((directory / f"engine-{k}.pgid").read_text()) for k in ranks} == ranks

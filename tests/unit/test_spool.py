@@ -56,7 +56,8 @@ def test_what_is_said_is_there_when_the_writer_is_closed(writer: Writer, run_dir
     log.error("a word")
     cohort = writer.output(run_dir / "logs" / "cohort-0.1.log")
     say(cohort, "one", "two")
-    assert writer.close(5.0) == ""
+    writer.output(run_dir / "logs" / "silent.1.log")
+    assert writer.close(5.0) == "", "a process that says nothing is no trouble"
     assert (run_dir / "events.jsonl").read_text().split() == [str(n) for n in range(100)]
     assert (run_dir / "run.json").read_text() == "99"
     assert (run_dir / "logs" / "agent.log").read_text() == "a word\n"

@@ -7,6 +7,7 @@ until the process dies. The content says who took it last, also after that one i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -25,7 +26,8 @@ async def acquire(path: str, engine_id: int, poll_seconds: float) -> tuple[int, 
             contended = True
             await asyncio.sleep(poll_seconds)  # upstream polls; a blocking flock would be faster than the real thing
     os.ftruncate(fd, 0)
-    os.pwrite(fd, f"engine-{engine_id}".encode(), 0)
+    with contextlib.suppress(OSError):  # /dev/shm may be full; who holds the lock is the kernel's word
+        os.pwrite(fd, f"engine-{engine_id}".encode(), 0)
     return fd, contended
 
 

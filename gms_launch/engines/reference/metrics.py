@@ -65,8 +65,11 @@ class FailoverMetrics:
         self._counts[what] += 1
         (self._attempts if what == "attempts" else self._successes).labels(**self._labels).inc()
         temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._counts))
-        temporary.replace(self._file)
+        try:
+            temporary.write_text(json.dumps(self._counts))
+            temporary.replace(self._file)
+        except OSError as exc:  # a count is not worth an engine
+            log.warning("%s cannot be written: %s", self._file, exc)
 
     def text(self) -> str:
         return str(generate_latest(self._registry).decode())
