@@ -321,8 +321,8 @@ class Agent:
         self.ranks.publish_all()
         self.publish_node(force=True)
 
-    def instances_seen(self, keys: list[str]) -> None:
-        self.ranks.instances_seen(keys)
+    def instances(self, found: dict[str, bytes]) -> None:
+        self.ranks.instances(found)
 
     def cut_off(self, why: str) -> None:
         self.progress(f"{why}: killing this node's ranks, since the others go on without them")

@@ -47,7 +47,6 @@ class Rank:
     since: float = 0.0
     exit: str = ""
     leftovers: tuple[int, ...] = ()
-    leases: set[int] = field(default_factory=set)
     role: str = ""
     child: Child | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)

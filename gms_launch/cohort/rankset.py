@@ -21,6 +21,7 @@ from gms_launch.cohort.proc import ProcessId
 from gms_launch.cohort.pulse import Feeler, Pulse
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.reconciler import PEER_ENDED, Desire, LocalRank
+from gms_launch.cohort.registrations import Candidate, Registrations, owner
 from gms_launch.control.keys import dynamo_lease
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import EndedRecord, RankRecord
@@ -35,6 +36,8 @@ log = logging.getLogger("agent")
 
 #: A parked engine ignores SIGTERM, so it gets only this long (seconds).
 PARKED_GRACE = 0.1
+#: How long an engine that serves may be missing in discovery (seconds); to register anew takes it a moment.
+UNREGISTERED_GRACE = 2.0
 
 
 class RankSet:
@@ -57,6 +60,9 @@ class RankSet:
         self._node_rank = layout.topology.node_rank
         self._skipped: dict[int, RankRecord] = {}
         self._by_slot: dict[int, Rank] = {}
+        self._registered = Registrations()
+        self._missing: dict[tuple[int, int], float] = {}
+        self._released: set[tuple[int, int]] = set()
 
     def __iter__(self) -> Any:
         return iter(self._by_slot.values())
@@ -127,9 +133,7 @@ class RankSet:
             rank.felt(look)
             why = pulse.judge(look, time.monotonic())
             if why and rank.phase in ALIVE and not rank.local().gone and settings.group_kill:
-                rank.exit = why
-                self._noticed(rank, "hung", time.time(), why)
-                self.kill(rank.cohort_id, why)
+                self._hung(rank, why)
                 return
 
     def activate(self, cohort_id: int, incarnation: int) -> None:
@@ -167,9 +171,10 @@ class RankSet:
         self._report.emit("kill", rank.cohort_id, rank.incarnation, reason, when=now, role=role)
 
     def fence(self, rank: Rank) -> None:
-        for lease in rank.leases:
-            self._spawn(self._revoke_lease(rank, lease))
-        rank.leases = set()
+        if rank.life not in self._released:
+            self._released.add(rank.life)
+            for lease in self._registered.of(rank.life):
+                self._spawn(self._revoke_lease(rank, lease))
         self._spawn(rank.destroy(self._gms.sockets, self._gms.gpu_uuids))
 
     def fence_again(self) -> None:
@@ -228,22 +233,44 @@ class RankSet:
             self._writer.not_here(self._layout.node_dir.pgid_file(rank.cohort_id))
         self._on_event(rank, kind, detail)
 
-    def instances_seen(self, keys: list[str]) -> None:
-        """Engines registered in Dynamo's discovery: only the holder of the lock does that.
+    def instances(self, found: dict[str, bytes]) -> None:
+        """What is registered in Dynamo's discovery now: each instance belongs to exactly one life.
 
-        The kernel names the holder, also of a lock that nothing has told of yet: a log may be silent.
+        The kernel names the lock's holder, also of a lock that nothing has told of yet: a log may be silent.
         """
-        for key in keys:
-            lease = dynamo_lease(key)
-            if lease is None or any(lease in r.leases for r in self._by_slot.values()):
-                continue
-            for rank in self._by_slot.values():
-                if rank.node_rank != 0 or rank.phase not in ALIVE:
-                    continue
-                if rank.phase in (Phase.WAKING, Phase.ACTIVE) or rank.holds(self._layout.lock_of(rank.cohort_id)):
-                    rank.leases.add(lease)
-                    rank.read_log()  # discovery may be quicker than the log
-                    rank.reached(Phase.ACTIVE)
+        for lease in self._registered.seen([n for key in found if (n := dynamo_lease(key)) is not None]):
+            life = owner(
+                Candidate(r.life, r.phase, r.holds(self._layout.lock_of(r.cohort_id)))
+                for r in self._by_slot.values()
+                if r.node_rank == 0 and r.phase in ALIVE
+            )
+            self._registered.belongs(lease, life)
+            if life is not None and (rank := self.find(*life)) is not None:
+                rank.read_log()  # discovery may be quicker than the log
+                rank.reached(Phase.ACTIVE)
+        for rank in self._by_slot.values():
+            if not self._is_missing(rank):
+                self._missing.pop(rank.life, None)
+            elif rank.life not in self._missing:
+                self._missing[rank.life] = time.monotonic()
+                self._spawn(self._miss(rank, self._missing[rank.life]))
+
+    def _is_missing(self, rank: Rank) -> bool:
+        """True for a rank that served, and that no frontend can find any more."""
+        return rank.phase is Phase.ACTIVE and not rank.stopping and self._registered.lost(rank.life)
+
+    async def _miss(self, rank: Rank, since: float) -> None:
+        """Take an engine for dead whose registration stays away: it may live on, and nobody asks it anything."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(rank.ended.wait(), UNREGISTERED_GRACE)
+        if self._missing.get(rank.life) == since and self._is_missing(rank) and self._layout.settings.group_kill:
+            self._hung(rank, f"hung: it lives, and has not been registered with Dynamo for {UNREGISTERED_GRACE:g} s")
+
+    def _hung(self, rank: Rank, why: str) -> None:
+        """A rank that lives and is to be taken for dead."""
+        rank.exit = why
+        self._noticed(rank, "hung", time.time(), why)
+        self.kill(rank.cohort_id, why)
 
     def lock_holder(self) -> str:
         """Which of this node's ranks the kernel shows as holding the lock; empty for none."""

@@ -38,8 +38,8 @@ class Listener(Protocol):
     def lease_lost(self, reason: str) -> None:
         """This node's lease ran out or was taken."""
 
-    def instances_seen(self, keys: list[str]) -> None:
-        """Engines that registered in Dynamo's discovery, by key."""
+    def instances(self, found: dict[str, bytes]) -> None:
+        """What is registered in Dynamo's discovery now, all of it: instance keys and what they hold."""
 
 
 class ControlLink:
@@ -97,16 +97,23 @@ class ControlLink:
             self._sent,
         )
 
+        instances: dict[str, bytes] = {}  # the watch's thread alone touches it
+
         def found(known: dict[str, KeyValue]) -> None:
-            instances = [k for k in known if k.startswith(DYNAMO_INSTANCES)]
+            instances.clear()
+            instances.update((k, kv.value) for k, kv in known.items() if k.startswith(DYNAMO_INSTANCES))
             post(listener.control_snapshot, {k: kv.value for k, kv in known.items() if k not in instances})
-            post(listener.instances_seen, instances)
+            post(listener.instances, dict(instances))
 
         def changed(change: Change) -> None:
             if not change.key.startswith(DYNAMO_INSTANCES):
                 post(listener.control_change, change.key, change.value)
-            elif change.value is not None:
-                post(listener.instances_seen, [change.key])
+                return
+            if change.value is None:
+                instances.pop(change.key, None)
+            else:
+                instances[change.key] = change.value
+            post(listener.instances, dict(instances))
 
         dynamo = [prefix(f"{DYNAMO_INSTANCES}{namespace}/")] if namespace is not None else []
         self._watch = Watch(

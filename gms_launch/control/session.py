@@ -44,8 +44,8 @@ class Member(Protocol):
     def control_resynced(self) -> None:
         """The mirror was made anew: what runs here must be reported again."""
 
-    def instances_seen(self, keys: list[str]) -> None:
-        """Engines that registered in Dynamo's discovery, by key."""
+    def instances(self, found: dict[str, bytes]) -> None:
+        """What is registered in Dynamo's discovery now, all of it: instance keys and what they hold."""
 
     def cut_off(self, why: str) -> None:
         """The leader cannot be reached and this node's lease is over: others go on without it."""
@@ -181,8 +181,8 @@ class Session:
         if reason is not None:
             log.warning("etcd: %s", reason)
 
-    def instances_seen(self, keys: list[str]) -> None:
-        self._member.instances_seen(keys)
+    def instances(self, found: dict[str, bytes]) -> None:
+        self._member.instances(found)
 
     def lease_granted(self, lease: int) -> None:
         self._report.lease = lease

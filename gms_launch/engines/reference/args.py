@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: Points at which an engine can be made to fail, in the order it passes them, and the ways to fail.
-POINTS = ("starting", "before_commit", "parked", "waking", "serving", "tokens")
+POINTS = ("starting", "before_commit", "parked", "waking", "serving", "tokens", "unregistered")
 KINDS = ("crash", "hang", "error")
 
 
@@ -29,6 +29,9 @@ class Knobs:
     `monitor_seconds` is how long a leader rank goes on, lock in hand, when a worker of its is dead: upstream's monitor
     looks every 2 s. Without `metrics` it shows no failover metrics, as Dynamo before 1.4.
 
+    `dying_gib` of address space, one small file mapped again and again, are taken apart when a leader rank dies (about
+    40 ms a GiB). It lets go of the lock at once and is seen dead only then, as an engine that gives back GPU memory.
+
     `fault` is a list of `cohort.incarnation:point=kind` with commas between; `*` stands for any number.
     """
 
@@ -41,6 +44,7 @@ class Knobs:
     metrics: bool = True
     fault: str = ""
     stray: bool = False
+    dying_gib: int = 0
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Knobs:
@@ -54,6 +58,7 @@ class Knobs:
             metrics=environ.get("REFERENCE_METRICS", "1") == "1",
             fault=environ.get("REFERENCE_FAULT", ""),
             stray=environ.get("REFERENCE_STRAY", "") == "1",
+            dying_gib=int(environ.get("REFERENCE_DYING_GIB", "0")),
         )
 
     def __post_init__(self) -> None:

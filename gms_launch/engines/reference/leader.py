@@ -127,6 +127,7 @@ async def run(config: EngineConfig) -> None:
     runtime.register_engine_route("control/sleep", engine.route_sleep)
     runtime.register_engine_route("control/wake_up", engine.route_wake)
 
+    burden = lock.burden(config.knobs.dying_gib)
     await engine.sleep()
     metrics.enter("standby")
     runtime.set_health_status(True)
@@ -135,6 +136,7 @@ async def run(config: EngineConfig) -> None:
     lock_fd, contended = await lock.acquire(config.lock_path, config.engine_id, config.knobs.lock_poll_seconds)
     if config.knobs.stray:
         lock.leave_a_stray(lock_fd)
+    keeper = lock.hand_to_child(lock_fd) if burden else None
     log.info("Failover lock acquired: engine-%d", config.engine_id)
     log.info("[Shadow] Lock acquired, waking engine")
     metrics.enter("waking")
@@ -165,9 +167,14 @@ async def run(config: EngineConfig) -> None:
     await endpoint.serve_endpoint(
         engine.generate, health_check_payload={"token_ids": [1], "stop_conditions": {"max_tokens": 1}}
     )
+    log.info("Last endpoint completed")
+    config.knobs.fail_here("unregistered", config.tag)
     watching.cancel()
     workers.stop()
-    os.close(lock_fd)
+    if keeper is not None:
+        keeper.communicate()
+    else:
+        os.close(lock_fd)
 
 
 async def _watch(workers: Workers, monitor_seconds: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import mmap
 import os
 import subprocess
 import sys
@@ -35,3 +36,29 @@ def leave_a_stray(fd: int) -> None:
     """For tests: a child in a session of its own that inherits the lock, as a helper forked at the wrong time would."""
     sleep = "import time; time.sleep(3600)"
     subprocess.Popen([sys.executable, "-c", sleep], pass_fds=(fd,), start_new_session=True, stdin=subprocess.DEVNULL)
+
+
+#: The file that is mapped again and again: one page table of 128 KiB each time, and no more memory.
+WINDOW = 64 << 20
+
+
+def burden(gib: int) -> list[mmap.mmap]:
+    """For tests: `gib` of address space, which the kernel takes apart when this process dies."""
+    window = os.memfd_create("burden")
+    os.ftruncate(window, WINDOW)
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+    found = [mmap.mmap(window, WINDOW, flags, mmap.PROT_READ) for _ in range(gib * (1 << 30) // WINDOW)]
+    os.close(window)
+    return found
+
+
+def hand_to_child(fd: int) -> subprocess.Popen[bytes]:
+    """For tests, with a burden: when this process's group is killed, the lock is free at once, and we are gone later.
+
+    The kernel frees a dying process's memory before it closes its files, and both before anybody can see that it is
+    dead; with GPU memory, which is a file, it is the other way round. So the open lock moves to a child in the same
+    group, which has nothing to free. It ends with us, at the end of its standard input.
+    """
+    child = subprocess.Popen(["cat"], pass_fds=(fd,), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    os.close(fd)
+    return child
