@@ -92,6 +92,7 @@ class Agent:
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
         self.hurry = False
+        self.strays: tuple[str, ...] = ()
         self.ends: tuple[NodeEnd, ...] = ()
         self._memory = Memory()
         self._policy = Policy(
@@ -120,9 +121,12 @@ class Agent:
         """Start everything, keep it running until told to stop, stop it. Raises what ended the run early."""
         self.loop = asyncio.get_running_loop()
         self.tasks.watch(self.loop)
-        process.become_subreaper()
+        if not process.become_subreaper():
+            self.progress("this process had children before it became an agent: strays are found by tag and lock alone")
         log_file = self.layout.run_dir.logs / f"guard-node{self.node_rank}.log"
-        self.guard_pid, self._guard = guard.start(self.layout.run, self.node_rank, log_file, self.gates.take())
+        self.guard_pid, self.guard_pipe = guard.start(
+            self.layout.run, self.node_rank, log_file, self.gates.take(), self.layout.node_dir.gms
+        )
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self.loop.add_signal_handler(sig, self.interrupt, f"signal {sig.name}")
         self.files = FileWatcher(self.loop)
@@ -169,7 +173,7 @@ class Agent:
 
     async def dismiss_guard(self) -> None:
         """End the guard as our own end would: it looks once more and goes."""
-        os.close(self._guard)
+        os.close(self.guard_pipe)
         with contextlib.suppress(ChildProcessError):
             await self.loop.run_in_executor(None, os.waitpid, self.guard_pid, 0)
 
@@ -358,6 +362,7 @@ class Agent:
             gms=self.gms.status,
             gms_epoch=self.gms_epoch,
             gpu_memory=self.gms.gpus,
+            strays=self.strays,
             lock_holder=self.ranks.lock_holder() if self.is_leader else "",
             stopping=self.stopping.is_set(),
             stopped=stopped,

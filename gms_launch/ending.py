@@ -10,10 +10,9 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
-from gms_launch.cohort import process
+from gms_launch.cohort import proc, process, strays
 from gms_launch.cohort.model import ENDED, Phase
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.rankset import PARKED_GRACE
@@ -135,9 +134,14 @@ async def _clear(agent: Agent, left: str) -> None:
 
 
 async def _leftovers(agent: Agent) -> str:
-    """Kill what is still tagged on this node, etcd and the guard aside; says what would not die."""
+    """Kill what is still on this node, etcd and the guard aside: by descent, tag and lock; says what would not die."""
     etcd = agent.services.get("etcd")
     spare = frozenset({os.getpid(), agent.guard_pid, *([etcd.pid] if etcd is not None else [])})
-    kill = partial(process.kill_tagged, agent.layout.run, 10.0, spare, node_rank=agent.node_rank)
-    left = await agent.loop.run_in_executor(None, kill)
-    return f"these processes of the run could not be killed: {', '.join(str(w.pid) for w in left)}" if left else ""
+    run, locks = agent.layout.run, agent.layout.node_dir.locks
+
+    def look() -> list[proc.Stat]:
+        tagged = [info for info, _ in proc.tagged(run, node_rank=agent.node_rank) if info.pid not in spare]
+        return strays.orphans() or tagged or strays.lock_keepers(run, locks)
+
+    _, left = await agent.loop.run_in_executor(None, process.kill_all, look, 10.0)
+    return f"these processes of the run could not be killed: {', '.join(left.values())}" if left else ""

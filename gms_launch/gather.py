@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from gms_launch import contents
-from gms_launch.cohort import membership, process
+from gms_launch.cohort import membership, strays
 from gms_launch.control.records import RunState
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
 from gms_launch.services import etcd, nats
@@ -80,10 +80,12 @@ async def clear_node(agent: Agent) -> None:
     What we report as dead must be dead, and what etcd knows must be of this attempt. Raises `LaunchError`.
     """
     spare = frozenset({os.getpid(), agent.guard_pid})
-    kill = partial(process.kill_tagged, agent.layout.run, 10.0, spare, node_rank=agent.node_rank)
-    if left := await agent.loop.run_in_executor(None, kill):
-        pids = ", ".join(str(w.pid) for w in left)
-        raise LaunchError(f"processes {pids} that an earlier agent of run {agent.layout.run} left cannot be killed")
+    run, locks = agent.layout.run, agent.layout.node_dir.locks
+    clear = partial(strays.clear, run, 10.0, spare, agent.node_rank, locks)
+    _, left = await agent.loop.run_in_executor(None, clear)
+    if left:
+        names = ", ".join(left.values())
+        raise LaunchError(f"processes {names} that an earlier agent of run {run} left cannot be killed")
     agent.layout.node_dir.clear()
 
 

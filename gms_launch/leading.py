@@ -80,6 +80,7 @@ def view(agent: Agent) -> View:
             if n.node_rank not in shot.lost and any(g.state == DOWN for g in n.gms)
         ),
         gms_restarting=any(n.gms_epoch < shot.gms_epoch for n in shot.nodes if n.node_rank not in shot.lost),
+        lock_keeper=agent.ranks.keeper,
         hung=agent.canary.hung if agent.canary is not None else {},
         generation=shot.generation,
         rolling=shot.rolling,

@@ -83,6 +83,11 @@ class NodeDir:
         """The lock of one cohort alone (--activation agent)."""
         return self.gms / f"failover-{cohort_id}.lock"
 
+    @property
+    def locks(self) -> list[Path]:
+        """The failover locks that there are on this node."""
+        return sorted(self.gms.glob("failover*.lock"))
+
     def clear(self) -> None:
         """Remove what an earlier agent of this run left in it: its etcd has other passwords. What is ours stays."""
         for path in self.path.iterdir():

@@ -79,12 +79,16 @@ class Credentials:
 
 @dataclass(frozen=True)
 class NodeEnd:
-    """How a node of the run ended. `clean`: nothing of the run is alive there, proved; else `detail` says why not."""
+    """How a node of the run ended. `clean`: nothing of the run is alive there, proved; else `detail` says why not.
+
+    `by_agent` is False for a look without its agent, which knew what descends from it: by tag and lock only.
+    """
 
     node_rank: int
     host: str
     clean: bool
     detail: str = ""
+    by_agent: bool = True
 
 
 @dataclass(frozen=True)

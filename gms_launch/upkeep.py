@@ -1,9 +1,11 @@
-"""What an agent does when nothing happens: look after what waits for the disk, ask GMS, fence what would not die."""
+"""What an agent does when nothing happens: look after what waits for the disk, ask GMS, kill what dead lives left."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
+
+from gms_launch.cohort import guard, strays
 
 if TYPE_CHECKING:
     from gms_launch.agent import Agent
@@ -29,6 +31,10 @@ async def keep_up(agent: Agent) -> None:
             if agent.loop.time() >= due:
                 due += HOUSEKEEPING
                 await agent.look_at_gms()
+                agent.strays = await agent.ranks.sweep()
+                # What only descent shows as ours, for the day when we are killed and nobody can tell any more.
+                untagged = await agent.loop.run_in_executor(None, strays.untagged, agent.layout.run)
+                guard.tell(agent.guard_pipe, untagged)
                 agent.ranks.fence_again()
         except Exception as exc:
             agent.report.unexpected("upkeep", exc)

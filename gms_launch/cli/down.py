@@ -16,7 +16,7 @@ import uuid
 from dataclasses import dataclass, replace
 
 from gms_launch import rundir
-from gms_launch.cohort import proc, process
+from gms_launch.cohort import proc, process, strays
 from gms_launch.control.errand import Errand
 from gms_launch.control.keys import Keys
 from gms_launch.control.records import CommandRecord
@@ -46,7 +46,8 @@ def main(run: str | None, timeout: float) -> None:
             wrong = f"the run directory {directory.path} is {wrong}: its end could not be recorded there"
     print(f"run {directory.run} is down: " + ("stopped in order" if stopped else "it had ended already"))
     for proof in proved:
-        state = "nothing of it is alive" if proof.clean else "NOT PROVED"
+        alive = "nothing of it is alive" if proof.by_agent else "nothing with its tag or its lock is alive"
+        state = alive if proof.clean else "NOT PROVED"
         print(f"  node {proof.node_rank} {proof.host}: {state}" + (f" ({proof.detail})" if proof.detail else ""))
     print(f"logs: {directory.logs}")
     if wrong:
@@ -184,7 +185,7 @@ def clear(directory: RunDir, found: RunFile, node: Node) -> NodeEnd:
     try:
         if here:
             killed = clear_here(directory.run, 0, str(found.settings.get("gms_socket_dir") or ""))
-            return NodeEnd(0, node.target.host, True, f"killed {killed} processes" if killed else "")
+            return NodeEnd(0, node.target.host, True, f"killed {killed} processes" if killed else "", by_agent=False)
         argv = ["env", f"GMS_LAUNCH_HOME={rundir.home().absolute()}"]
         argv += gms_launch("down", "--run", directory.run, "--here", str(node.node_rank))
         done = run_on(node.target, argv, timeout=60.0)
@@ -194,7 +195,8 @@ def clear(directory: RunDir, found: RunFile, node: Node) -> NodeEnd:
     if proof is None:
         detail = done.err.strip().removeprefix("gms-launch: ") or f"{done.by} ended with code {done.code}"
         return NodeEnd(node.node_rank, node.target.host, False, detail)
-    return NodeEnd(node.node_rank, node.target.host, True, f"killed {proof} processes" if proof else "")
+    detail = f"killed {proof} processes" if proof else ""
+    return NodeEnd(node.node_rank, node.target.host, True, detail, by_agent=False)
 
 
 def proof_in(output: str) -> int | None:
@@ -232,9 +234,9 @@ def clear_here(run: str, node_rank: int, gms_dir: str) -> int:
     deadline = time.monotonic() + 5.0
     while any(proc.alive(g) for g in guard) and time.monotonic() < deadline:
         time.sleep(0.01)  # the guard ends by itself once it has done the same
-    before = [i for i, _ in proc.tagged(run, node_rank=node_rank) if i.pid not in own]
-    left = process.kill_tagged(run, 30.0, spare=own, node_rank=node_rank)
+    place = NodeDir.of(run, gms_dir, node_rank)
+    found, left = strays.clear(run, 30.0, own, node_rank, place.locks)
     if left:
-        raise LaunchError(f"processes {', '.join(str(w.pid) for w in left)} of run {run} could not be killed")
-    NodeDir.of(run, gms_dir, node_rank).remove()
-    return len(before)
+        raise LaunchError(f"processes {', '.join(left.values())} of run {run} could not be killed")
+    place.remove()
+    return len(found)

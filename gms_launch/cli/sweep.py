@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gms_launch.cohort import proc, process
+from gms_launch.cohort import proc, strays
 from gms_launch.errors import LaunchError
 from gms_launch.nodedir import LOCAL_ROOT, node_name, user_root
 from gms_launch.numbers import count
@@ -52,11 +52,10 @@ def main(run: str | None, dry_run: bool) -> None:
         # While the processes live: their directory may be reachable through them only.
         for directory in dead.directories:
             shutil.rmtree(directory, ignore_errors=True)
-        left = process.kill_tagged(
-            dead.run, 30.0, spare=frozenset({os.getpid()}), uid=dead.uid, node_rank=dead.node_rank
-        )
+        told = [i.identity for i in dead.processes]
+        _, left = strays.clear(dead.run, 30.0, frozenset({os.getpid()}), dead.node_rank, (), told, dead.uid)
         if left:
-            raise LaunchError(f"processes {', '.join(str(w.pid) for w in left)} of run {dead.run} could not be killed")
+            raise LaunchError(f"processes {', '.join(left.values())} of run {dead.run} could not be killed")
         print(f"run {dead.run}: swept")
 
 
@@ -90,7 +89,12 @@ def dead_runs() -> list[DeadRun]:
                 dead.directories.add(path)
                 if agent_alive(path):
                     living.add((owner, path.name))
-    return [dead for key, dead in sorted(runs.items()) if key not in living]
+    found = [dead for key, dead in sorted(runs.items()) if key not in living]
+    for dead in found:
+        locks = [lock for directory in dead.directories for lock in directory.glob("failover*.lock")]
+        known = {i.pid for i in dead.processes}
+        dead.processes += [i for i in strays.lock_keepers(dead.run, locks, dead.uid) if i.pid not in known]
+    return found
 
 
 def agent_alive(node_dir: Path) -> bool:

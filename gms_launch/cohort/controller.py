@@ -228,7 +228,8 @@ def _answer(request: KillRequest, view: View, policy: Policy) -> list[Action]:
     cohorts = [CohortView(s.cohort_id, s.incarnation, s.phase, s.since) for s in view.slots.values()]
     target = primary(cohorts)
     if target is None:
-        return [Answer(request.uuid, False, "no cohort is primary now; see `gms-launch status`")]
+        kept = f" ({view.lock_keeper} keeps the lock)" if view.lock_keeper else ""
+        return [Answer(request.uuid, False, f"no cohort is primary now{kept}; see `gms-launch status`")]
     parked = [c for c in cohorts if c.phase is Phase.PARKED]
     refused = f"cohort {target.cohort_id} is primary and "
     if view.gms_down:

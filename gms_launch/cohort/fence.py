@@ -1,7 +1,8 @@
 """Kill a rank and prove it dead on this node.
 
-Proof is: its process group is empty, no process carries its tag, no GMS session of its processes is left, and NVML
-lists none of them on the GPUs: the driver takes its time to free what a process had there.
+Proof is: its process group is empty, no process carries its tag, no orphan of a dead rank is left, nobody keeps one of
+the node's locks but the living ranks, no GMS session of its processes is left, and NVML lists none of them on the GPUs:
+the driver takes its time to free what a process had there.
 Blocking; runs in a thread. What cannot be killed is named.
 """
 
@@ -12,23 +13,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gms_launch.cohort import proc, process
-from gms_launch.cohort.proc import ProcessId
+from gms_launch.cohort import proc, process, strays
+from gms_launch.cohort.proc import ProcessId, Stat
 from gms_launch.gms import gpus, probe
 
 
 @dataclass(frozen=True)
 class Fenced:
-    """The outcome. Times are Unix seconds; `strays` had left their group and were found by their tag.
+    """The outcome. Times are Unix seconds; `strays` (named) had left their group; descent, tag or lock showed them.
 
-    `leftovers` are pids that would not die, `sessions` GMS sockets that still list one of the dead, `on_gpu` pids that
-    NVML still lists. `gpu_free_at` is 0 without GPUs.
+    `leftovers` are pids that would not die, with `names` for people, `sessions` GMS sockets that still list one of the
+    dead, `on_gpu` pids that NVML still lists. `gpu_free_at` is 0 without GPUs.
     """
 
     dead_at: float
     fenced_at: float
-    strays: tuple[int, ...] = ()
+    strays: tuple[str, ...] = ()
     leftovers: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
     sessions: tuple[str, ...] = ()
     on_gpu: tuple[int, ...] = ()
     gpu_free_at: float = 0.0
@@ -39,9 +41,16 @@ class Fenced:
 
 
 def destroy(
-    leader: ProcessId, tag: str, sockets: Sequence[Path], timeout: float, gpu_uuids: frozenset[str] = frozenset()
+    leader: ProcessId,
+    tag: str,
+    sockets: Sequence[Path],
+    timeout: float,
+    gpu_uuids: frozenset[str] = frozenset(),
+    locks: Sequence[Path] = (),
 ) -> Fenced:
     """SIGKILL the rank led by `leader`, whose processes carry `tag`, and wait for proof, at most `timeout` seconds.
+
+    `locks` are the locks of this node, which nobody but a living rank may keep.
 
     `leader` must be an unreaped child, so that its number still means it.
     """
@@ -51,18 +60,18 @@ def destroy(
     fds = [fd for who in seen if (fd := process.open_pidfd(who)) is not None]
     process.wait_gone(fds, max(0.0, deadline - time.monotonic()))
     dead_at = time.time()
-    strays: set[int] = set()
-    while True:
-        left = [info.identity for info, _ in proc.tagged(tag)]
-        left += [info.identity for info in proc.group(leader.pid) if not info.dead]
-        if not left or time.monotonic() > deadline:
-            break
-        seen |= set(left)
-        strays |= {who.pid for who in left}
-        fds = [fd for who in left if (fd := process.kill_process(who)) is not None]
-        process.wait_gone(fds, max(0.0, deadline - time.monotonic()))
+
+    def look() -> list[Stat]:
+        # The quick look first: what it finds may have the lock, and a shadow waits for that.
+        if found := strays.orphans():
+            return found
+        found = [info for info, _ in proc.tagged(tag)] + [i for i in proc.group(leader.pid) if not i.dead]
+        return found or strays.lock_keepers(tag.partition("/")[0], locks)
+
+    found, left = process.kill_all(look, max(0.0, deadline - time.monotonic()))
+    if found:
         dead_at = time.time()
-    leftovers = tuple(sorted({who.pid for who in left}))
+    seen |= set(found)
     pids = {who.pid for who in seen}
     while (held := _sessions(sockets, pids)) and time.monotonic() < deadline:
         time.sleep(0.005)  # the server drops a session when it reads the end of file; nothing announces it
@@ -71,7 +80,16 @@ def destroy(
         time.sleep(0.005)  # NVML announces nothing
     now = time.time()
     free_at = now if gpu_uuids and not on_gpu else 0.0
-    return Fenced(dead_at, now, tuple(sorted(strays)), leftovers, tuple(held), tuple(sorted(on_gpu)), free_at)
+    return Fenced(
+        dead_at,
+        now,
+        strays=tuple(found.values()),
+        leftovers=tuple(who.pid for who in left),
+        names=tuple(left.values()),
+        sessions=tuple(held),
+        on_gpu=tuple(sorted(on_gpu)),
+        gpu_free_at=free_at,
+    )
 
 
 def _sessions(sockets: Sequence[Path], pids: set[int]) -> list[str]:

@@ -7,8 +7,10 @@ kernel sets once and which tells a process from a later one with the same number
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 TAG_ENV = "GMS_LAUNCH_TAG"
 
@@ -162,10 +164,72 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def flock_holders(path: str) -> list[int]:
-    """The pids that hold a flock on `path`, from /proc/locks. Empty when nobody does or the file is not there.
+def descendants(roots: Iterable[int]) -> list[Stat]:
+    """The living descendants of `roots`, without those themselves. Reads all of /proc."""
+    below: dict[int, list[Stat]] = {}
+    for pid in pids():
+        if (info := stat(pid)) is not None:
+            below.setdefault(info.ppid, []).append(info)
+    found: dict[int, Stat] = {}
+    todo = list(roots)
+    while todo:
+        for info in below.get(todo.pop(), ()):
+            if info.pid not in found and not info.dead:
+                found[info.pid] = info
+                todo.append(info.pid)
+    return list(found.values())
 
-    A pid from outside this pid namespace shows as 0 and is left out.
+
+def describe(info: Stat) -> str:
+    """A process for people: pid, command and since when."""
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - info.start / os.sysconf("SC_CLK_TCK")
+    since = time.strftime("%H:%M:%S", time.localtime(time.time() - age))
+    return f"{info.pid} ({(command_line(info.pid) or info.comm)[:60]}, since {since})"
+
+
+def lock_keepers(paths: Iterable[Path]) -> list[Stat]:
+    """Every process that has a flock on one of these files through a descriptor, whoever acquired it.
+
+    /proc/locks names the acquirer alone, also when that is dead and a child of it keeps the descriptor (and within a
+    pid namespace it is then not listed at all). Reads the descriptors of all processes that we may look into.
+    """
+    wanted: dict[tuple[int, int], str] = {}
+    for path in paths:
+        try:
+            info = os.stat(path)
+        except OSError:
+            continue
+        wanted[info.st_dev, info.st_ino] = path.name
+    names = set(wanted.values())
+    return [i for pid in pids() if wanted and _keeps(pid, names, wanted) and (i := stat(pid)) and not i.dead]
+
+
+def _keeps(pid: int, names: set[str], wanted: dict[tuple[int, int], str]) -> bool:
+    place = f"/proc/{pid}/fd/"
+    try:
+        descriptors = os.listdir(place)
+    except OSError:
+        return False
+    for fd in descriptors:
+        try:
+            # By name first: a stat may wait for ever for a file system that hangs, and the lock's does not.
+            if os.readlink(place + fd).removesuffix(" (deleted)").rpartition("/")[2] not in names:
+                continue
+            info = os.stat(place + fd)
+            if (info.st_dev, info.st_ino) not in wanted:
+                continue
+            with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+                if any(line.startswith("lock:") and " FLOCK " in line for line in file):
+                    return True
+        except OSError:
+            continue  # closed meanwhile
+    return False
+
+
+def flock_holders(path: str) -> list[int]:
+    """The pids that acquired the flock on `path`, from /proc/locks: quick, and see `lock_keepers` for what it misses.
+
+    Empty when nobody has it or the file is not there. A pid from outside this pid namespace shows as 0 and is left out.
     """
     try:
         info = os.stat(path)

@@ -13,17 +13,45 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gms_launch.cohort import proc
-from gms_launch.cohort.proc import ProcessId
+from gms_launch.cohort.proc import ProcessId, Stat
 from gms_launch.spool.output import Output
 
 _EXEC_CHILD = str(Path(__file__).with_name("exec_child.py"))
 PR_SET_CHILD_SUBREAPER = 36
+
+
+class Children:
+    """The children that this process has started and not reaped: any other is an orphan of theirs.
+
+    `reaper` once orphans come to us; not when we had children before that, whose orphans would be nobody's to kill.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.pids: set[int] = set()
+        self.reaper = False
+
+    def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+        """`subprocess.Popen`, so that no look from another thread takes the child for an orphan."""
+        with self.lock:
+            child: subprocess.Popen[bytes] = subprocess.Popen(argv, **options)
+            self.pids.add(child.pid)
+        return child
+
+    def reaped(self, pid: int) -> None:
+        with self.lock:
+            self.pids.discard(pid)
+
+
+CHILDREN = Children()
 
 
 @dataclass(frozen=True)
@@ -94,17 +122,24 @@ class Child:
         """Collect the exit status of an ended child. Call it only after the group was dealt with."""
         if self.exit is None:
             _, status = os.waitpid(self.pid, 0)
+            CHILDREN.reaped(self.pid)
             self.exit = Exit.from_wait(status)
             os.close(self.pidfd)
             self.output.ended = True
         return self.exit
 
 
-def become_subreaper() -> None:
-    """Make orphans of our children our own, so that a double fork does not hide a process."""
+def become_subreaper() -> bool:
+    """Make orphans of our children our own, so that a double fork does not hide a process.
+
+    Returns False when there were children before, as of a shell that became this process: then orphans prove nothing.
+    """
+    before = proc.children(os.getpid())
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    CHILDREN.reaper = not before
+    return CHILDREN.reaper
 
 
 def child_environment(base: Mapping[str, str], command: Command, tag: str) -> dict[str, str]:
@@ -126,7 +161,7 @@ def spawn(name: str, command: Command, tag: str, output: Output) -> Child:
     The parent-death signal is tied to the thread that starts the child, hence the main thread. Raises `OSError`.
     """
     argv: Sequence[str] = [sys.executable, "-I", "-S", _EXEC_CHILD, str(os.getpid()), "--", *command.argv]
-    popen = subprocess.Popen(
+    popen = CHILDREN.popen(
         argv,
         env=child_environment(os.environ, command, tag),
         stdin=subprocess.DEVNULL,
@@ -170,7 +205,8 @@ def open_pidfd(who: ProcessId) -> int | None:
 
 
 def kill_process(who: ProcessId, sig: int = signal.SIGKILL) -> int | None:
-    """Signal one process through a pidfd and return the descriptor, readable once it is gone; None if it is gone.
+    """Signal one process through a pidfd and return the descriptor, readable once it is gone; None if it is gone, or
+    another user's.
 
     The start time is checked after the pidfd was opened: from then on the number cannot come to mean another.
     """
@@ -186,7 +222,7 @@ def kill_process(who: ProcessId, sig: int = signal.SIGKILL) -> int | None:
         return None
     try:
         signal.pidfd_send_signal(fd, sig)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         os.close(fd)
         return None
     return fd
@@ -212,15 +248,35 @@ def kill_tagged(
     """SIGKILL everything tagged with `prefix` until a look finds nothing; return what is left after `timeout` s.
 
     `uid` is the user whose processes are meant, this one unless given; `node_rank` means that node's only. `spare` are
-    pids not to touch (the caller's own). Looks again after each round, since a process may have been forking while it
-    was found.
+    pids not to touch (the caller's own).
+    """
+
+    def look() -> list[Stat]:
+        return [info for info, _ in proc.tagged(prefix, uid, node_rank) if info.pid not in spare]
+
+    return list(kill_all(look, timeout)[1])
+
+
+#: Processes, each described for people (`proc.describe`).
+Named = dict[ProcessId, str]
+
+
+def kill_all(look: Callable[[], list[Stat]], timeout: float) -> tuple[Named, Named]:
+    """SIGKILL whatever `look` finds until it finds nothing; returns all it found, and what is left after `timeout` s.
+
+    Looks again after each round, since a process may have been forking while it was found.
     """
     deadline = time.monotonic() + timeout
+    found: Named = {}
     while True:
-        targets = [info.identity for info, _ in proc.tagged(prefix, uid, node_rank) if info.pid not in spare]
+        targets = look()
+        # Described before it is killed: a dead process has no command line.
+        found |= {info.identity: proc.describe(info) for info in targets if info.identity not in found}
         if not targets or time.monotonic() > deadline:
-            return targets
-        fds = [fd for who in targets if (fd := kill_process(who)) is not None]
+            return found, {info.identity: found[info.identity] for info in targets}
+        fds = [fd for info in targets if (fd := kill_process(info.identity)) is not None]
+        if not fds:
+            time.sleep(0.01)  # gone between two looks, or nothing that we may kill
         wait_gone(fds, max(0.0, deadline - time.monotonic()))
 
 

@@ -47,6 +47,7 @@ class Rank:
     since: float = 0.0
     exit: str = ""
     leftovers: tuple[int, ...] = ()
+    left: tuple[str, ...] = ()
     role: str = ""
     child: Child | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,6 +86,7 @@ class Rank:
             since=self.since,
             exit=self.exit,
             leftovers=self.leftovers,
+            left=self.left,
             log=str(self.log),
         )
 
@@ -204,7 +206,9 @@ class Rank:
             self._move(Phase.FAILING, time.time())
             self._unwatch()
 
-    async def destroy(self, sockets: Sequence[Path], gpu_uuids: frozenset[str] = frozenset()) -> None:
+    async def destroy(
+        self, sockets: Sequence[Path], gpu_uuids: frozenset[str] = frozenset(), locks: Sequence[Path] = ()
+    ) -> None:
         """Kill what is left and fence. Does nothing when that is done or under way."""
         if self._fencing or self.child is None or self.phase is Phase.FENCED:
             return
@@ -214,14 +218,14 @@ class Rank:
             loop = asyncio.get_running_loop()
             self._drop_parts(loop)
             done: Fenced = await loop.run_in_executor(
-                None, fence.destroy, self.child.id, self.tag, sockets, FENCE_TIMEOUT, gpu_uuids
+                None, fence.destroy, self.child.id, self.tag, sockets, FENCE_TIMEOUT, gpu_uuids, locks
             )
         except BaseException:
             self._fencing = False  # so that it can be tried again
             raise
-        strays = f"found outside the group: {', '.join(map(str, done.strays))}" if done.strays else ""
+        strays = f"found outside the group: {', '.join(done.strays)}" if done.strays else ""
         self.on_event(self, "dead", done.dead_at, strays)
-        self.leftovers = done.leftovers
+        self.leftovers, self.left = done.leftovers, done.names
         if done.proved:
             # Reaped only now: until then nobody else can get this pid, and the group can be named by it.
             loop.remove_reader(self.child.pidfd)
@@ -232,6 +236,6 @@ class Rank:
             self.on_event(self, "fenced", done.fenced_at, gpu if done.gpu_free_at else "")
         else:
             self._fencing = False
-            left = [f"process {pid}" for pid in done.leftovers] + [f"a GMS session on {s}" for s in done.sessions]
+            left = [f"process {name}" for name in done.names] + [f"a GMS session on {s}" for s in done.sessions]
             left += [f"process {pid} on a GPU, by NVML" for pid in done.on_gpu]
             self.on_event(self, "unfenced", done.fenced_at, f"still there after {FENCE_TIMEOUT:g} s: {', '.join(left)}")

@@ -14,10 +14,10 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from gms_launch.cohort import process
+from gms_launch.cohort import proc, process, strays
 from gms_launch.cohort.gates import Gates
 from gms_launch.cohort.model import ALIVE, ENDED, Phase
-from gms_launch.cohort.proc import ProcessId
+from gms_launch.cohort.proc import ProcessId, Stat
 from gms_launch.cohort.pulse import Feeler, Pulse
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.reconciler import PEER_ENDED, Desire, LocalRank
@@ -38,10 +38,14 @@ log = logging.getLogger("agent")
 PARKED_GRACE = 0.1
 #: How long an engine that serves may be missing in discovery (seconds); to register anew takes it a moment.
 UNREGISTERED_GRACE = 2.0
+#: How long a stray that is found between failovers gets to die of SIGKILL before it is told (seconds).
+STRAY_TIMEOUT = 2.0
 
 
 class RankSet:
-    """The ranks of one node. `on_event(rank, kind, detail)` hears what `Rank` noticed, after it was reported."""
+    """The ranks of one node. `keeper` names what keeps the lock and is no living rank's, by the last look.
+
+    `on_event(rank, kind, detail)` hears what `Rank` noticed, after it was reported."""
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class RankSet:
         self._writer = writer
         self._gates, self._spawn, self._on_event = gates, spawn, on_event
         self._node_rank = layout.topology.node_rank
+        self.keeper = ""
         self._skipped: dict[int, RankRecord] = {}
         self._by_slot: dict[int, Rank] = {}
         self._registered = Registrations()
@@ -175,13 +180,13 @@ class RankSet:
             self._released.add(rank.life)
             for lease in self._registered.of(rank.life):
                 self._spawn(self._revoke_lease(rank, lease))
-        self._spawn(rank.destroy(self._gms.sockets, self._gms.gpu_uuids))
+        self._spawn(rank.destroy(self._gms.sockets, self._gms.gpu_uuids, self._layout.node_dir.locks))
 
     def fence_again(self) -> None:
         """Another try at what would not die."""
         for rank in self._by_slot.values():
             if rank.phase is Phase.FAILING:
-                self._spawn(rank.destroy(self._gms.sockets, self._gms.gpu_uuids))
+                self._spawn(rank.destroy(self._gms.sockets, self._gms.gpu_uuids, self._layout.node_dir.locks))
 
     async def stop(self, rank: Rank, grace: float) -> None:
         """End a rank: SIGTERM, and after `grace` seconds whatever it takes."""
@@ -191,7 +196,7 @@ class RankSet:
             process.kill_group(rank.child.id, signal.SIGTERM)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(rank.ended.wait(), grace)
-        await rank.destroy(self._gms.sockets, self._gms.gpu_uuids)
+        await rank.destroy(self._gms.sockets, self._gms.gpu_uuids, self._layout.node_dir.locks)
 
     def reap(self, keep: frozenset[int]) -> None:
         """Collect the orphans of dead ranks. `keep` are pids of the agent's other children."""
@@ -273,9 +278,28 @@ class RankSet:
         self.kill(rank.cohort_id, why)
 
     def lock_holder(self) -> str:
-        """Which of this node's ranks the kernel shows as holding the lock; empty for none."""
+        """Which of this node's ranks the kernel shows as holding the lock, or what else keeps it; empty for none."""
         living = [r for r in self._by_slot.values() if r.child is not None and r.phase in ALIVE]
-        return next((f"cohort {r.cohort_id}" for r in living if r.holds(self._layout.lock_of(r.cohort_id))), "")
+        own = next((f"cohort {r.cohort_id}" for r in living if r.holds(self._layout.lock_of(r.cohort_id))), "")
+        return own or self.keeper
+
+    async def sweep(self) -> tuple[str, ...]:
+        """Kill what a dead life or service left here and no fence has found; returns what would not die."""
+        found, left = await asyncio.get_running_loop().run_in_executor(
+            None, process.kill_all, self._strays, STRAY_TIMEOUT
+        )
+        for who, name in found.items():
+            self._report.emit("stray", detail=f"process {name} {'cannot be killed' if who in left else 'was killed'}")
+        return tuple(left.values())
+
+    def _strays(self) -> list[Stat]:
+        """One look, in a thread. Descriptors are read only when no living rank has acquired the lock."""
+        found = strays.orphans()
+        self.keeper = ""
+        if not found and not self.lock_holder() and (locks := self._layout.node_dir.locks):
+            found = strays.lock_keepers(self._layout.run, locks)
+            self.keeper = ", ".join(f"process {proc.describe(info)}" for info in found)
+        return found
 
     def publish(self, rank: Rank, later: bool = False) -> None:
         self._put(rank.record(), later)

@@ -81,8 +81,9 @@ class View:
 
     `absent` are nodes without a lease now, by node rank, with a name for people; `lost` those that are taken for lost.
     `gms_down` names the nodes with a dead GMS; `gms_restarting` until every node has the new ones that were wanted.
-    `hung` are lives that serve no tokens although their processes live, with the reason. `no_token` says why the life
-    that has registered last has given none yet, as far as the frontend tells.
+    `lock_keeper` is a process that keeps the lock and is of no living cohort. `hung` are lives that serve no tokens
+    although their processes live, with the reason. `no_token` says why the life that has registered last has given none
+    yet, as far as the frontend tells.
     """
 
     slots: Mapping[int, Slot]
@@ -92,6 +93,7 @@ class View:
     lost: tuple[int, ...] = ()
     gms_down: tuple[str, ...] = ()
     gms_restarting: bool = False
+    lock_keeper: str = ""
     hung: Mapping[tuple[int, int], str] = field(default_factory=dict)
     generation: int = 0
     rolling: bool = False

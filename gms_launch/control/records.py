@@ -153,7 +153,8 @@ class NodeRecord(Record):
     people), `model` and `clock_skew` (seconds ahead of its clock, 0 when not surely off). `stopping` begins the agent's
     end; `stopped` comes last, with what it could not kill in `left`. One that `failed` says so with its `exit_code`.
     `gms_epoch` is the one that its servers are of. `writing`: what is wrong with its directories, or was lost there;
-    `internal_errors`: errors of the agent's own that the run outlived.
+    `strays`: processes of dead lives that would not die; `internal_errors`: errors of the agent's own that the run
+    outlived.
     """
 
     node_rank: int
@@ -177,6 +178,7 @@ class NodeRecord(Record):
     gms_epoch: int = 0
     failed: str = ""
     exit_code: int = 0
+    strays: tuple[str, ...] = ()
     writing: tuple[Place, ...] = ()
     internal_errors: int = 0
     model: ModelStamp = ModelStamp()
@@ -213,6 +215,7 @@ class RankRecord(Record):
     since: float = 0.0
     exit: str = ""
     leftovers: tuple[int, ...] = ()
+    left: tuple[str, ...] = ()
     log: str = ""
 
 

@@ -154,6 +154,7 @@ def _cohort_json(c: CohortStatus) -> dict[str, Any]:
                 "pgid": r.pgid,
                 "exit": r.exit or None,
                 "leftovers": list(r.leftovers),
+                "left": list(r.left),
                 "log": r.log,
             }
             for r in c.ranks
@@ -168,6 +169,7 @@ def _node_json(n: NodeRecord) -> dict[str, Any]:
         "address": n.address,
         "agent_pid": n.agent_pid,
         "lock_holder": n.lock_holder or None,
+        "strays": list(n.strays),
         "writing": [
             {
                 "name": p.name,

@@ -64,7 +64,7 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
     for c in shot.cohorts:
         note = "given up: " + c.why if c.given_up else ""
         for rank in c.ranks:
-            left = f"cannot be killed: {', '.join(map(str, rank.leftovers))}" if rank.leftovers else ""
+            left = f"cannot be killed: {', '.join(rank.left or map(str, rank.leftovers))}" if rank.leftovers else ""
             cohorts.add_row(
                 str(c.cohort_id),
                 c.role or "-",
@@ -83,6 +83,10 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         rest.add_column(name)
     for node in shot.nodes:
         rest.add_row(str(node.node_rank), f"agent on {node.host}", "running", str(node.agent_pid), "", node.address)
+        for stray in node.strays:
+            rest.add_row(str(node.node_rank), "stray", "cannot be killed", stray.partition(" ")[0], "", stray)
+        if node.lock_holder.startswith("process"):
+            rest.add_row(str(node.node_rank), "failover lock", "kept by a stray", "", "", node.lock_holder)
         for p in node.writing:
             lost = f", {p.dropped} entries and {p.dropped_bytes} bytes of logs dropped"
             rest.add_row(

@@ -112,6 +112,13 @@ def test_a_shadow_that_dies_is_rearmed_and_the_primary_is_not_touched(run: Deplo
     assert status["cohorts"][primary]["ranks"][0]["pid"] == pid
 
 
+def strays(run: Deployment, cohort_id: int, life: int) -> list[proc.Stat]:
+    """The strays of a life, which only their command line names."""
+    mark = f"stray-of-{run.run}/{cohort_id}/{life}/0"
+    found = [i for pid in proc.pids() if mark in proc.command_line(pid) and (i := proc.stat(pid)) is not None]
+    return [i for i in found if not i.dead]
+
+
 def test_a_stray_that_holds_the_lock_is_found_and_promotion_goes_on(tmp_path: Path, model: Path) -> None:
     # A child that left group and session and inherited the lock's descriptor keeps the flock after its parent's death.
     with Deployment(tmp_path / "home", model, REFERENCE_STRAY="1") as run:
@@ -125,6 +132,36 @@ def test_a_stray_that_holds_the_lock_is_found_and_promotion_goes_on(tmp_path: Pa
         assert run.text() == before
         assert str(stray.pid) in run.events("dead")[0]["detail"]
         run.wait_full()
+
+
+@pytest.mark.parametrize("kind", ["hard", "unlocked"])
+def test_a_stray_without_group_session_and_environment_is_found(tmp_path: Path, model: Path, kind: str) -> None:
+    """Double fork, setsid, empty environment: descent shows whose it is, and its descriptor that it has the lock."""
+    with Deployment(tmp_path / "home", model, REFERENCE_STRAY=kind) as run:
+        before = run.text()
+        victim = run.wait_full()["primary"]
+        (stray,) = strays(run, victim, 1)
+        pgid, lock = run.cohort(victim)["ranks"][0]["pgid"], run.node_dir / "failover.lock"
+        assert stray.pgid != pgid and stray.session != pgid and proc.tag_of(stray.pid) is None
+        assert (stray.pid in {i.pid for i in proc.lock_keepers([lock])}) == (kind == "hard")
+        kill_from_outside(run, victim)
+        eventually(lambda: run.text() == before)
+        eventually(lambda: run.events("fenced"))
+        assert not proc.alive(stray.identity), "it was not fenced before the stray was dead"
+        assert f"{stray.pid} (" in run.events("dead")[0]["detail"] and "os.fork" in run.events("dead")[0]["detail"]
+        assert run.wait_full()["primary"] == 1 - victim
+        (second,) = strays(run, 1 - victim, 1)
+        if kind == "hard":
+            # The agent is killed: the lock tells its guard.
+            os.kill(run.agent.pid, signal.SIGKILL)
+            eventually(lambda: not proc.alive(second.identity), 20.0)
+            eventually(lambda: not proc.tagged(f"{run.run}/guard"), 20.0)
+            down = run.cli("down")
+            assert down.returncode == 0 and "nothing with its tag or its lock is alive" in down.stdout
+        else:
+            down = run.cli("down")
+            assert down.returncode == 0 and "nothing of it is alive" in down.stdout
+            assert not proc.alive(second.identity)
 
 
 def test_kill_primary_is_refused_without_a_parked_shadow(tmp_path: Path, model: Path) -> None:
@@ -159,18 +196,19 @@ def test_agent_killed_in_the_middle_of_a_failover_leaves_nothing(run: Deployment
 
 
 def test_sweep_clears_a_dead_run_and_spares_a_live_one(run: Deployment, tmp_path: Path, model: Path) -> None:
-    with Deployment(tmp_path / "other", model, REFERENCE_STRAY="1") as dead:
+    with Deployment(tmp_path / "other", model, REFERENCE_STRAY="hard") as dead:
+        (stray,) = strays(dead, dead.status()["primary"], 1)
         # Without its guard, so that there is something to find.
         for info, _ in proc.tagged(f"{dead.run}/guard"):
             os.kill(info.pid, signal.SIGKILL)
         os.kill(dead.agent.pid, signal.SIGKILL)
         eventually(lambda: not proc.alive(dead.agent))
         node_dir = dead.node_dir
-        assert dead.alive(), "a process that left its session outlives its engine when nobody looks"
+        assert proc.alive(stray.identity), "a process that left its session outlives its engine when nobody looks"
         dry = gms_launch("sweep", "--dry-run", env=dead.env).stdout
         assert dead.run in dry and run.run not in dry
         assert gms_launch("sweep", "--run", dead.run, env=dead.env).returncode == 0
-        assert dead.alive() == [] and not node_dir.exists()
+        assert dead.alive() == [] and not proc.alive(stray.identity) and not node_dir.exists()
         assert run.text() and run.status()["redundancy"] == "full"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import fence, proc, process
+from gms_launch.cohort import fence, guard, proc, process, strays
 from gms_launch.cohort.proc import ProcessId
 from gms_launch.cohort.process import Command
 from gms_launch.spool.output import Output
@@ -70,7 +71,7 @@ def test_a_process_that_left_group_and_session_is_found_and_killed(run: str, tmp
     stray = next(i.pid for i, _ in proc.tagged(run) if i.pid != child.pid)
     assert proc.stat(stray).pgid != child.pgid  # type: ignore[union-attr]
     done = fence.destroy(child.id, child.tag, [], 10.0)
-    assert done.proved and done.strays == (stray,)
+    assert done.proved and len(done.strays) == 1 and done.strays[0].startswith(f"{stray} (")
     assert proc.tagged(run) == []
     child.reap()
 
@@ -149,3 +150,44 @@ def test_flock_holder_is_read_from_the_kernel(tmp_path: Path) -> None:
         holder.kill()
         holder.wait()
     assert proc.flock_holders(str(lock)) == []
+
+
+def test_a_lock_that_a_child_of_a_dead_acquirer_keeps_is_seen_by_its_descriptor(tmp_path: Path) -> None:
+    lock, marker = tmp_path / "failover.lock", f"keeper-{uuid.uuid4().hex}"
+    lock.touch()
+    code = (
+        "import fcntl, os, subprocess, sys; fd = os.open(sys.argv[1], os.O_RDWR); fcntl.flock(fd, fcntl.LOCK_EX)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[2]], pass_fds=(fd,), env={})"
+    )
+    subprocess.run([sys.executable, "-c", code, str(lock), marker], check=True)
+    opened = open(lock)  # noqa: SIM115 - a descriptor without the lock is none of a keeper's
+    (keeper,) = proc.lock_keepers([lock])
+    try:
+        assert marker in proc.command_line(keeper.pid)
+        assert keeper.pid not in proc.flock_holders(str(lock)), "/proc/locks names the dead, or nobody"
+        assert strays.lock_keepers("r", [lock]) == [keeper]
+        found, left = strays.clear("no-such-run", 10.0, frozenset(), 0, [lock])
+        assert list(found) == [keeper.identity] and not left and not proc.alive(keeper.identity)
+    finally:
+        opened.close()
+        process.kill_process(keeper.identity)
+    assert proc.lock_keepers([lock]) == []
+
+
+def test_a_guard_kills_what_its_agent_has_told_it_of(run: str, tmp_path: Path) -> None:
+    told = subprocess.Popen(SLEEP, start_new_session=True)
+    other = subprocess.Popen(SLEEP, start_new_session=True)
+    try:
+        _, writer = guard.start(run, 0, tmp_path / "guard.log")
+        identity, reused = proc.identity(told.pid), proc.identity(other.pid)
+        assert identity is not None and reused is not None
+        guard.tell(
+            writer, [identity, ProcessId(reused.pid, reused.start - 1), *[ProcessId(999999, k) for k in range(500)]]
+        )
+        os.close(writer)
+        assert told.wait(20) == -signal.SIGKILL
+        eventually(lambda: proc.tagged(f"{run}/guard") == [])
+        assert other.poll() is None, "a number that came to mean another process"
+    finally:
+        other.kill(), other.wait()
+        told.kill(), told.wait()

@@ -32,6 +32,8 @@ class Knobs:
     `dying_gib` of address space, one small file mapped again and again, are taken apart when a leader rank dies (about
     40 ms a GiB). It lets go of the lock at once and is seen dead only then, as an engine that gives back GPU memory.
 
+    `stray` is one of `lock.STRAYS`.
+
     `fault` is a list of `cohort.incarnation:point=kind` with commas between; `*` stands for any number.
     """
 
@@ -43,7 +45,7 @@ class Knobs:
     monitor_seconds: float = 2.0
     metrics: bool = True
     fault: str = ""
-    stray: bool = False
+    stray: str = ""
     dying_gib: int = 0
 
     @classmethod
@@ -57,7 +59,7 @@ class Knobs:
             monitor_seconds=float(environ.get("REFERENCE_MONITOR_SECONDS", "2")),
             metrics=environ.get("REFERENCE_METRICS", "1") == "1",
             fault=environ.get("REFERENCE_FAULT", ""),
-            stray=environ.get("REFERENCE_STRAY", "") == "1",
+            stray=environ.get("REFERENCE_STRAY", ""),
             dying_gib=int(environ.get("REFERENCE_DYING_GIB", "0")),
         )
 

@@ -135,7 +135,7 @@ async def run(config: EngineConfig) -> None:
     config.knobs.fail_here("parked", config.tag)
     lock_fd, contended = await lock.acquire(config.lock_path, config.engine_id, config.knobs.lock_poll_seconds)
     if config.knobs.stray:
-        lock.leave_a_stray(lock_fd)
+        lock.leave_a_stray(config.knobs.stray, lock_fd, config.tag)
     keeper = lock.hand_to_child(lock_fd) if burden else None
     log.info("Failover lock acquired: engine-%d", config.engine_id)
     log.info("[Shadow] Lock acquired, waking engine")

@@ -32,12 +32,6 @@ async def acquire(path: str, engine_id: int, poll_seconds: float) -> tuple[int, 
     return fd, contended
 
 
-def leave_a_stray(fd: int) -> None:
-    """For tests: a child in a session of its own that inherits the lock, as a helper forked at the wrong time would."""
-    sleep = "import time; time.sleep(3600)"
-    subprocess.Popen([sys.executable, "-c", sleep], pass_fds=(fd,), start_new_session=True, stdin=subprocess.DEVNULL)
-
-
 #: The file that is mapped again and again: one page table of 128 KiB each time, and no more memory.
 WINDOW = 64 << 20
 
@@ -62,3 +56,29 @@ def hand_to_child(fd: int) -> subprocess.Popen[bytes]:
     child = subprocess.Popen(["cat"], pass_fds=(fd,), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     os.close(fd)
     return child
+
+
+#: Kinds of strays: one that inherits tag and lock; one in another session by a double fork, without any environment,
+#: with the lock; the same without the lock.
+STRAYS = ("", "1", "hard", "unlocked")
+
+
+def leave_a_stray(kind: str, fd: int, tag: str) -> None:
+    """For tests: a child in a session of its own, as a helper forked at the wrong time would be. `tag` is on its
+    command line, for the test to find it.
+    """
+    sleep = "import os, time; time.sleep(3600)"
+    if kind == "1":
+        subprocess.Popen(
+            [sys.executable, "-c", sleep], pass_fds=(fd,), start_new_session=True, stdin=subprocess.DEVNULL
+        )
+        return
+    hide = "import os; os.fork() and os._exit(0); os.setsid(); " + sleep
+    subprocess.run(
+        [sys.executable, "-c", hide, f"stray-of-{tag}"],
+        pass_fds=(fd,) if kind == "hard" else (),
+        env={},
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        check=True,
+    )
