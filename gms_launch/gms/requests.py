@@ -157,15 +157,17 @@ class Requests:
         aligned, total = self._store.aligned(request.size), self._store.memory.total
         while True:
             waited = loop.time() - begun
-            if aligned > total or (self._retry_timeout is not None and waited >= self._retry_timeout):
+            left = None if self._retry_timeout is None else self._retry_timeout - waited
+            if aligned > total or (left is not None and left <= 0):
                 never = f"; it can never be had, the device has {total} bytes" if aligned > total else ""
                 raise RequestError(
                     f"Timed out waiting for GPU memory: requested_size={request.size}, aligned_size={aligned}, "
                     f"tag={request.tag}, waited_sec={waited:.3f}{never}"
                 )
             freed = asyncio.ensure_future(self._freed())
+            pause = self._retry_interval if left is None else min(self._retry_interval, left)
             try:
-                await asyncio.wait({gone, freed}, timeout=self._retry_interval, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({gone, freed}, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 freed.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

@@ -20,7 +20,7 @@ class CUresult(IntEnum):
 
 
 class FakeDriver:
-    """Answers any cu* call. `errors` gives a call another result."""
+    """Answers any cu* call. `errors` gives a call another result; `room` (bytes) is what cuMemCreate has to give."""
 
     CUresult = CUresult
     CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
@@ -32,8 +32,9 @@ class FakeDriver:
         CU_MEM_ACCESS_FLAGS_PROT_READWRITE=SimpleNamespace(name="CU_MEM_ACCESS_FLAGS_PROT_READWRITE"),
     )
 
-    def __init__(self, **errors: CUresult) -> None:
-        self._errors = errors
+    def __init__(self, room: int | None = None, **errors: CUresult) -> None:
+        self._errors, self._room = errors, room
+        self._sizes: dict[int, int] = {}
         self._numbers = itertools.count(1 << 40, 1 << 30)
 
     @staticmethod
@@ -48,9 +49,18 @@ class FakeDriver:
         if not name.startswith("cu"):
             raise AttributeError(name)
 
-        def called(*_: Any) -> tuple[Any, ...]:
+        def called(*arguments: Any) -> tuple[Any, ...]:
             if name in self._errors:
                 return (self._errors[name], None)
+            if self._room is not None and name == "cuDeviceTotalMem":
+                return (CUresult.CUDA_SUCCESS, self._room)
+            if self._room is not None and name == "cuMemCreate":
+                if sum(self._sizes.values()) + arguments[0] > self._room:
+                    return (CUresult.CUDA_ERROR_OUT_OF_MEMORY, None)
+                self._sizes[handle := next(self._numbers)] = arguments[0]
+                return (CUresult.CUDA_SUCCESS, handle)
+            if name == "cuMemRelease":
+                self._sizes.pop(arguments[0], None)
             if name == "cuGetErrorString":
                 return (CUresult.CUDA_SUCCESS, b"as told")
             if name == "cuMemExportToShareableHandle":

@@ -7,17 +7,21 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gms_launch.engines.reference import compute as computing
 from gms_launch.engines.reference.compute import Compute, Piece, Span
 from gms_launch.gms import probe
+from gms_launch.gms import protocol as p
+from gms_launch.gms.backends.host import HostMapper
 from gms_launch.gms.client import GmsClient, GmsError
-from gms_launch.gms.devices import device_uuid, socket_path
+from gms_launch.gms.devices import device_uuid, real_devices, socket_path
 from gms_launch.gms.protocol import LockType
 from tests.support import eventually
 
@@ -29,12 +33,12 @@ MASK = (1 << 64) - 1
 class Server:
     """`python -m gms_launch.gms --device 0` for a kind of memory."""
 
-    def __init__(self, kind: str, directory: Path) -> None:
+    def __init__(self, kind: str, directory: Path, patience: float = 1.0) -> None:
         self.kind = kind
         uuid = device_uuid(kind, 0)
         self.weights, self.kv = (socket_path(directory, uuid, tag) for tag in ("weights", "kv_cache"))
         argv = [sys.executable, "-m", "gms_launch.gms", "--device", "0", "--memory", kind, "--memory-mib", "512"]
-        argv += ["--alloc-retry-timeout", "1", "--alloc-retry-interval", "0.05"]
+        argv += ["--alloc-retry-timeout", str(patience), "--alloc-retry-interval", "0.05"]
         env = {k: v for k, v in os.environ.items() if k != "GMS_LAUNCH_GPU_TESTS"} | {"GMS_SOCKET_DIR": str(directory)}
         self.process = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
         eventually(self.answers, 30.0)
@@ -116,6 +120,7 @@ def test_memory_outlives_a_writer_that_is_killed_after_its_commit(
 import sys, time
 from pathlib import Path
 from gms_launch.engines.reference import compute
+from gms_launch.gms.backends.host import HostMapper
 from gms_launch.gms.client import GmsClient
 from gms_launch.gms.protocol import LockType
 c = compute.make({server.kind!r}, 0)
@@ -154,6 +159,52 @@ def test_out_of_memory_is_retried_until_a_deadline_and_then_refused(server: Serv
         assert time.monotonic() - begun >= 1.0
     assert writer.allocate(MIB, "weights").mapped, "the session goes on"
     writer.disconnect()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_device_is_refused_waited_for_and_granted_when_memory_comes_back(kind: str, fast_dir: Path) -> None:
+    """The device itself is full: the GPU's own memory, taken to the last piece, and not a limit that we keep."""
+    server = Server(kind, fast_dir, patience=4.0)
+    total = 512 * MIB if kind == "host" else next(d.memory for d in real_devices())
+    # They look at none of the memory, so they need no context on the device, which would take some of it.
+    weights, kv = GmsClient(server.weights, HostMapper()), GmsClient(server.kv, HostMapper())
+    weights.connect(LockType.RW)
+    kv.connect(LockType.RW)
+    taken, piece = 0, total // 16
+    while taken < total * 0.97 and piece >= 2 * MIB:  # ever smaller pieces
+        answer, _ = weights._ask(p.AllocateRequest(piece, "weights"))
+        if isinstance(answer, p.AllocateResponse):
+            taken += answer.aligned_size
+            continue
+        assert "Timed out waiting for GPU memory" in answer.error
+        piece //= 16
+    assert taken > total * 0.9, "there is no room for an eighth of it any more"
+    assert probe.runtime_state(server.weights).allocated_bytes == taken
+
+    def ooms() -> int:
+        return sum(e.kind == "allocation_oom" for e in probe.event_history(server.kv))
+
+    wanted = total // 8
+    assert "Timed out waiting for GPU memory" in kv._ask(p.AllocateRequest(wanted, "kv_cache"))[0].error
+    assert ooms() == 1
+    answers: list[Any] = []
+    waiting = threading.Thread(target=lambda: answers.append(kv._ask(p.AllocateRequest(wanted, "kv_cache"))[0]))
+    waiting.start()
+    eventually(lambda: ooms() == 2, what="it waits")
+    freed = time.monotonic()
+    weights.disconnect()  # as at the death of an engine: its memory comes back
+    waiting.join(30)
+    took = time.monotonic() - freed
+    (granted,) = answers
+    assert isinstance(granted, p.AllocateResponse) and granted.size == wanted
+    eventually(lambda: probe.runtime_state(server.weights).allocated_bytes == 0)
+    assert probe.runtime_state(server.kv).allocated_bytes == granted.aligned_size
+    ms = took * 1000
+    print(
+        f"{kind}: {taken >> 20} of {total >> 20} MiB taken, {wanted >> 20} granted {ms:.1f} ms after they were let go"
+    )
+    kv.disconnect()
+    server.stop()
 
 
 def test_a_dead_kv_writers_memory_is_free_for_the_next(server: Server, compute: Compute) -> None:
@@ -237,6 +288,7 @@ def test_a_reader_cannot_write_to_the_gpu(fast_dir: Path) -> None:
 import sys
 from pathlib import Path
 from gms_launch.engines.reference import compute
+from gms_launch.gms.backends.host import HostMapper
 from gms_launch.gms.client import GmsClient
 from gms_launch.gms.protocol import LockType
 c = compute.make("cuda", 0)

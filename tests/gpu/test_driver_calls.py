@@ -7,11 +7,14 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gms_launch.gms import probe
+from gms_launch.gms import protocol as p
 from gms_launch.gms.backends import OutOfMemoryError, cuda
 from gms_launch.gms.backends.host import HostMapper
 from gms_launch.gms.client import GmsClient, GmsError
@@ -19,6 +22,7 @@ from gms_launch.gms.devices import device_uuid, socket_path
 from gms_launch.gms.protocol import LockType
 from tests.gpu import scenario
 from tests.gpu.fake_driver import CUresult, FakeDriver
+from tests.support import eventually
 
 TRACE = Path(__file__).with_name("trace-h200.json")
 
@@ -101,6 +105,40 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     )
     assert done.returncode == 1
     assert "there is no GPU 99 here" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_drivers_out_of_memory_is_refused_waited_for_and_granted(fast_dir: Path) -> None:
+    """The CUDA backend under the real server; on a GPU, test_backend_contract.py fills the device itself."""
+    code = """
+import sys
+from gms_launch.gms import __main__ as server
+from gms_launch.gms.backends import cuda
+from tests.gpu.fake_driver import FakeDriver
+fake = FakeDriver(room=16 << 20)
+cuda.driver = lambda: fake
+server.make_memory = lambda options, uuid: cuda.CudaMemory(0)
+sys.argv = ["gms", "--device", "0", "--alloc-retry-timeout", "3", "--alloc-retry-interval", "30"]
+server.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"GMS_SOCKET_DIR": str(fast_dir)})
+    uuid = device_uuid("host", 0)
+    weights, kv = (GmsClient(socket_path(fast_dir, uuid, tag), HostMapper()) for tag in ("weights", "kv_cache"))
+    try:
+        weights.connect(LockType.RW, server_wait=20.0)
+        kv.connect(LockType.RW)
+        weights._request(p.AllocateRequest(12 << 20), p.AllocateResponse)
+        with pytest.raises(GmsError, match="Timed out waiting for GPU memory: requested_size=8388608"):
+            kv.allocate(8 << 20)
+        answers: list[Any] = []
+        waiting = threading.Thread(target=lambda: answers.append(kv._ask(p.AllocateRequest(8 << 20))[0]))
+        waiting.start()
+        eventually(lambda: [e.kind for e in probe.event_history(kv.path)].count("allocation_oom") == 2)
+        weights.disconnect()
+        waiting.join(30)
+        assert isinstance(answers[0], p.AllocateResponse)
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def test_a_server_does_not_live_on_after_an_unexpected_driver_error(fast_dir: Path) -> None:
