@@ -87,10 +87,45 @@ def swept_lab() -> Iterator[Lab]:
 def test_after_a_kill_without_notice_the_epilog_leaves_nothing(swept_lab: Lab, model: Path) -> None:
     with LabRun(swept_lab, model) as killed, LabRun(swept_lab, model) as other:
         before = other.text()
-        swept_lab.run(["scancel", "--signal=KILL", killed.job()])
+        swept_lab.run(["scancel", f"{killed.job()}.0"])
         killed.wait_gone()
+        assert "stopping" not in killed.output(), "there was no notice"
         eventually(lambda: killed.left() == {}, 15.0, "the epilog has swept")
         assert other.text() == before and other.status()["redundancy"] == "full", "the other job on these nodes lives"
+
+
+def test_a_kill_of_the_job_is_a_cancellation_to_slurm(lab: Lab, model: Path) -> None:
+    with LabRun(lab, model) as run:
+        lab.run(["scancel", "-s", "KILL", run.job()])
+        run.wait_gone(6.0)
+        stopped_in_order(run)
+        assert "stopping: signal SIGTERM" in run.output()
+
+
+def test_both_processes_of_srun_killed(lab: Lab, model: Path) -> None:
+    """The step runs on unseen, and so does the service; the run can still be ended."""
+    with LabRun(lab, model) as run:
+        before, job_id = run.text(), run.job()
+        os.killpg(run.processes[0].pid, signal.SIGKILL)
+        run.processes[0].wait(10)
+        assert before and run.text() == before
+        assert run.cli("down").returncode == 0
+        assert run.left() == {}
+        lab.run(["scancel", job_id])  # the allocation stays, since nobody is there to give it back
+
+
+def test_the_epilog_says_what_went_wrong_and_runs_root_s_program_only(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text(f"#!/bin/bash\ntouch {tmp_path}/ran\n")
+    theirs.chmod(0o755)
+    os.chown(theirs, 65534, 65534)
+    for program, says in ("/no/such", "there is no /no/such"), (str(theirs), "is not root's"):
+        say = 'logger() { echo "$*"; }; export -f logger; exec "$0"'
+        env = {"GMS_LAUNCH": program, "SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
+        argv = ["bash", "-c", say, str(SLURM / "epilog.sh")]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+        assert "job 7: nothing was swept" in done.stdout and says in done.stdout
+    assert not (tmp_path / "ran").exists()
 
 
 def test_srun_killed(swept_lab: Lab, model: Path) -> None:

@@ -143,6 +143,9 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--enable-sleep-mode", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="taken as vLLM takes it; nothing here is drawn by chance")
+    # The same command line is to do for both engines; this one has no use for these.
+    parser.add_argument("--max-model-len", help=argparse.SUPPRESS)
+    parser.add_argument("--gpu-memory-utilization", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.tensor_parallel_size % options.nnodes:
         parser.error("--tensor-parallel-size must be a multiple of --nnodes")
