@@ -22,7 +22,7 @@ LANGUAGES = ("sh", "text", "toml", "python", "mermaid", "json")
 MARK = re.compile(r"<!-- (run on|run by|not run here): (.+?) -->")
 TOOL = re.compile(r"(?:\w+=\S+ )*(gms-launch|make|sbatch|srun|scancel|salloc|python3?|pip|curl|kill|hf) +[^ ]")
 #: Tools whose spans are run, and those whose targets and flags are looked up instead.
-RUN = ("gms-launch", "sbatch", "srun", "kill")
+RUN = ("gms-launch", "kill")
 LOOKED_UP = ("make", "python", "python3")
 
 
