@@ -33,6 +33,7 @@ from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import CommandRecord, RunState, Wanted
 from gms_launch.control.session import Session
 from gms_launch.errors import DeadlineError, InterruptedRunError, LaunchError, by_code
+from gms_launch.herald import Herald
 from gms_launch.observe import snapshot
 from gms_launch.observe.follow import FileWatcher
 from gms_launch.observe.gms import GmsWatch
@@ -84,8 +85,17 @@ class Agent:
         self.spawn = self.tasks.spawn
         self.gms = GmsWatch(layout.devices(), layout.node_dir.gms)
         self.gates = Gates(layout.gates)
+        self.herald = Herald(layout, self.mirror, self.control_changed, self._guard_acted)
         self.ranks = RankSet(
-            layout, self.mirror, self.report, writer, self.gms, self.gates, self.spawn, self._rank_event
+            layout,
+            self.mirror,
+            self.report,
+            writer,
+            self.gms,
+            self.gates,
+            self.spawn,
+            self._rank_event,
+            self.herald.say,
         )
         self.claims = Claims(self.report.take, self.spawn, self.control_changed)
         self.failure: LaunchError | None = None
@@ -124,9 +134,12 @@ class Agent:
         if not process.become_subreaper():
             self.progress("this process had children before it became an agent: strays are found by tag and lock alone")
         log_file = self.layout.run_dir.logs / f"guard-node{self.node_rank}.log"
+        deputy = self.herald.open()
+        self.report.word_port = self.herald.port
         self.guard_pid, self.guard_pipe = guard.start(
-            self.layout.run, self.node_rank, log_file, self.gates.take(), self.layout.node_dir.gms
+            self.layout.run, self.node_rank, log_file, self.gates.take(), self.layout.node_dir.gms, deputy
         )
+        self.herald.attach(self.loop)
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self.loop.add_signal_handler(sig, self.interrupt, f"signal {sig.name}")
         self.files = FileWatcher(self.loop)
@@ -174,6 +187,7 @@ class Agent:
     async def dismiss_guard(self) -> None:
         """End the guard as our own end would: it looks once more and goes."""
         os.close(self.guard_pipe)
+        self.herald.close()
         with contextlib.suppress(ChildProcessError):
             await self.loop.run_in_executor(None, os.waitpid, self.guard_pid, 0)
 
@@ -227,6 +241,8 @@ class Agent:
                 self._reconcile()
             if (at := controller.next_look(view, self._memory, self._policy, now)) is not None:
                 pause = max(0.0, at - now)
+            leading.tell_peers(self)
+        self.herald.inform(self.ranks)
         self._follow_the_run()
         self._follow_gms()
         # Showing costs more than deciding, and while a cohort dies every moment brings news: not with each.
@@ -315,6 +331,10 @@ class Agent:
         elif kind == "fenced":
             services = {runner.pid for runner in self.services.values()}
             self.ranks.reap(frozenset(services | {self.guard_pid}))
+        self.wake.set()
+
+    def _guard_acted(self, life: tuple[int, int]) -> None:
+        self.report.emit("guard_kill", *life, "this node's agent had stood still, and its guard ended that life")
         self.wake.set()
 
     def control_changed(self) -> None:

@@ -138,6 +138,7 @@ SETTINGS: tuple[Setting, ...] = (
     _port("etcd_port", 2379, "etcd client port"),
     _port("etcd_peer_port", 2380, "etcd peer port"),
     _port("nats_port", 4222, "NATS client port"),
+    _port("word_port", 2390, "UDP port on which a node hears from the others that a life has ended"),
     _port("master_port", 29500, "first port where the ranks of cohort 0 meet; + 100 a cohort"),
     # Dynamo reads DYN_SYSTEM_PORT as a signed 16-bit number.
     _port("system_port", 8080, "first system port of the engines; + 1 a cohort", maximum=32000),
@@ -224,6 +225,7 @@ class Settings:
     etcd_port: int
     etcd_peer_port: int
     nats_port: int
+    word_port: int
     master_port: int
     system_port: int
     nixl_port: int

@@ -32,6 +32,7 @@ CALM = 30.0
 async def shut_down(agent: Agent) -> None:
     """Stop everything on this node and prove it; on the leader, wait for the others first."""
     begun = time.monotonic()
+    agent.herald.retire()
     linked = agent.report.link is not None
     if agent.is_leader and linked:
         failure = agent.failure

@@ -14,7 +14,7 @@ import uuid
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gms_launch import gather, ports
+from gms_launch import gather, herald, ports
 from gms_launch.cohort import actions, membership
 from gms_launch.cohort.model import ENDED, Phase
 from gms_launch.cohort.view import KillRequest, Request, RollRequest, Slot, View
@@ -175,6 +175,16 @@ def _roll(agent: Agent, action: actions.Roll | actions.Proved | actions.RollBack
 def _words(agent: Agent, args: tuple[str, ...] | None) -> str:
     """Engine arguments for people; None are those of the settings."""
     return shlex.join(agent.settings.engine_args if args is None else args) or "no engine arguments"
+
+
+def tell_peers(agent: Agent) -> None:
+    """Let all nodes know where each of them hears the word of a life's end."""
+    if agent.layout.topology.nnodes == 1:
+        return
+    record = herald.peers_of(agent.mirror.nodes.values(), agent.mirror.peers)
+    if record != agent.mirror.peers:
+        agent.mirror.peers = record
+        agent.report.put(agent.mirror.keys.peers, record.encode())
 
 
 async def _withdraw(agent: Agent, uuid: str) -> None:

@@ -307,6 +307,7 @@ class Layout:
                 "system": list(ports.system),
                 "nixl": list(ports.nixl),
                 "vllm": list(ports.vllm),
+                "word": ports.word,
                 **{name: list(numbers) for name, numbers in ports.extra.items()},
             },
             "processes": [

@@ -36,6 +36,7 @@ class Ports:
     system: tuple[int, ...]
     nixl: tuple[int, ...]
     vllm: tuple[int, ...]
+    word: int
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def master(self, cohort_id: int, incarnation: int) -> int:
@@ -82,6 +83,7 @@ def follow(
     own = {
         "nixl": tuple(one("nixl_port", settings.nixl_port + k) for k in cohorts),
         "vllm": tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts),
+        "word": one("word_port", settings.word_port),
     }
     return Ports(**{**leaders, "system": tuple(leaders["system"]), **own, "extra": _extra(one, extra, cohorts)})
 
@@ -105,6 +107,7 @@ def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, 
     system = tuple(one("system_port", settings.system_port + k) for k in cohorts)
     nixl = tuple(one("nixl_port", settings.nixl_port + k) for k in cohorts)
     vllm = tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts)
+    word = one("word_port", settings.word_port)
     own = _extra(one, extra, cohorts)
     span = COHORT_STRIDE * settings.cohorts
     base = settings.master_port
@@ -116,7 +119,7 @@ def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, 
         if settings.was_set("master_port"):
             raise UsageError(f"master_port {settings.master_port}: it or a port of its range is in use on this node")
         base += span
-    return Ports(frontend, etcd, peer, nats, base, system, nixl, vllm, own)
+    return Ports(frontend, etcd, peer, nats, base, system, nixl, vllm, word, own)
 
 
 def is_free(address: str, port: int) -> bool:

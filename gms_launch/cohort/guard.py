@@ -5,7 +5,7 @@ read end of a pipe whose other end only the agent has; end of file means that th
 Then everything is killed that carries the run's and the node's tag, keeps one of the node's locks, or is on the list
 that the agent sent through the pipe (descendants without a tag, every few seconds), and the guard ends. What was born
 since the last list, without tag and lock, it cannot find: descent ends with the agent. It runs in a session of its own,
-does nothing until then, and survives signals meant for the agent's terminal.
+and survives signals meant for the agent's terminal. Until then it stands in for an agent that stands still (`deputy`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,23 +31,29 @@ LINES = 100
 
 
 def start(
-    run: str, node_rank: int, log: Path, inherit: Sequence[int] = (), lock_dir: Path | None = None
+    run: str,
+    node_rank: int,
+    log: Path,
+    inherit: Sequence[int] = (),
+    lock_dir: Path | None = None,
+    deputy: tuple[int, int] = (-1, -1),
 ) -> tuple[int, int]:
     """Start the guard of a node; returns its pid and our end of its pipe, which closes when we die.
 
     It opens `log` only when it has something to say, which is at its end: the disk may hang.
 
     It keeps the descriptors in `inherit` open until it has done its work. The node's locks are in `lock_dir`.
+    `deputy` are the descriptors with which it stands in for us (`Herald.open`); -1 for none.
     """
     from gms_launch.cohort.process import CHILDREN, Command, child_environment
 
     reader, writer = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(writer, False)
     env = child_environment(os.environ, Command((), {}), f"{run}/guard/1/{node_rank}")
-    words = [run, str(node_rank), str(reader), str(log.absolute()), str(lock_dir or "")]
+    words = [run, str(node_rank), str(reader), str(log.absolute()), str(lock_dir or ""), *map(str, deputy)]
     guard = CHILDREN.popen(
         [sys.executable, "-m", "gms_launch.cohort.guard", *words],
-        pass_fds=(reader, *inherit),
+        pass_fds=(reader, *inherit, *(fd for fd in deputy if fd >= 0)),
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -85,8 +93,16 @@ def listen(fd: int) -> Iterable[ProcessId]:
 def main() -> None:
     run, node_rank, fd, log = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     lock_dir = sys.argv[5] if len(sys.argv) > 5 else ""
+    leash, words = (int(n) for n in sys.argv[6:8]) if len(sys.argv) > 7 else (-1, -1)
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, signal.SIG_IGN)
+    if leash >= 0:
+        from gms_launch.cohort.deputy import Deputy
+
+        # Beside the first duty, whatever becomes of this one.
+        line = socket.socket(fileno=words) if words >= 0 else None
+        stand_in = Deputy(run, node_rank, socket.socket(fileno=leash), line)
+        threading.Thread(target=stand_in.serve, name="deputy", daemon=True).start()
     told = listen(fd)
     from gms_launch.cohort import strays
     from gms_launch.spool import files

@@ -45,7 +45,9 @@ STRAY_TIMEOUT = 2.0
 class RankSet:
     """The ranks of one node. `keeper` names what keeps the lock and is no living rank's, by the last look.
 
-    `on_event(rank, kind, detail)` hears what `Rank` noticed, after it was reported."""
+    `on_event(rank, kind, detail)` hears what `Rank` noticed, after it was reported; `on_end` of a life that
+    ends here and of which nobody had said so.
+    """
 
     def __init__(
         self,
@@ -57,10 +59,11 @@ class RankSet:
         gates: Gates,
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
         on_event: Callable[[Rank, str, str], None],
+        on_end: Callable[[EndedRecord], None],
     ) -> None:
         self._layout, self._mirror, self._report, self._gms = layout, mirror, report, gms
         self._writer = writer
-        self._gates, self._spawn, self._on_event = gates, spawn, on_event
+        self._gates, self._spawn, self._on_event, self._on_end = gates, spawn, on_event, on_end
         self._node_rank = layout.topology.node_rank
         self.keeper = ""
         self._skipped: dict[int, RankRecord] = {}
@@ -318,6 +321,7 @@ class RankSet:
             # Ahead of the record, which only the leader reads: the other nodes kill their ranks upon this.
             ended = EndedRecord(*life, self._node_rank)
             self._mirror.ended[life] = ended
+            self._on_end(ended)
             self._report.put_once(keys.life_ended(*life), ended.encode())
         self._report.put(keys.rank(record.cohort_id, self._node_rank), record.encode(), later=later)
 

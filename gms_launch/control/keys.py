@@ -32,6 +32,7 @@ class Keys:
         self.ended = f"{self.prefix}ended/"
         self.events = f"{self.prefix}events/"
         self.commands = f"{self.prefix}commands/"
+        self.peers = f"{self.prefix}peers"
         self.refusals = f"{self.prefix}refusals/"
 
     def node(self, node_rank: int) -> str:
@@ -53,7 +54,9 @@ class Keys:
         Were it all records of all ranks, the messages of a failover would grow with the square of the nodes.
         """
         leaders = [self.rank(cohort_id, 0) for cohort_id in range(cohorts)]
-        return [prefix(p) for p in (self.commands, self.desired, self.ended)] + [Range(k) for k in (*leaders, self.run)]
+        return [prefix(p) for p in (self.commands, self.desired, self.ended)] + [
+            Range(k) for k in (*leaders, self.run, self.peers)
+        ]
 
     def event(self, time_ns: int, node_rank: int, serial: int) -> str:
         """Sorts by time; `serial` keeps two events of a node in one nanosecond apart."""

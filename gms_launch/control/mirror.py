@@ -14,6 +14,7 @@ from gms_launch.control.records import (
     DesiredCohort,
     EndedRecord,
     NodeRecord,
+    PeersRecord,
     RankRecord,
     Record,
     RecordError,
@@ -36,6 +37,7 @@ class Mirror:
         self.desired: dict[int, DesiredCohort] = {}
         self.ranks: dict[tuple[int, int], RankRecord] = {}
         self.ended: dict[tuple[int, int], EndedRecord] = {}
+        self.peers = PeersRecord()
         self.commands: dict[str, CommandRecord] = {}
         self.results: dict[str, CommandResult] = {}
         self.refusals: dict[str, str] = {}
@@ -54,6 +56,8 @@ class Mirror:
         try:
             if key == keys.run:
                 self.run = RunRecord.decode(value) if value is not None else None
+            elif key == keys.peers:
+                self.peers = PeersRecord.decode(value) if value is not None else PeersRecord()
             elif key.startswith(keys.nodes):
                 _set(self.nodes, int(key[len(keys.nodes) :]), NodeRecord, value)
             elif key.startswith(keys.desired):

@@ -154,7 +154,7 @@ class NodeRecord(Record):
     end; `stopped` comes last, with what it could not kill in `left`. One that `failed` says so with its `exit_code`.
     `gms_epoch` is the one that its servers are of. `writing`: what is wrong with its directories, or was lost there;
     `strays`: processes of dead lives that would not die; `internal_errors`: errors of the agent's own that the run
-    outlived.
+    outlived. `word_port` is where it hears from other nodes (UDP; 0: nowhere).
     """
 
     node_rank: int
@@ -182,6 +182,7 @@ class NodeRecord(Record):
     writing: tuple[Place, ...] = ()
     internal_errors: int = 0
     model: ModelStamp = ModelStamp()
+    word_port: int = 0
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,13 @@ class EndedRecord(Record):
     cohort_id: int
     incarnation: int
     node_rank: int
+
+
+@dataclass(frozen=True)
+class PeersRecord(Record):
+    """`peers`: where every node hears from the others, as (node rank, address, UDP port); the leader writes it."""
+
+    peers: tuple[tuple[int, str, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class Session:
         # What we decide and report ourselves is known here before etcd says it, and may be newer than its echo.
         keys, topology = self.mirror.keys, self._layout.topology
         own_rank = key.startswith(keys.ranks) and key.endswith(f"/{topology.node_rank}")
-        own_word = topology.is_leader and (key.startswith(keys.desired) or key == keys.run)
+        own_word = topology.is_leader and (key.startswith(keys.desired) or key in (keys.run, keys.peers))
         if own_rank or own_word:
             return
         if key.startswith(keys.events):

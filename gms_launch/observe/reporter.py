@@ -55,6 +55,7 @@ class Reporter:
         self.link: ControlLink | None = None
         self.lease = 0
         self.model = ModelStamp()
+        self.word_port = 0
         self.started = time.time()
         self.errors = 0
         self._places: dict[str, Place] = {}
@@ -168,6 +169,7 @@ class Reporter:
             differences=layout.differences,
             clock_skew=layout.clock_skew,
             model=self.model,
+            word_port=self.word_port,
         )
 
     def lease_known(self) -> None:

@@ -1,0 +1,68 @@
+"""The word of a life's end goes from node to node while etcd, or the leader's agent, stands still."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from gms_launch.cohort import proc
+from tests.slurm.lab import Lab
+from tests.slurm.support import LabRun, since
+from tests.support import eventually, stopped
+
+
+def stands_still(pid: int) -> bool:
+    found = proc.stat(pid)
+    return found is not None and found.state == "T"
+
+
+def agent_of(run: LabRun, node_rank: int) -> int:
+    """The pid of a node's agent, as this machine numbers it."""
+    node = run.lab.node(run.nodes[node_rank])
+    (found,) = [p for p in node.pids("gms-launch") if run.run in Path(f"/proc/{p}/cmdline").read_text()]
+    return found
+
+
+def test_a_life_ends_everywhere_while_etcd_is_frozen(bare_lab: Lab, model: Path) -> None:
+    # So long that etcd is surely not restarted before this is over.
+    with LabRun(bare_lab, model, "--service-liveness=6", nodes=["node1", "node2"]).hand() as run:
+        before = run.text()
+        (etcd,) = run.on_node(0, "etcd")
+        primary = run.status()["primary"]
+        life = run.life(primary)
+        os.kill(etcd.pid, signal.SIGSTOP)  # until the leader's agent restarts it
+        begun = time.monotonic()
+        kill_all(run.on_node(1, primary, life))
+        eventually(lambda: not run.tagged(primary, life), 5.0, "dead on the leader's node too")
+        assert stands_still(etcd.pid), "and etcd has not helped"
+        dead = since(begun)
+        eventually(lambda: run.text(1.0) == before, 40.0, "the shadow serves once etcd is back")
+        print(f"dead everywhere after {dead:.2f} s, served again after {since(begun):.2f} s")
+        run.wait_full()
+
+
+def kill_all(found: list[proc.Stat]) -> None:
+    assert found
+    for info in found:
+        os.kill(info.pid, signal.SIGKILL)
+
+
+def test_a_failover_while_the_leaders_agent_stands_still(bare_lab: Lab, model: Path) -> None:
+    with LabRun(bare_lab, model, nodes=["node1", "node2"]).hand() as run:
+        before = run.text()
+        primary = run.status()["primary"]
+        life = run.life(primary)
+        agent = agent_of(run, 0)
+        with stopped(agent):
+            begun = time.monotonic()
+            kill_all(run.on_node(1, primary, life))
+            eventually(lambda: not run.tagged(primary, life), 5.0, "the guard kills the leader's rank of that life")
+            dead = since(begun)
+            eventually(lambda: run.text(1.0) == before, 40.0, "the shadow serves")
+            print(f"dead everywhere after {dead:.2f} s, served again after {since(begun):.2f} s")
+            assert stands_still(agent)
+        run.wait_full()
+        assert [(e["cohort_id"], e["incarnation"]) for e in run.events("guard_kill")] == [(primary, life)]
+        assert run.text() == before

@@ -1,0 +1,121 @@
+"""The word of a life's end: who is believed, and what a guard does with it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from gms_launch.cohort import deputy, proc, word
+from gms_launch.cohort.deputy import Deputy, Duty, Leash
+from gms_launch.cohort.proc import ProcessId
+from gms_launch.cohort.word import Word
+from tests.support import eventually
+
+KEY = word.secret("password", "attempt")
+
+
+def test_only_who_has_the_key_of_this_attempt_is_believed() -> None:
+    said = Word(1, 7, 3)
+    data = word.seal(said, KEY)
+    assert word.unseal(data, KEY) == said
+    for other in (word.secret("password", "another attempt"), word.secret("guess", "attempt"), b""):
+        assert word.unseal(data, other) is None
+    for spoilt in (b"", b" ", data[:-1], data + b"0", data.replace(b" 7 ", b" 8 "), os.urandom(64), b"\xff" * 200):
+        assert word.unseal(spoilt, KEY) is None
+
+
+def test_words_pass_over_what_is_not_one() -> None:
+    with word.listen("127.0.0.1", 0) as line, word.listen("127.0.0.1", 0) as sender:
+        here = line.getsockname()
+        sender.sendto(b"x" * 4000, here)
+        word.say(sender, Word(0, 2, 1), KEY, [here, ("127.0.0.1", 1), here])
+        assert word.hear(line, KEY) == [Word(0, 2, 1)] * 2
+        assert word.hear(line, KEY) == []
+
+
+class Guarded:
+    """A deputy in a thread, with a process of a life to look after."""
+
+    def __init__(self) -> None:
+        self.line = word.listen("127.0.0.1", 0)
+        self.peer = word.listen("127.0.0.1", 0)
+        theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.leash = Leash(ours)
+        self.run = f"word{os.getpid()}"
+        self.thread = threading.Thread(target=Deputy(self.run, 4, theirs, self.line).serve)
+        self.thread.start()
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(600)"],
+            start_new_session=True,
+            env=os.environ | {proc.TAG_ENV: f"{self.run}/0/1/4"},
+        )
+        found = proc.identity(self.child.pid)
+        assert found is not None
+        self.who: ProcessId = found
+
+    def duty(self, ranks: dict[tuple[int, int], ProcessId]) -> None:
+        self.leash.tell(Duty(ranks, (self.peer.getsockname(),), KEY))
+
+    def hear(self, *words: Word, key: bytes = KEY) -> None:
+        for said in words:
+            word.say(self.peer, said, key, [self.line.getsockname()])
+
+    def close(self) -> None:
+        self.leash.close()
+        self.thread.join(10)
+        assert not self.thread.is_alive(), "it goes with its agent"
+        self.child.kill()
+        self.child.wait()
+        self.line.close()
+        self.peer.close()
+
+
+@pytest.fixture
+def guarded() -> Iterator[Guarded]:
+    made = Guarded()
+    yield made
+    made.close()
+
+
+def test_a_deputy_kills_what_has_ended_when_its_agent_does_not(guarded: Guarded) -> None:
+    guarded.duty({(0, 1): guarded.who})
+    guarded.hear(Word(0, 1, 2), key=b"stranger")
+    guarded.hear(Word(1, 1, 2), Word(0, 2, 2))  # other lives
+    eventually(lambda: word_read(guarded), what="it has looked at them")
+    assert guarded.child.poll() is None
+    guarded.hear(Word(0, 1, 2))
+    assert guarded.child.wait(10) == -9
+    eventually(lambda: list(guarded.leash.acted()) == [(0, 1)])
+    assert word.hear(guarded.peer, KEY) == [], "who was told does not tell it back"
+
+
+def word_read(guarded: Guarded) -> bool:
+    """True when no datagram waits in the socket."""
+    try:
+        guarded.line.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def test_a_deputy_tells_the_others_of_an_end_that_only_it_has_seen(guarded: Guarded) -> None:
+    guarded.duty({(0, 1): guarded.who})
+    guarded.child.kill()
+    eventually(lambda: word.hear(guarded.peer, KEY) == [Word(0, 1, 4)])
+
+
+def test_a_deputy_leaves_alone_what_its_agent_takes_care_of(guarded: Guarded) -> None:
+    guarded.duty({(0, 1): guarded.who})
+    guarded.child.kill()
+    guarded.duty({})
+    guarded.hear(Word(0, 1, 2))
+    word.hear(guarded.line, KEY)  # as the agent does
+    time.sleep(2 * deputy.PATIENCE)  # nothing is to happen
+    assert word.hear(guarded.peer, KEY) == [] and list(guarded.leash.acted()) == []
