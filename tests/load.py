@@ -55,7 +55,7 @@ class Answer:
     """What came of a question. Times are of the monotonic clock; `pauses` are (begin, seconds)."""
 
     question: Question
-    sent: float
+    sent: float = 0.0
     done: float = 0.0
     error: str = ""
     chunks: int = 0
@@ -95,9 +95,12 @@ class Answer:
                 self.chunks, self.last = self.chunks + 1, now
 
 
-async def ask(session: aiohttp.ClientSession, url: str, question: Question, model: str = "tiny") -> Answer:
-    """Ask once. Never raises: what went wrong is in `error`."""
-    answer = Answer(question, time.monotonic())
+async def ask(
+    session: aiohttp.ClientSession, url: str, question: Question, model: str = "tiny", into: Answer | None = None
+) -> Answer:
+    """Ask once, `into` an answer that others may watch grow. Never raises: what went wrong is in `error`."""
+    answer = into or Answer(question)
+    answer.sent = time.monotonic()
     try:
         async with session.post(url + question.path, json=question.body(model)) as response:
             if response.status != 200:
@@ -214,6 +217,10 @@ class Load:
             return 0.0
         return min((a.done for a in later if not a.error and a.sent >= min(lost)), default=float("inf")) - moment
 
+    def longest_wait(self, since: float) -> float:
+        """The longest that a request took that was answered whole after `since` (seconds)."""
+        return max((a.done - a.sent for a in list(self.answers) if not a.error and a.done >= since), default=0.0)
+
     def wait_busy(self, seconds: float = 0.0) -> None:
         """Wait until all places are taken, and then for a while."""
         eventually(lambda: len(self._open) >= sum(self._counts), 60, "all requests in flight")
@@ -271,11 +278,15 @@ class Load:
             question = self._question(number + turn, self._tokens, stream, chat=(number + turn) % 2 == 1)
             self._open.add(number)
             answer = await ask(session, self.url, question, self.model)
-            self.answers.append(answer)
+            self._note(answer)
             turn += 1
             if answer.error:
                 await asyncio.sleep(0.2)  # as somebody would who sees it; else one outage is ten thousand errors
         self._open.discard(number)
+
+    def _note(self, answer: Answer) -> None:
+        answer.choices = []  # of hundreds of thousands of chunks, the text is enough
+        self.answers.append(answer)
 
     async def _come(self, session: aiohttp.ClientSession) -> None:
         loop, number, asked = asyncio.get_running_loop(), 0, set()
@@ -288,7 +299,7 @@ class Load:
             question = self._question(number, self.short, stream=number % 4 > 1, chat=number % 2 == 1)
             task = loop.create_task(ask(session, self.url, question, self.model))
             asked.add(task)
-            task.add_done_callback(lambda t: (self.answers.append(t.result()), asked.discard(t)))
+            task.add_done_callback(lambda t: (self._note(t.result()), asked.discard(t)))
             number += 1
         await asyncio.gather(*asked)
 
