@@ -27,7 +27,7 @@ from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.rankset import RankSet
 from gms_launch.cohort.reconciler import Desire
-from gms_launch.cohort.view import Memory, Policy
+from gms_launch.cohort.view import Memory
 from gms_launch.control.claims import Claims
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import CommandRecord, RunState, Wanted
@@ -37,6 +37,7 @@ from gms_launch.herald import Herald
 from gms_launch.observe import snapshot
 from gms_launch.observe.follow import FileWatcher
 from gms_launch.observe.gms import GmsWatch
+from gms_launch.observe.progress import Teller
 from gms_launch.observe.reporter import Reporter
 from gms_launch.plan import Layout
 from gms_launch.rundir import NodeEnd
@@ -98,6 +99,7 @@ class Agent:
             self.herald.say,
         )
         self.claims = Claims(self.report.take, self.spawn, self.control_changed)
+        self.teller = Teller(self.ranks.starts, on_progress)
         self.failure: LaunchError | None = None
         self.stopping = asyncio.Event()
         self.wake = asyncio.Event()
@@ -105,18 +107,7 @@ class Agent:
         self.strays: tuple[str, ...] = ()
         self.ends: tuple[NodeEnd, ...] = ()
         self._memory = Memory()
-        self._policy = Policy(
-            cohorts=self.settings.cohorts,
-            start_timeout=self.settings.start_timeout,
-            promotion_timeout=self.settings.promotion_timeout,
-            backoff=self.settings.restart_backoff,
-            backoff_max=self.settings.restart_backoff_max,
-            window=self.settings.restart_window,
-            limit=self.settings.restart_limit,
-            node_wait=self.settings.node_wait,
-            group_kill=self.settings.group_kill,
-            activate=self.settings.activation == "agent",
-        )
+        self._policy = leading.policy(self.settings)
         self.confirmed: tuple[int, int] | None = None
         self.no_token = ""
         self.canary = Canary(layout) if self.is_leader and self.settings.canary else None
@@ -237,6 +228,7 @@ class Agent:
             actions, self._memory = controller.decide(view, self._memory, self._policy, now)
             for decision in actions:
                 leading.carry_out(self, decision)
+            leading.tell_tries(self, self._memory, self._policy, now)
             if actions:
                 self._reconcile()
             if (at := controller.next_look(view, self._memory, self._policy, now)) is not None:
@@ -404,6 +396,7 @@ class Agent:
                 self.report.emit("redundancy", detail=shot.records.value)
                 self.report.run(redundancy=shot.records.value)
             self.report.ranks()
+            self.teller.look(shot, self.confirmed, self.loop.time())
         announced = self.mirror.run.redundancy if self.mirror.run else ""
         if announced and announced != self.redundancy.value:
             self.redundancy = Redundancy(announced)

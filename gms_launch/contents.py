@@ -33,12 +33,13 @@ def stamp(model: str) -> ModelStamp:
     root = Path(model)
     if not model or not root.is_dir():
         return ModelStamp()
-    digest, count, total = hashlib.sha256(), 0, 0
+    digest, count, total, tensors = hashlib.sha256(), 0, 0, 0
     for path in _files(root):
         size, content = _look(path)
         digest.update(f"{path.relative_to(root)}\0{size}\0{content}\n".encode())
         count, total = count + 1, total + max(0, size)
-    return ModelStamp(count, total, digest.hexdigest()[:32])
+        tensors += _tensors(path, size)
+    return ModelStamp(count, total, digest.hexdigest()[:32], tensors)
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -47,6 +48,17 @@ def _files(root: Path) -> Iterator[Path]:
         for name in sorted(names):
             if Path(name).suffix in READ and not name.startswith("."):
                 yield Path(directory, name)
+
+
+def _tensors(path: Path, size: int) -> int:
+    """The bytes of the tensors in a safetensors file: what comes after its header."""
+    if path.suffix != ".safetensors" or size < 8:
+        return 0
+    try:
+        with open(path, "rb") as file:
+            return max(0, size - 8 - int.from_bytes(file.read(8), "little"))
+    except OSError:
+        return 0
 
 
 def _look(path: Path) -> tuple[int, str]:

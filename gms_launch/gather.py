@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from gms_launch.agent import Agent
 
 
+#: How often is said which nodes are waited for (seconds).
+TELL_AGAIN = 30.0
+
+
 async def start(agent: Agent) -> None:
     """Bring this node up to the point where cohorts can be started. Raises `LaunchError`."""
     layout, leader = agent.layout, agent.is_leader
@@ -97,6 +101,7 @@ async def _everybody(agent: Agent) -> None:
     nnodes, wait = agent.layout.topology.nnodes, agent.settings.node_wait
     deadline = agent.loop.time() + wait
     told: list[int] = []
+    again = 0.0
     while True:
         agent.wake.clear()
         nodes = agent.mirror.nodes
@@ -110,12 +115,10 @@ async def _everybody(agent: Agent) -> None:
         absent = membership.missing(nodes, nnodes)
         if not absent:
             return
-        if absent != told and told:
-            agent.progress(f"{nnodes - len(absent)} of {nnodes} nodes are here")
-        elif not told:
-            agent.progress(f"waiting for {len(absent)} more nodes")
-        told = absent
         left = deadline - agent.loop.time()
+        if absent != told or agent.loop.time() >= again:
+            agent.progress(membership.waiting(absent, nnodes, left))
+            told, again = absent, agent.loop.time() + TELL_AGAIN
         if left <= 0:
             names = ", ".join(map(str, absent))
             raise DeadlineError(
@@ -123,7 +126,7 @@ async def _everybody(agent: Agent) -> None:
                 f"missing node ranks: {names}"
             )
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(agent.wake.wait(), left)
+            await asyncio.wait_for(agent.wake.wait(), min(left, again - agent.loop.time()))
 
 
 async def _admission(agent: Agent) -> None:

@@ -11,13 +11,14 @@ import os
 import shlex
 import time
 import uuid
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from gms_launch import gather, herald, ports
-from gms_launch.cohort import actions, membership
+from gms_launch.cohort import actions, controller, membership
 from gms_launch.cohort.model import ENDED, Phase
-from gms_launch.cohort.view import KillRequest, Request, RollRequest, Slot, View
+from gms_launch.cohort.view import KillRequest, Memory, Policy, Request, RollRequest, Slot, View
 from gms_launch.control.records import CommandRecord, CommandResult, DesiredCohort, Wanted
 from gms_launch.errors import DeadlineError, LaunchError
 from gms_launch.observe import snapshot
@@ -29,6 +30,7 @@ from gms_launch.spool.reading import within
 if TYPE_CHECKING:
     from gms_launch.agent import Agent
     from gms_launch.cohort.ranks import Rank
+    from gms_launch.config import Settings
 
 #: How long the agent of a node has to begin a drill (seconds).
 DRILL_TIME = 10.0
@@ -36,6 +38,22 @@ DRILL_TIME = 10.0
 EXCERPT = 1.0
 #: Pause between two looks for a first token (seconds); the frontend announces nothing.
 CONFIRM_PAUSE = 0.005
+
+
+def policy(settings: Settings) -> Policy:
+    """What the settings say to the controller."""
+    return Policy(
+        cohorts=settings.cohorts,
+        start_timeout=settings.start_timeout,
+        promotion_timeout=settings.promotion_timeout,
+        backoff=settings.restart_backoff,
+        backoff_max=settings.restart_backoff_max,
+        window=settings.restart_window,
+        limit=settings.restart_limit,
+        node_wait=settings.node_wait,
+        group_kill=settings.group_kill,
+        activate=settings.activation == "agent",
+    )
 
 
 def view(agent: Agent) -> View:
@@ -129,7 +147,8 @@ def carry_out(agent: Agent, action: actions.Action) -> None:
         for rank in sorted(set(action.lost) ^ set(known)):
             kind = "node_lost" if rank in action.lost else "node_back"
             agent.report.emit(kind, detail=gather.node_name(agent, rank))
-            agent.progress(f"{gather.node_name(agent, rank)} {'is lost' if rank in action.lost else 'is back'}")
+            waits = f"is lost; {agent.settings.node_wait:g} s of node_wait left for it to come back"
+            agent.progress(f"{gather.node_name(agent, rank)} {waits if rank in action.lost else 'is back'}")
         agent.report.run(lost=action.lost)
         agent.wake.set()
     elif isinstance(action, actions.NewGms):
@@ -170,6 +189,18 @@ def _roll(agent: Agent, action: actions.Roll | actions.Proved | actions.RollBack
         agent.progress(f"rolled back: {why}{_log_of(agent, action.cohort_id)}")
         agent.report.run(engine_args=run.engine_args_before, generation=run.generation - 1, rolling=False)
     agent.wake.set()
+
+
+def tell_tries(agent: Agent, memory: Memory, policy: Policy, now: float) -> None:
+    """Write down which slots' starts fail, so that everybody sees what is waited for."""
+    for cohort_id, desired in agent.mirror.desired.items():
+        t = controller.tries(cohort_id, memory, policy, now)
+        record = replace(
+            desired, failed_starts=t.failed, start_limit=t.limit, last_exit=t.last_exit, next_start=t.not_before
+        )
+        if record != desired:
+            agent.mirror.desired[cohort_id] = record
+            agent.report.put(agent.mirror.keys.cohort(cohort_id), record.encode(), later=True)
 
 
 def _words(agent: Agent, args: tuple[str, ...] | None) -> str:

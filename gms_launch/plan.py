@@ -78,6 +78,13 @@ class Layout:
         return Path(self.settings.cache_dir or f"{base}/gms-launch").expanduser()
 
     @property
+    def kind_of_start(self) -> str:
+        """Which earlier starts this one is compared with."""
+        s = self.settings
+        size = f"tp {s.tp} pp {s.pp} over {s.nnodes} nodes"
+        return f"{self.topology.host}: {s.engine}, {os.path.abspath(s.model)}, {size}"
+
+    @property
     def log_dir(self) -> Path:
         return self.run_dir.logs / f"node{self.topology.node_rank}"
 

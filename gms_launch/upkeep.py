@@ -28,6 +28,10 @@ async def keep_up(agent: Agent) -> None:
             if (places := agent.writer.places()) != told:
                 told = places
                 agent.wake.set()
+            if not agent.ready.is_set():
+                # Somebody waits and looks on: how much is loaded, and for how long.
+                await agent.look_at_gms()
+                agent.ranks.memory_seen()
             if agent.loop.time() >= due:
                 due += HOUSEKEEPING
                 await agent.look_at_gms()

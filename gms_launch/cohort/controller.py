@@ -15,7 +15,7 @@ from dataclasses import replace
 from gms_launch.cohort import activation, roll
 from gms_launch.cohort.actions import Abort, Action, Answer, GiveUp, Kill, KillPart, LoseNodes, NewGms, Start
 from gms_launch.cohort.model import ENDED, CohortView, Phase, primary
-from gms_launch.cohort.view import KillRequest, Memory, Policy, RollRequest, Slot, View
+from gms_launch.cohort.view import KillRequest, Memory, Policy, RollRequest, Slot, Tries, View
 
 #: A node whose lease ended may be back with a new one at once, as after a restart of etcd (seconds).
 NODE_GRACE = 1.0
@@ -186,6 +186,7 @@ def _judge(slot: Slot, memory: Memory, policy: Policy, now: float) -> Memory:
     promoted = best in (Phase.WAKING, Phase.ACTIVE) or life == memory.activated
     if best is None or (promoted and life not in memory.served):
         recent = (*recent, now)
+        memory = replace(memory, failed_as={**memory.failed_as, slot.cohort_id: slot.exit})
         delay = min(policy.backoff_max, policy.backoff * 2.0 ** min(len(recent) - 1, 30)) * _jitter(life)
     return replace(
         memory,
@@ -193,6 +194,15 @@ def _judge(slot: Slot, memory: Memory, policy: Policy, now: float) -> Memory:
         failures={**memory.failures, slot.cohort_id: recent},
         not_before={**memory.not_before, slot.cohort_id: now + delay},
     )
+
+
+def tries(cohort_id: int, memory: Memory, policy: Policy, now: float) -> Tries:
+    """What is to be told of a slot whose starts fail; nothing when none did within the window."""
+    failed = sum(now - t < policy.window for t in memory.failures.get(cohort_id, ()))
+    if not failed:
+        return Tries()
+    wait = memory.not_before.get(cohort_id, 0.0)
+    return Tries(failed, policy.limit, memory.failed_as.get(cohort_id, ""), wait)
 
 
 def _jitter(life: tuple[int, int]) -> float:

@@ -6,7 +6,7 @@ so what differs between two of them would only show later, as a hang or as anoth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from gms_launch.control.records import ModelStamp, NodeRecord
 
@@ -69,6 +69,13 @@ def unfit(nodes: Mapping[int, NodeRecord], nnodes: int) -> list[int]:
 def missing(nodes: Mapping[int, NodeRecord], nnodes: int) -> list[int]:
     """The node ranks that have not come."""
     return [r for r in range(nnodes) if r not in nodes]
+
+
+def waiting(absent: Sequence[int], nnodes: int, left: float) -> str:
+    """Whom the leader waits for, and how much longer it will (seconds), for people."""
+    ranks = f"node rank {absent[0]}" if len(absent) == 1 else f"node ranks {', '.join(map(str, absent))}"
+    here = f"{nnodes - len(absent)} of {nnodes} nodes are here"
+    return f"{here}, waiting for {ranks}: {max(0.0, left):.0f} s of node_wait left"
 
 
 def clock_skew(before: float, server: float, after: float) -> float:

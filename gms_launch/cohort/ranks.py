@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from gms_launch.cohort.proc import ProcessId, flock_holders, stat
 from gms_launch.cohort.process import Child, Command
 from gms_launch.cohort.pulse import Look
 from gms_launch.cohort.reconciler import LocalRank
+from gms_launch.cohort.steps import Step, later
 from gms_launch.control.records import RankRecord
 from gms_launch.engines import Engine, signals
 from gms_launch.observe.follow import FileWatcher, LogFollower
@@ -32,8 +33,9 @@ FENCE_TIMEOUT = 30.0
 class Rank:
     """One life of a cohort's rank on this node. Times are Unix seconds.
 
-    `stopping`: its end is wanted, so its exit is no news. `on_event(rank, kind, time, detail)`
-    gets: parked, lock, awake, registered, hung, exit, dead, fenced, unfenced.
+    `last` is how long each step took at the last start like this one (seconds). `stopping`: its end is wanted, so its
+    exit is no news. `on_event(rank, kind, time, detail)` gets: step, parked, lock, awake, registered, hung, exit, dead,
+    fenced, unfenced.
     """
 
     cohort_id: int
@@ -54,6 +56,9 @@ class Rank:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     stopping: bool = False
     awake: bool = False
+    step: Step = Step.IMPORTS
+    step_since: float = 0.0
+    last: Mapping[str, float] = field(default_factory=dict)
     _follower: LogFollower | None = None
     _watcher: FileWatcher | None = None
     _watch: int | None = None
@@ -75,6 +80,7 @@ class Rank:
 
     def record(self) -> RankRecord:
         pid = self.child.pid if self.child else 0
+        told = self.phase is Phase.STARTING and self.node_rank == 0
         return RankRecord(
             cohort_id=self.cohort_id,
             node_rank=self.node_rank,
@@ -88,6 +94,9 @@ class Rank:
             leftovers=self.leftovers,
             left=self.left,
             log=str(self.log),
+            step=self.step.value if told else "",
+            step_since=(self.step_since or self.since) if told else 0.0,
+            step_last=self.last.get(self.step.value, 0.0) if told else 0.0,
         )
 
     def _move(self, phase: Phase, when: float) -> None:
@@ -116,9 +125,17 @@ class Rank:
                 break
             if self.engine.is_awake(line):
                 self.woke()
+            if (step := self.engine.step_of(line)) is not None:
+                self.stepped(step)
             phase = self.engine.phase_of(line)
             if phase is not None:
                 self.reached(phase, "by its own word")
+
+    def stepped(self, step: Step) -> None:
+        """It is at `step` of its start now."""
+        if self.phase is Phase.STARTING and later(self.step, step):
+            self.step, self.step_since = step, time.time()
+            self.on_event(self, "step", self.step_since, step.value)
 
     def woke(self) -> None:
         """The memory is mapped, and only registration is left."""

@@ -22,6 +22,7 @@ from gms_launch.cohort.pulse import Feeler, Pulse
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.reconciler import PEER_ENDED, Desire, LocalRank
 from gms_launch.cohort.registrations import Candidate, Registrations, owner
+from gms_launch.cohort.steps import by_memory
 from gms_launch.control.keys import dynamo_lease
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import EndedRecord, RankRecord
@@ -29,6 +30,7 @@ from gms_launch.errors import LaunchError
 from gms_launch.observe.follow import FileWatcher
 from gms_launch.observe.gms import GmsWatch
 from gms_launch.observe.reporter import Reporter
+from gms_launch.observe.starts import Starts
 from gms_launch.plan import Layout
 from gms_launch.spool.writer import Writer
 
@@ -71,6 +73,8 @@ class RankSet:
         self._registered = Registrations()
         self._missing: dict[tuple[int, int], float] = {}
         self._released: set[tuple[int, int]] = set()
+        self.starts = Starts(layout.cache_dir / "starts.json", layout.kind_of_start)
+        self.starts.load()
 
     def __iter__(self) -> Any:
         return iter(self._by_slot.values())
@@ -106,6 +110,7 @@ class RankSet:
             log=self._layout.log_dir / f"cohort-{cohort_id}.{incarnation}.log",
             engine=self._layout.engine,
             on_event=self._noticed,
+            last=self.starts.of(cohort_id, incarnation),
         )
         command = self._layout.rank_command(cohort_id, incarnation, desire.master_port, desire.engine_args)
         try:
@@ -143,6 +148,14 @@ class RankSet:
             if why and rank.phase in ALIVE and not rank.local().gone and settings.group_kill:
                 self._hung(rank, why)
                 return
+
+    def memory_seen(self) -> None:
+        """GMS was asked: the first writer of the weights shows there how far it is, whatever its log says."""
+        rank = self.find(0, 1)
+        weights = [g for g in self._gms.status if g.tag == "weights"]
+        if rank is not None and weights:
+            allocations = sum(g.allocations for g in weights)
+            rank.stepped(by_memory(allocations, all(g.committed for g in weights)))
 
     def activate(self, cohort_id: int, incarnation: int) -> None:
         """Let a parked life of this node's serve."""
@@ -221,6 +234,10 @@ class RankSet:
 
     def _noticed(self, rank: Rank, kind: str, when: float, detail: str) -> None:
         """Something a rank noticed about itself."""
+        if kind == "step":
+            self.publish(rank, later=True)  # for people
+            self._on_event(rank, kind, detail)
+            return
         if kind == "exit":
             self.fence(rank)  # before anybody is told, whatever telling may run into
         if kind == "lock" and not rank.holds(self._layout.lock_of(rank.cohort_id)):

@@ -101,8 +101,18 @@ class View:
 
 
 @dataclass(frozen=True)
+class Tries:
+    """Starts of a slot that failed of late: how many, of how many allowed, how the last ended, when the next may be."""
+
+    failed: int = 0
+    limit: int = 0
+    last_exit: str = ""
+    not_before: float = 0.0
+
+
+@dataclass(frozen=True)
 class Memory:
-    """What the controller remembers. `failures` are times of failed starts by slot.
+    """What the controller remembers. `failures` are times of failed starts by slot, `failed_as` is how the last ended.
 
     `initial` until redundancy was full once: until then a failure ends the run, since a start that fails is a
     mistake that somebody is there to see. `judged` are lives whose end was counted; `not_before` by slot. `served` are
@@ -112,6 +122,7 @@ class Memory:
 
     initial: bool = True
     failures: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    failed_as: Mapping[int, str] = field(default_factory=dict)
     judged: frozenset[tuple[int, int]] = frozenset()
     not_before: Mapping[int, float] = field(default_factory=dict)
     best: Mapping[tuple[int, int], Phase] = field(default_factory=dict)

@@ -138,11 +138,15 @@ class GpuStatus(Record):
 
 @dataclass(frozen=True)
 class ModelStamp(Record):
-    """What a node's model directory holds (`contents.stamp`): files that engines read, their bytes, and a digest."""
+    """What a node's model directory holds (`contents.stamp`): files that engines read, their bytes, and a digest.
+
+    `weights` are the bytes of its tensors, 0 when no header tells.
+    """
 
     files: int = 0
     bytes: int = 0
     digest: str = ""
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,8 @@ class DesiredCohort(Record):
     """`desired/cohorts/<id>`: what the controller wants. `why` is for people.
 
     `engine_args` take the place of the agents' own, unless they are None; `generation` is that of the roll they are of.
+    `failed_starts` of the slot count against `start_limit`, the last of them ended as `last_exit` says, and it is not
+    started again before `next_start` (Unix seconds): for people.
     """
 
     cohort_id: int
@@ -200,11 +206,19 @@ class DesiredCohort(Record):
     given_up: bool = False
     engine_args: tuple[str, ...] | None = None
     generation: int = 0
+    failed_starts: int = 0
+    start_limit: int = 0
+    last_exit: str = ""
+    next_start: float = 0.0
 
 
 @dataclass(frozen=True)
 class RankRecord(Record):
-    """`ranks/<id>/<rank>`: one rank as its agent sees it. Times are Unix seconds; `exit` is text for people."""
+    """`ranks/<id>/<rank>`: one rank as its agent sees it. Times are Unix seconds; `exit` is text for people.
+
+    `step` is what a leader rank that starts is at (`steps.Step`), since `step_since`; `step_last` is how many seconds
+    that took at the last start on this node, 0 when nobody knows.
+    """
 
     cohort_id: int
     node_rank: int
@@ -218,6 +232,9 @@ class RankRecord(Record):
     leftovers: tuple[int, ...] = ()
     left: tuple[str, ...] = ()
     log: str = ""
+    step: str = ""
+    step_since: float = 0.0
+    step_last: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.process import Command
+from gms_launch.cohort.steps import Step
 from gms_launch.errors import UsageError
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ class Engine(Protocol):
 
     def phase_of(self, line: str) -> Phase | None:
         """The phase that a line of the leader rank's log announces, if it does."""
+
+    def step_of(self, line: str) -> Step | None:
+        """The step of its start that a line of the leader rank's log announces, if it does; for people only."""
 
     def is_vital(self, command_line: str) -> bool:
         """True for a process of a rank, by its command line, without which the engine is dead whatever else lives."""

@@ -21,6 +21,7 @@ import msgspec
 
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.process import Command
+from gms_launch.cohort.steps import Step
 from gms_launch.config import Settings, read_toml
 from gms_launch.engines import RankSpec, installed
 from gms_launch.errors import UsageError
@@ -92,6 +93,9 @@ class CommandEngine:
 
     def phase_of(self, line: str) -> Phase | None:
         return next((_PHASES[n] for n, p in self.patterns.items() if n in _PHASES and p.search(line)), None)
+
+    def step_of(self, line: str) -> Step | None:
+        return None  # a start is one step, until its file says that it is parked
 
     def is_vital(self, command_line: str) -> bool:
         return bool(self.file.vital) and re.search(self.file.vital, command_line) is not None

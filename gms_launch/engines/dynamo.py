@@ -10,6 +10,7 @@ import re
 
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.process import Command
+from gms_launch.cohort.steps import Step
 from gms_launch.engines import RankSpec
 from gms_launch.gms.devices import CUDA_ORDER
 
@@ -18,6 +19,11 @@ _PHASES: tuple[tuple[re.Pattern[str], Phase], ...] = (
     (re.compile(r"startup probe now passing, waiting for lock"), Phase.PARKED),
     (re.compile(r"\[Shadow\] Lock acquired, waking engine"), Phase.WAKING),
     (re.compile(r"\[Shadow\] failover_state engine=\S+ -> active"), Phase.ACTIVE),
+)
+#: Steps of a start, for people. Dynamo 1.3 logs neither "Committed" nor "Read mode"; vLLM has lines of its own.
+_STEPS: tuple[tuple[re.Pattern[str], Step], ...] = (
+    (re.compile(r"\[GMS\] Committed |\[GMS\] Read mode: imported |Model loading took "), Step.WARM_UP),
+    (re.compile(r"Connected with \w+ lock \(granted=|gms_read_only=True|Starting to load model "), Step.WEIGHTS),
 )
 _AWAKE = re.compile(r"\[Shadow\] Engine awake, registering with discovery")
 
@@ -31,6 +37,9 @@ class Spoken:
 
     def phase_of(self, line: str) -> Phase | None:
         return next((phase for pattern, phase in _PHASES if pattern.search(line)), None)
+
+    def step_of(self, line: str) -> Step | None:
+        return next((step for pattern, step in _STEPS if pattern.search(line)), None)
 
     def is_awake(self, line: str) -> bool:
         return _AWAKE.search(line) is not None

@@ -27,6 +27,10 @@ class CohortStatus:
     given_up: bool
     ranks: tuple[RankRecord, ...]
     generation: int = 0
+    failed_starts: int = 0
+    start_limit: int = 0
+    last_exit: str = ""
+    next_start: float = 0.0
 
     @property
     def view(self) -> CohortView:
@@ -35,7 +39,10 @@ class CohortStatus:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment. `records` is the redundancy that the records of its ranks amount to."""
+    """A run at one moment. `records` is the redundancy that the records of its ranks amount to.
+
+    `starting` until the run served for the first time: its redundancy is down, and nothing is wrong with that.
+    """
 
     run: str
     records: Redundancy
@@ -52,6 +59,12 @@ class Snapshot:
     gms_epoch: int = 0
     generation: int = 0
     rolling: bool = False
+    starting: bool = False
+
+    @property
+    def missing(self) -> list[int]:
+        """The node ranks that have no living record: they have not come, or their agent is silent, stopped or gone."""
+        return sorted(set(range(self.nnodes)) - {n.node_rank for n in self.nodes})
 
     @property
     def redundancy(self) -> Redundancy:
@@ -73,6 +86,7 @@ class Snapshot:
             "schema": SCHEMA,
             "run": self.run,
             "redundancy": self.redundancy.value,
+            "starting": self.starting,
             "primary": serving.cohort_id if serving else None,
             "stopping": self.stopping,
             "frontend_url": self.frontend_url,
@@ -80,6 +94,7 @@ class Snapshot:
             "created": self.created,
             "nnodes": self.nnodes,
             "lost_nodes": list(self.lost),
+            "missing_nodes": self.missing,
             "generation": self.generation,
             "rolling": self.rolling,
             "cohorts": [_cohort_json(c) for c in self.cohorts],
@@ -111,6 +126,7 @@ def build(mirror: Mirror) -> Snapshot:
         gms_epoch=run.gms_epoch if run else 0,
         generation=run.generation if run else 0,
         rolling=run.rolling if run else False,
+        starting=run is None or not run.redundancy,
     )
 
 
@@ -132,6 +148,10 @@ def _cohort(desired: DesiredCohort, records: Iterable[RankRecord], nodes: Collec
         why=desired.why,
         given_up=desired.given_up,
         generation=desired.generation,
+        failed_starts=desired.failed_starts,
+        start_limit=desired.start_limit,
+        last_exit=desired.last_exit,
+        next_start=desired.next_start,
         ranks=ranks,
     )
 
@@ -146,6 +166,9 @@ def _cohort_json(c: CohortStatus) -> dict[str, Any]:
         "why": c.why,
         "given_up": c.given_up,
         "generation": c.generation,
+        "failed_starts": c.failed_starts,
+        "last_exit": c.last_exit or None,
+        "next_start": c.next_start or None,
         "ranks": [
             {
                 "node_rank": r.node_rank,
@@ -156,6 +179,9 @@ def _cohort_json(c: CohortStatus) -> dict[str, Any]:
                 "leftovers": list(r.leftovers),
                 "left": list(r.left),
                 "log": r.log,
+                "step": r.step or None,
+                "step_since": r.step_since or None,
+                "step_last_seconds": r.step_last or None,
             }
             for r in c.ranks
         ],

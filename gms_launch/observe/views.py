@@ -15,7 +15,8 @@ from rich.text import Text
 from gms_launch.cohort.failover import STEPS, Failover
 from gms_launch.cohort.model import Redundancy
 from gms_launch.control.records import EventRecord
-from gms_launch.observe.snapshot import Snapshot
+from gms_launch.observe import progress
+from gms_launch.observe.snapshot import CohortStatus, Snapshot
 from gms_launch.observe.stamp import stamp
 
 #: No row is longer (characters).
@@ -51,7 +52,7 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         ("run ", "dim"),
         (shot.run, "bold"),
         ("   redundancy ", "dim"),
-        (shot.redundancy.value, _COLOURS[shot.redundancy]),
+        ("starting", "yellow") if shot.starting else (shot.redundancy.value, _COLOURS[shot.redundancy]),
         ("   up ", "dim"),
         age(shot.created, moment),
         ("   frontend ", "dim"),
@@ -62,7 +63,8 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
     for name in ("COHORT", "ROLE", "PHASE", "FOR", "LIFE", "NODE", "PID", "NOTE"):
         cohorts.add_column(name)
     for c in shot.cohorts:
-        note = "given up: " + c.why if c.given_up else ""
+        note = "given up: " + c.why if c.given_up else tries(c, moment)
+        doing = progress.note(c, shot, moment)
         for rank in c.ranks:
             left = f"cannot be killed: {', '.join(rank.left or map(str, rank.leftovers))}" if rank.leftovers else ""
             cohorts.add_row(
@@ -73,7 +75,7 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
                 str(c.incarnation),
                 str(rank.node_rank),
                 str(rank.pid),
-                left or note or rank.exit,
+                left or "; ".join(filter(None, (doing if rank.node_rank == 0 else "", note))) or rank.exit,
             )
         if not c.ranks:
             cohorts.add_row(str(c.cohort_id), c.role or "-", c.phase.value, "", str(c.incarnation), "", "", note)
@@ -81,6 +83,14 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
     rest = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("NODE", "COMPONENT", "STATE", "PID", "STARTS", "NOTE"):
         rest.add_column(name)
+    for node_rank in shot.missing:
+        if node_rank in shot.lost:
+            why = "its lease has run out: stopped, cut off or gone; its cohorts are fenced without it"
+        elif shot.starting:
+            why = "has not come yet"
+        else:
+            why = "its lease has run out: stopped (SIGSTOP), cut off or gone"
+        rest.add_row(str(node_rank), "agent", Text("silent", "bold red"), "", "", why)
     for node in shot.nodes:
         rest.add_row(str(node.node_rank), f"agent on {node.host}", "running", str(node.agent_pid), "", node.address)
         for stray in node.strays:
@@ -116,6 +126,18 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
                 rest.add_row(str(node.node_rank), f"  {h.who}", "", str(h.pid), "", size)
     parts.append(rest)
     return Group(*parts)
+
+
+def tries(cohort: CohortStatus, now: float) -> str:
+    """What is to be said of starts of a slot that failed; empty when none did of late."""
+    if not cohort.failed_starts:
+        return ""
+    text = f"{cohort.failed_starts} of {cohort.start_limit} starts failed"
+    if cohort.last_exit:
+        text += f", {cohort.last_exit}"
+    if cohort.next_start > now:
+        text += f", next try in {cohort.next_start - now:.0f} s"
+    return text
 
 
 def failover(found: Failover) -> RenderableType:

@@ -241,6 +241,7 @@ def test_a_shadow_that_can_never_park_is_given_up_and_the_primary_serves_on(depl
         assert run.cli("kill-primary").returncode == 0
     else:
         os.killpg(rank(run, 1)["pgid"], signal.SIGKILL)
+    eventually(lambda: run.cohort(1)["failed_starts"] == 1 and run.cohort(1)["last_exit"], 30)
     eventually(lambda: run.cohort(1)["given_up"], 30)
     assert run.text() and run.status()["redundancy"] == "none"
     why = run.cohort(1)["why"]
