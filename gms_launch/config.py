@@ -57,8 +57,8 @@ def _port(name: str, default: int, help_: str, recipe: str | None = None, maximu
     return Setting(name, int, default, help_, "ports", recipe, minimum=1, maximum=maximum)
 
 
-def _seconds(name: str, default: float, help_: str) -> Setting:
-    return Setting(name, float, default, help_ + " (seconds)", "timing", minimum=0.05)
+def _seconds(name: str, default: float, help_: str, minimum: float = 0.05) -> Setting:
+    return Setting(name, float, default, help_ + " (seconds)", "timing", minimum=minimum)
 
 
 SETTINGS: tuple[Setting, ...] = (
@@ -133,7 +133,9 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("nats_server", str, "", "use this NATS (URL) instead of starting one", "services", recipe="NATS_SERVER"),
     Setting("frontend_host", str, "", "address the frontend listens on; the leader's when empty", "services"),
-    Setting("migration_limit", int, 0, "frontend: how often a request may move to another engine", "services"),
+    Setting(
+        "migration_limit", int, 10, "how often a request may move; 0: it ends with its engine", "services", minimum=0
+    ),
     _port("frontend_port", 8000, "HTTP port of the frontend", "FRONTEND_PORT"),
     _port("etcd_port", 2379, "etcd client port"),
     _port("etcd_peer_port", 2380, "etcd peer port"),
@@ -154,6 +156,9 @@ SETTINGS: tuple[Setting, ...] = (
     _seconds("gms_timeout", 60.0, "deadline for every GMS socket to answer"),
     _seconds("start_timeout", 1800.0, "deadline for an engine to be parked"),
     _seconds("promotion_timeout", 60.0, "deadline from the lock to a served token"),
+    _seconds(
+        "hold_cold_start", 0.0, "how long requests wait for an engine that starts, where no shadow is parked", 0.0
+    ),
     _seconds(
         "health_interval",
         5.0,
@@ -235,6 +240,7 @@ class Settings:
     gms_timeout: float
     start_timeout: float
     promotion_timeout: float
+    hold_cold_start: float
     health_interval: float
     health_timeout: float
     canary: bool

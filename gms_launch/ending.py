@@ -34,6 +34,7 @@ async def shut_down(agent: Agent) -> None:
     begun = time.monotonic()
     agent.herald.retire()
     linked = agent.report.link is not None
+    agent.ranks.holds.stop()
     if agent.is_leader and linked:
         failure = agent.failure
         agent.report.run(

@@ -16,12 +16,15 @@ from typing import Any
 
 from gms_launch.cohort import proc, process, strays
 from gms_launch.cohort.gates import Gates
+from gms_launch.cohort.hold import Around
+from gms_launch.cohort.holds import Holds
+from gms_launch.cohort.listener import advertised
 from gms_launch.cohort.model import ALIVE, ENDED, Phase
 from gms_launch.cohort.proc import ProcessId, Stat
 from gms_launch.cohort.pulse import Feeler, Pulse
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.reconciler import PEER_ENDED, Desire, LocalRank
-from gms_launch.cohort.registrations import Candidate, Registrations, owner
+from gms_launch.cohort.registrations import Candidate, Life, Registrations, owner
 from gms_launch.cohort.steps import by_memory
 from gms_launch.control.keys import dynamo_lease
 from gms_launch.control.mirror import Mirror
@@ -72,7 +75,10 @@ class RankSet:
         self._by_slot: dict[int, Rank] = {}
         self._registered = Registrations()
         self._missing: dict[tuple[int, int], float] = {}
-        self._released: set[tuple[int, int]] = set()
+        self._ended: set[tuple[int, int]] = set()
+        self._waking: dict[tuple[int, int], float] = {}
+        on = bool(layout.settings.migration_limit)
+        self.holds = Holds(on, report, spawn, self._around, self._revoke)
         self.starts = Starts(layout.cache_dir / "starts.json", layout.kind_of_start)
         self.starts.load()
 
@@ -192,10 +198,10 @@ class RankSet:
         self._report.emit("kill", rank.cohort_id, rank.incarnation, reason, when=now, role=role)
 
     def fence(self, rank: Rank) -> None:
-        if rank.life not in self._released:
-            self._released.add(rank.life)
-            for lease in self._registered.of(rank.life):
-                self._spawn(self._revoke_lease(rank, lease))
+        if rank.life not in self._ended:
+            self._ended.add(rank.life)
+            self.holds.ended(rank.life)
+            self.holds.news()  # to those that waited for this one
         self._spawn(rank.destroy(self._gms.sockets, self._gms.gpu_uuids, self._layout.node_dir.locks))
 
     def fence_again(self) -> None:
@@ -219,16 +225,35 @@ class RankSet:
         own = {r.child.pid for r in self._by_slot.values() if r.child is not None}
         process.reap_orphans(keep | own)
 
-    async def _revoke_lease(self, rank: Rank, lease: int) -> None:
-        """End a dead engine's lease, so that the router forgets it now and not when the lease runs out."""
-        link = self._report.link
-        assert link is not None
-        try:
-            await asyncio.get_running_loop().run_in_executor(None, link.revoke, lease)
-        except LaunchError as exc:
-            log.warning("lease %x of cohort %d could not be revoked: %s", lease, rank.cohort_id, exc)
-        else:
-            self._report.emit("lease_revoked", rank.cohort_id, rank.incarnation, f"{lease:x}")
+    async def _revoke(self, life: Life) -> None:
+        """End a dead life's leases, so that the router forgets it now and not when they run out."""
+        for lease in self._registered.of(life):
+            link = self._report.link
+            assert link is not None
+            try:
+                await asyncio.get_running_loop().run_in_executor(None, link.revoke, lease)
+            except LaunchError as exc:
+                log.warning("lease %x of cohort %d could not be revoked: %s", lease, life[0], exc)
+            else:
+                self._report.emit("lease_revoked", *life, f"{lease:x}")
+
+    def _around(self, life: Life) -> Around:
+        """How things stand for the requests of a dead life: is there somebody to go to, or will there be?"""
+        now, settings = time.monotonic(), self._layout.settings
+        others = [r for r in self._by_slot.values() if r.life != life and r.node_rank == 0]
+        for rank in others:
+            if rank.phase in (Phase.WAKING, Phase.ACTIVE):
+                self._waking.setdefault(rank.life, now)
+        candidates = [r for r in others if r.phase in (Phase.PARKED, Phase.WAKING, Phase.ACTIVE)]
+        return Around(
+            begun=now,
+            now=now,
+            successor=any(r.phase is Phase.ACTIVE and self._registered.present(r.life) for r in others),
+            candidate=bool(candidates),
+            candidate_since=max((self._waking.get(r.life, 0.0) for r in candidates), default=0.0),
+            promotion_timeout=settings.promotion_timeout,
+            cold_start=settings.hold_cold_start,
+        )
 
     # -- seeing and telling --------------------------------------------------------------------------------------
 
@@ -273,12 +298,23 @@ class RankSet:
             if life is not None and (rank := self.find(*life)) is not None:
                 rank.read_log()  # discovery may be quicker than the log
                 rank.reached(Phase.ACTIVE)
+        for key, record in found.items():
+            self._arm(dynamo_lease(key), record)
+        self.holds.news()
         for rank in self._by_slot.values():
             if not self._is_missing(rank):
                 self._missing.pop(rank.life, None)
             elif rank.life not in self._missing:
                 self._missing[rank.life] = time.monotonic()
                 self._spawn(self._miss(rank, self._missing[rank.life]))
+
+    def _arm(self, lease: int | None, record: bytes) -> None:
+        """Be ready to hold the requests of the engine that an instance belongs to."""
+        life = self._registered.owner(lease) if lease is not None else None
+        rank = self.find(*life) if life is not None else None
+        where = advertised(record)
+        if rank is not None and rank.child is not None and rank.phase is Phase.ACTIVE and where is not None:
+            self.holds.arm(rank.life, rank.child.pgid, where)
 
     def _is_missing(self, rank: Rank) -> bool:
         """True for a rank that served, and that no frontend can find any more."""

@@ -60,7 +60,14 @@ class Registrations:
         """The leases of a life, also of one that is dead."""
         return [lease for lease, who in self._owners.items() if who == life]
 
+    def owner(self, lease: int) -> Life | None:
+        """Whose a lease is, as it was noted."""
+        return self._owners.get(lease)
+
+    def present(self, life: Life) -> bool:
+        """True for a life that is registered now."""
+        return bool(self._here & set(self.of(life)))
+
     def lost(self, life: Life) -> bool:
         """True for a life that was registered and is not any more."""
-        mine = self.of(life)
-        return bool(mine) and not self._here & set(mine)
+        return bool(self.of(life)) and not self.present(life)

@@ -9,6 +9,13 @@ from gms_launch.cohort.process import Command
 from gms_launch.engines import DynamoPlane
 from gms_launch.services.base import NotReadyError, Service, http_get
 
+#: For requests that move to another engine: a dead one is not avoided for 5 s, which would be all there are (1.4 and
+#: later); and comments in open streams keep clients and proxies from giving up in the gap (1.5 and later).
+MOVING: dict[str, str | None] = {
+    "DYN_RUNTIME_INHIBITED_DURATION_SECS": "0",
+    "DYN_HTTP_SSE_KEEP_ALIVE_INTERVAL_MS": "5000",
+}
+
 
 def service(
     python: str,
@@ -23,7 +30,7 @@ def service(
         *(python, "-m", "dynamo.frontend", "--http-host", address, "--http-port", str(port)),
         *("--namespace", plane.namespace, "--migration-limit", str(migration_limit)),
     )
-    command = Command(argv, plane.environment())
+    command = Command(argv, plane.environment() | (MOVING if migration_limit else {}))
     return Service("frontend", command, lambda: probe(address, port), timeout, port=port, liveness=liveness)
 
 
