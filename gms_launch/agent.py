@@ -32,7 +32,7 @@ from gms_launch.control.claims import Claims
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import CommandRecord, RunState, Wanted
 from gms_launch.control.session import Session
-from gms_launch.errors import DeadlineError, InterruptedRunError, LaunchError, by_code
+from gms_launch.errors import InterruptedRunError, LaunchError, by_code
 from gms_launch.herald import Herald
 from gms_launch.observe import snapshot
 from gms_launch.observe.follow import FileWatcher
@@ -52,7 +52,7 @@ log = logging.getLogger("agent")
 
 #: Pause after a step that failed for an error of ours (seconds), and how many in a row end the run.
 STEP_AGAIN = 1.0
-STEPS_FAILED = 10
+STEPS_FAILED = 60
 #: Least time between two reports of this node and views for people (seconds).
 SHOW_PAUSE = 0.05
 
@@ -347,7 +347,7 @@ class Agent:
             if rank.phase in ALIVE:
                 self.ranks.kill(rank.cohort_id, "this node is cut off from the leader")
 
-    def give_up(self, error: DeadlineError) -> None:
+    def give_up(self, error: LaunchError) -> None:
         self.fail(error)
 
     def _service_changed(self, runner: ServiceRunner, event: str, detail: str) -> None:

@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 from gms_launch.cohort import proc, process, strays
 from gms_launch.cohort.model import ENDED, Phase
@@ -41,13 +41,16 @@ async def shut_down(agent: Agent) -> None:
             state=RunState.STOPPING, failed=str(failure or ""), exit_code=failure.exit_code if failure else 0
         )
     agent.publish_node()
-    await _stop_ranks(agent)
+    await _whatever_happens(agent, "stopping the ranks", _stop_ranks(agent))
     await agent.tasks.cancel()
-    names = [n for n in agent.services if n != "etcd"]
-    await asyncio.gather(*(agent.services[n].stop(min(3.0, agent.settings.engine_grace)) for n in names))
+    grace = min(3.0, agent.settings.engine_grace)
+    others = [(n, s) for n, s in agent.services.items() if n != "etcd"]
+    await asyncio.gather(*(_whatever_happens(agent, f"stopping {n}", s.stop(grace)) for n, s in others))
     wait = agent.settings.kill_wait if agent.hurry else max(agent.settings.kill_wait, CALM)
     deadline = begun + wait - LAST_STEPS
     if agent.is_leader and linked:
+        if "etcd" in agent.services and agent.services["etcd"].state == "failed":
+            deadline = begun  # nobody can say anything: they end when they read our end in run.json
         await _others(agent, deadline)
     left = await _leftovers(agent)
     if left and agent.failure is None:
@@ -65,6 +68,14 @@ async def shut_down(agent: Agent) -> None:
     own = NodeEnd(agent.node_rank, agent.layout.topology.host, not left, left)
     agent.ends = tuple(sorted([*agent.ends, own], key=lambda e: e.node_rank))
     agent.progress("stopped")
+
+
+async def _whatever_happens(agent: Agent, what: str, step: Coroutine[Any, Any, None]) -> None:
+    """A step that must not keep the others from being taken: what it leaves is killed by its tag."""
+    try:
+        await step
+    except Exception as exc:
+        agent.report.unexpected(what, exc)
 
 
 async def _stop_ranks(agent: Agent) -> None:

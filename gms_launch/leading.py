@@ -23,7 +23,7 @@ from gms_launch.control.records import CommandRecord, CommandResult, DesiredCoho
 from gms_launch.errors import DeadlineError, LaunchError
 from gms_launch.observe import snapshot
 from gms_launch.observe.gms import DOWN
-from gms_launch.services.base import log_excerpt
+from gms_launch.services.base import excerpt, log_excerpt
 from gms_launch.services.confirm import TokenWatch
 from gms_launch.spool.reading import within
 
@@ -273,9 +273,10 @@ def _log_of(agent: Agent, cohort_id: int) -> str:
     if found is None:
         return ""
     path = agent.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
-    here = agent.ranks.output(found)
+    here = agent.ranks.said(found)
     # Another node's log is on the shared home, which may hang, and this is the event loop.
-    text = log_excerpt(here) if here else within(EXCERPT, partial(log_excerpt, path), "  | (the home does not answer)")
+    lost = "  | (the home does not answer)"
+    text = within(EXCERPT, partial(log_excerpt, path), lost) if here is None else excerpt(here)
     return f"\n  log: {path}\n{text}"
 
 

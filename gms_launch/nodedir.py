@@ -16,6 +16,8 @@ from gms_launch.errors import RefusedError, UsageError
 LOCAL_ROOT = Path("/dev/shm")
 #: In a node directory: the path of the run directory that its copies are of.
 KEPT_IN = "run-directory"
+#: How the run ended, where the run directory did not take that.
+END = "end.json"
 #: What an agent has put there before it clears what an earlier one left.
 OWN = ("agent.lock", KEPT_IN, "run.json", "credentials.json", "failover-*.lock")
 #: sockaddr_un holds 107 bytes and a terminator; the longest name is gms_GPU-<36>_kv_cache.sock.

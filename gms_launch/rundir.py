@@ -14,7 +14,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from urllib.parse import urlsplit
 
 from gms_launch.cohort import proc
 from gms_launch.errors import NoContactError, RefusedError, UsageError
-from gms_launch.nodedir import KEPT_IN, NodeDir, user_root
+from gms_launch.nodedir import END, KEPT_IN, NodeDir, user_root
 from gms_launch.rules import RUN_ID
 from gms_launch.spool.files import trouble, write_private
+from gms_launch.spool.reading import PATIENCE, within
 
 
 def home() -> Path:
@@ -231,8 +232,38 @@ class RunDir:
         return kept(self, path.name) or path.read_text()
 
     def read(self) -> RunFile | None:
+        """What run.json says, or what would stand there if the home had taken it. Raises `NoContactError`."""
+        end = self._end_here()
+        if end is None:
+            return self._decode(lambda: self.text(self.run_json))
         try:
-            data = json.loads(self.text(self.run_json))
+            on_home = self._decode(lambda: within(PATIENCE, self.run_json.read_text, end))
+        except NoContactError:
+            on_home = None
+        ended = self._decode(lambda: end)
+        return on_home if on_home is not None and ended and on_home.attempt != ended.attempt else ended
+
+    @property
+    def end_unrecorded(self) -> bool:
+        """True when the run's end is known on this node only."""
+        return self._end_here() is not None
+
+    def leave_end(self, place: NodeDir, end: RunFile) -> None:
+        """Put down on this node how the run ended, since the home does not take it. Raises `OSError`."""
+        place.path.mkdir(mode=0o700, exist_ok=True)
+        write_private(place.path / KEPT_IN, str(self.path.absolute()))
+        write_private(place.path / END, end.to_json())
+
+    def _end_here(self) -> str | None:
+        place = NodeDir.of(self.run).path
+        try:
+            return (place / END).read_text() if (place / KEPT_IN).read_text() == str(self.path.absolute()) else None
+        except OSError:
+            return None
+
+    def _decode(self, text: Callable[[], str]) -> RunFile | None:
+        try:
+            data = json.loads(text())
             known = {f.name for f in dataclasses.fields(RunFile)}
             data = {k: v for k, v in data.items() if k in known}
             data["etcd_endpoints"] = tuple(data["etcd_endpoints"])

@@ -39,11 +39,13 @@ def main(run: str | None, timeout: float) -> None:
     proved = [clear(directory, found, node) for node in nodes(targets, found)]
     bad = [p for p in proved if not p.clean]
     wrong = ""
-    if not bad and found.ended is None:
+    if not bad and (found.ended is None or directory.end_unrecorded):
         reason = found.reason or ("" if stopped else "its agent died")
-        end = replace(found, ended=time.time(), reason=reason)
+        end = found if found.ended is not None else replace(found, ended=time.time(), reason=reason)
         if wrong := recorded(directory, end):
             wrong = f"the run directory {directory.path} is {wrong}: its end could not be recorded there"
+        elif found.local:
+            NodeDir.of(directory.run, str(found.settings.get("gms_socket_dir") or "")).remove()
     print(f"run {directory.run} is down: " + ("stopped in order" if stopped else "it had ended already"))
     for proof in proved:
         alive = "nothing of it is alive" if proof.by_agent else "nothing with its tag or its lock is alive"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -182,6 +183,9 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
             writer.replace(layout.run_dir.run_json, end.to_json())
         if wrong := writer.close(LAST_WRITES):
             reporter.progress(f"the run directory {layout.run_dir.path} is {wrong}: not everything was written there")
+            if leader:
+                with contextlib.suppress(OSError):
+                    layout.run_dir.leave_end(layout.node_dir, end)
 
 
 def _make_places(layout: Layout, record: RunFile) -> None:

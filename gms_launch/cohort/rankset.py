@@ -11,7 +11,6 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 from gms_launch.cohort import proc, process, strays
@@ -89,10 +88,11 @@ class RankSet:
         rank = self._by_slot.get(cohort_id)
         return rank if rank is not None and rank.incarnation == incarnation else None
 
-    def output(self, record: RankRecord) -> Path | None:
-        """Where the output of a life that ran here can be read; None of one that did not."""
+    def said(self, record: RankRecord) -> str | None:
+        """What a life that ran here has printed; None of one that did not, and of one that is over for long."""
         rank = self.find(record.cohort_id, record.incarnation)
-        return rank.child.output.source if rank and rank.child and record.node_rank == self._node_rank else None
+        here = rank is not None and rank.child is not None and record.node_rank == self._node_rank
+        return rank.child.output.kept() if here and rank and rank.child else None
 
     def local(self) -> dict[int, LocalRank]:
         """What the reconciler is told: the newest life of every slot here, run or skipped."""
@@ -146,7 +146,11 @@ class RankSet:
             if rank.phase not in ALIVE or rank.local().gone:
                 return
             phase, fresh = rank.phase, rank.news.is_set()
-            look = await loop.run_in_executor(None, feeler.feel, self._gms.kv_sockets, phase, fresh)
+            try:
+                look = await loop.run_in_executor(None, feeler.feel, self._gms.kv_sockets, phase, fresh)
+            except Exception as exc:  # a rank is looked after for as long as it lives
+                self._report.unexpected(f"looking at cohort {rank.cohort_id}", exc)
+                continue
             if settings.group_kill:
                 rank.watch_parts(look.vital, loop)
             rank.felt(look)

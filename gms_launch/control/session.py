@@ -20,9 +20,11 @@ from gms_launch.control import terms
 from gms_launch.control.keys import prefix
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import EventRecord, NodeRecord, RunRecord, RunState
-from gms_launch.errors import DeadlineError, NoContactError, UsageError
+from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
 from gms_launch.observe.reporter import Reporter
 from gms_launch.plan import Layout
+from gms_launch.rundir import RunFile
+from gms_launch.spool.reading import PATIENCE, within
 
 if TYPE_CHECKING:
     from gms_launch.control.link import ControlLink
@@ -33,6 +35,8 @@ log = logging.getLogger("agent")
 LOOK_AHEAD = 1.0
 #: A leader whose machine answers and whose etcd does not: how long that may be a restart (seconds).
 REFUSED_WAIT = 30.0
+#: How often a node that is cut off looks whether the run has ended (seconds).
+END_LOOK = 3.0
 
 
 class Member(Protocol):
@@ -50,8 +54,8 @@ class Member(Protocol):
     def cut_off(self, why: str) -> None:
         """The leader cannot be reached and this node's lease is over: others go on without it."""
 
-    def give_up(self, error: DeadlineError) -> None:
-        """The leader has stayed away for too long."""
+    def give_up(self, error: LaunchError) -> None:
+        """The leader has stayed away for too long, or has ended the run."""
 
 
 class Session:
@@ -226,10 +230,22 @@ class Session:
             if not self.is_cut_off:
                 self.is_cut_off = True
                 self._member.cut_off(why)
-            await self._silence(self._sent, wait)
+            while self.is_cut_off and time.monotonic() < self._sent + wait:
+                await self._silence(self._sent, min(wait, time.monotonic() - self._sent + END_LOOK))
+                if self.is_cut_off and (end := await self._loop.run_in_executor(None, self._end_of_run)) is not None:
+                    self._member.give_up(by_code(end.exit_code or 1, f"{why}, and the run has ended: {end.reason}"))
+                    return
             if self.is_cut_off:
                 self._member.give_up(DeadlineError(f"{why}, and not for {wait:g} s (node_wait) either"))
                 return
+
+    def _end_of_run(self) -> RunFile | None:
+        """What run.json says of the end of this very run; None when it has not ended, or cannot be read. Blocks."""
+        try:
+            run = within(PATIENCE, self._layout.run_dir.read, None)
+        except NoContactError:
+            return None
+        return run if run is not None and run.attempt == self._layout.attempt and run.ended is not None else None
 
     async def _silence(self, since: float, seconds: float) -> None:
         """Wait until `seconds` after the renewal sent at `since`, or until a newer one."""

@@ -31,7 +31,7 @@ class LogFollower:
                     self._offset, self._rest = 0, b""
                 file.seek(self._offset)
                 data = file.read()
-        except FileNotFoundError:
+        except OSError:  # what is not read now is read later: whoever looks may have a group to kill
             return []
         self._offset += len(data)
         *complete, rest = (self._rest + data).split(b"\n")

@@ -94,9 +94,14 @@ def log_excerpt(path: Path, lines: int = 15) -> str:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - LOG_READ))
-            text = file.read().lstrip(b"\0").decode(errors="replace")  # given back to memory
+            text = file.read().decode(errors="replace")
     except OSError as exc:
         return f"(no log: {exc})"
+    return excerpt(text, lines)
+
+
+def excerpt(text: str, lines: int = 15) -> str:
+    """The same of a log that has been read."""
     everything = plain(text).splitlines()
     shown = first_traceback(everything) or everything[-lines:]
     return "\n".join("  | " + line for line in shown) or "  | (the log is empty)"

@@ -16,7 +16,7 @@ from gms_launch.cohort import proc, process
 from gms_launch.cohort.process import Child
 from gms_launch.control.records import ServiceStatus
 from gms_launch.errors import LaunchError
-from gms_launch.services.base import RESTART_MAX, STABLE_AFTER, NotReadyError, Service, log_excerpt, restart_delay
+from gms_launch.services.base import RESTART_MAX, STABLE_AFTER, NotReadyError, Service, excerpt, restart_delay
 from gms_launch.spool.output import Output
 
 log = logging.getLogger("agent")
@@ -131,9 +131,8 @@ class ServiceRunner:
         command = " ".join(self.service.command.argv)
         assert self._child is not None
         output = self._child.output
-        return ServiceError(
-            f"{self.service.name} {text}\n  command: {command}\n  log: {output.path}\n{log_excerpt(output.source)}"
-        )
+        said = excerpt(output.kept() or "")
+        return ServiceError(f"{self.service.name} {text}\n  command: {command}\n  log: {output.path}\n{said}")
 
     async def _keep(self) -> None:
         loop = asyncio.get_running_loop()

@@ -46,6 +46,13 @@ class Output:
         """Where it can be read: its memory, or the copy when that has been given back."""
         return self.path if self._closed else Path(f"/proc/self/fd/{self.fd}")
 
+    def kept(self) -> str | None:
+        """What is in memory of it, the end at least; None when that was given back."""
+        with self._lock:
+            if self._closed:
+                return None
+            return os.pread(self.fd, os.fstat(self.fd).st_size - self._punched, self._punched).decode(errors="replace")
+
     @property
     def waiting(self) -> int:
         """Bytes that are not copied yet."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -170,9 +172,13 @@ def test_a_run_that_is_stopped_while_its_home_is_full_ends_as_any_other(small_ho
         down = run.cli("down")
         assert down.returncode == 0, down.stderr
         assert "nothing of it is alive" in down.stdout and "is full: its end could not be recorded" in down.stdout
-        filler.unlink()
         done = run.cli("wait")
-        assert done.returncode == 1 and "has not recorded an end" in done.stderr
+        assert done.returncode == 0, f"the node where it ended knows: {done.stderr}"
+        filler.unlink()
+        again = run.cli("down")
+        assert again.returncode == 0 and "could not be recorded" not in again.stdout
+        assert run.run_file["exit_code"] == 0 and run.run_file["nodes"][0]["clean"] is True
+        assert not run.node_dir.exists()
 
 
 def test_a_start_on_a_full_home_says_so(small_home: Path, model: Path) -> None:
@@ -230,3 +236,46 @@ def test_a_full_dev_shm_stops_no_failover(tmp_path: Path, model: Path) -> None:
         ranks = {c["cohort_id"]: c["ranks"][0]["pgid"] for c in run.status()["cohorts"]}
         directory = run.shm / Path(run.run_file["node_dir"]).relative_to("/dev/shm")
         assert {k: int((directory / f"engine-{k}.pgid").read_text()) for k in ranks} == ranks
+
+
+# -- errors of the agent's own -------------------------------------------------------------------------------------
+
+
+def test_an_agent_without_a_descriptor_left_outlives_it_and_says_so(tmp_path: Path, model: Path) -> None:
+    with Deployment(tmp_path / "home", model) as run:
+        before = run.text()
+        assert before
+        status = run.wait_full()
+        agent = run.agent.pid
+        shadow = status["cohorts"][1 - status["primary"]]["ranks"][0]
+        limits = resource.prlimit(agent, resource.RLIMIT_NOFILE)
+        resource.prlimit(agent, resource.RLIMIT_NOFILE, (3, limits[1]))
+        os.kill(shadow["pid"], signal.SIGKILL)
+        for _ in range(20):  # nothing can be told meanwhile, but requests are answered
+            assert run.text() == before
+        resource.prlimit(agent, resource.RLIMIT_NOFILE, limits)
+        after = run.wait_full(60.0)
+        assert after["primary"] == status["primary"], "the primary was not touched"
+        assert after["nodes"][0]["internal_errors"] >= 1
+        assert "internal errors" in run.cli("status").stdout
+        assert run.text() == before
+
+
+def test_an_agent_that_cannot_go_on_ends_the_run_as_failed(tmp_path: Path, model: Path) -> None:
+    """Its loop broken for good, by a line before the real command."""
+    run = Deployment(tmp_path / "home", model)
+    broken = (
+        "import sys; from gms_launch import agent; from gms_launch.cli.main import main\n"
+        "def step(self): raise OSError(5, 'of ours')\n"
+        "agent.Agent._step = step; agent.STEP_AGAIN = 0.01; main()"
+    )
+    argv = [sys.executable, "-c", broken, "up", *run.flags]
+    done = subprocess.run(argv, env=run.env, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "internal error in the agent: OSError(5, 'of ours')" in done.stderr
+    assert run.run_file["exit_code"] == 1 and "of ours" in run.run_file["reason"]
+    assert run.run_file["nodes"][0]["clean"] is True
+    waited = run.cli("wait")
+    assert waited.returncode == 1 and "of ours" in waited.stderr
+    assert len(run.events("internal_error")) >= 60
+    assert run.alive() == []

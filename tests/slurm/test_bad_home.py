@@ -1,0 +1,98 @@
+"""A shared home that is full, read-only, hanging or gone, under Slurm: a failover in each takes its usual course."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gms_launch.cohort import proc
+from tests.integration.test_bad_places import FAULTS
+from tests.slurm.lab import Lab, sh
+from tests.slurm.support import LabRun
+from tests.support import complete, eventually
+
+
+class SmallHomeLab(Lab):
+    """Its home is an ext4 of 16 MiB."""
+
+    def _write_files(self) -> None:
+        super()._write_files()
+        image = self.dir / "home.ext4"
+        with open(image, "wb") as file:
+            file.truncate(16 * 2**20)
+        sh("mkfs.ext4", "-q", "-m", "0", str(image))
+        sh("mount", "-o", "loop", str(image), str(self.dir / "home"))
+
+    def close(self) -> None:
+        home = str(self.dir / "home")
+        subprocess.run(["fsfreeze", "-u", home], check=False, capture_output=True)
+        with contextlib.suppress(RuntimeError):
+            sh("umount", "-l", home)
+        super().close()
+
+
+@pytest.fixture
+def small_home_lab() -> Iterator[Lab]:
+    with SmallHomeLab(nodes=2) as made:
+        yield made
+
+
+@pytest.mark.timeout(300)
+def test_a_shared_home_in_trouble_changes_no_failover(small_home_lab: Lab, model: Path) -> None:
+    home = small_home_lab.dir / "home"
+    leader = small_home_lab.node("node1")
+    with LabRun(small_home_lab, model) as run:
+        host, port = run.run_file()["frontend_url"].removeprefix("http://").split(":")
+        before = run.text()
+        assert before
+
+        def verb(*argv: str) -> subprocess.CompletedProcess[str]:
+            """On the leader's node: a home that is gone shows no run to any other."""
+            return leader.run(["gms-launch", argv[0], "--run", run.run, *argv[1:]])
+
+        def status() -> dict[str, Any]:
+            found: dict[str, Any] = json.loads(verb("status", "--json").stdout)
+            return found
+
+        def told() -> set[str]:
+            """What the nodes' agents say of the home."""
+            return {p["state"] for n in status()["nodes"] for p in n["writing"] if p["name"] == "run directory"}
+
+        def serves() -> bool:
+            return complete(host, int(port), "hello", 8, 2.0) == before
+
+        def full() -> bool:
+            return bool(status()["redundancy"] == "full")
+
+        for number, (name, fault) in enumerate(FAULTS.items()):
+            with fault(home, run.run):
+                primary = status()["primary"]
+                victims = run.on_node(number % 2, primary)
+                os.killpg(victims[0].pgid, signal.SIGKILL)
+                eventually(serves, what=f"the shadow serves while the home is {name}")
+                eventually(lambda name=name: name in told(), what=f"status says that the home is {name}")
+                eventually(full, 40.0, f"re-armed while the home is {name}")
+                assert not any(proc.alive(v.identity) for v in victims) and status()["primary"] == 1 - primary
+                done = verb("kill-primary")
+                assert done.returncode == 0, f"{name}: {done.stderr}"
+                eventually(serves)
+                eventually(full, 40.0, f"re-armed again while the home is {name}")
+            eventually(lambda: told() <= {"well"}, what=f"well again after {name}")
+        assert len(run.events("first_token")) >= 9
+        with FAULTS["gone"](home, run.run):
+            down = verb("down")
+            assert down.returncode == 0, down.stdout + down.stderr
+            assert all(f"node {k} node{k + 1}: nothing of it is alive" in down.stdout for k in range(2))
+            assert "is gone: its end could not be recorded" in down.stdout
+        run.wait_gone()
+        assert verb("down").returncode == 0
+        assert run.run_file()["exit_code"] == 0, "now that it can be, it is recorded"
+        assert run.left() == {}
