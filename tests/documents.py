@@ -4,6 +4,7 @@ A fenced block of language `sh` is run line by line; so is a span of text that i
 A mark is a comment of Markdown, before a block or on the line of a span:
 
     <!-- run on: login -->                  a block that is for the login node of a cluster
+    <!-- file: name -->                     a block that is a file where the reader is
     <!-- run by: test_name -->              another test does what it says
     <!-- not run here: reason -->           nobody can, on a machine of tests
 """
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "slurm").glob("*.md"))]
 SCRIPTS = [ROOT / "slurm" / "gms-launch.sbatch", ROOT / "slurm" / "epilog.sh"]
 LANGUAGES = ("sh", "text", "toml", "python", "mermaid", "json")
-MARK = re.compile(r"<!-- (run on|run by|not run here): (.+?) -->")
+MARK = re.compile(r"<!-- (run on|run by|not run here|file): (.+?) -->")
 TOOL = re.compile(r"(?:\w+=\S+ )*(gms-launch|make|sbatch|srun|scancel|salloc|python3?|pip|curl|kill|hf) +[^ ]")
 #: Tools whose spans are run, and those whose targets and flags are looked up instead.
 RUN = ("gms-launch", "kill")
@@ -77,7 +78,7 @@ def read(page: Path) -> Iterator[Text]:
                 block, start, language = [], number, line[3:].strip()
             else:
                 yield Text(page, start, language, "\n".join(block), *_marked(before))
-                block = None
+                block, before = None, ""
         elif block is not None:
             block.append(line)
         else:

@@ -41,6 +41,8 @@ from typing import Any
 
 PROMPT = "the quick brown fox"
 TOKENS = 16
+#: A first answer later than this is no failover but an outage (seconds).
+OUTAGE = 5.0
 EVERY = 0.02
 NEEDS = ("dynamo.vllm", "dynamo.frontend", "vllm", "gpu_memory_service")
 PARKED = re.compile(r"startup probe now passing, waiting for lock")
@@ -478,6 +480,19 @@ def main() -> None:
     print(json.dumps({k: v for k, v in result["gms_launch"].items() if k not in ("timeline", "kills")}, indent=1))
     print(json.dumps(result.get("recipe"), indent=1))
     say(f"everything is in {options.out}, logs in {options.out.with_suffix('.logs')}")
+    if found := outages(result["gms_launch"]["kills"]):
+        print("not a failover:", *found, sep="\n  - ", file=sys.stderr)
+        sys.exit(1)
+
+
+def outages(kills: list[dict[str, Any]]) -> list[str]:
+    """The kills that ended in an outage instead of a failover: nobody answered within `OUTAGE` seconds, or at all."""
+    said = [(f"kill {n}: {k.get('killed', '')}".rstrip(": "), k.get("first_answer_s")) for n, k in enumerate(kills, 1)]
+    return [
+        f"{what}: no answer for {took:.1f} s" if took else f"{what}: no answer at all"
+        for what, took in said
+        if took is None or took > OUTAGE
+    ]
 
 
 def about(model: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -94,6 +94,8 @@ class VllmEngine(dynamo.Spoken):
         line = line_of(versions.get("ai-dynamo", ""))
         if line is not None and versions.get("vllm", line.vllm).split("+")[0] != line.vllm:
             text += f" (Dynamo {line.release} was released with vllm {line.vllm})"
+        if installed.look(settings.python, ("setproctitle",)).missing:
+            text += "; without setproctitle its core and workers have no titles, and only its main process is watched"
         return text
 
     def command(self, spec: RankSpec) -> Command:

@@ -58,6 +58,14 @@ def test_two_nodes_under_the_launcher_and_under_the_recipe(tmp_path: Path, model
     assert [p for p in proc.pids() if b"/dev/shm/vf-" in _cmdline(p)] == [], "nothing that it started is left"
 
 
+def test_an_outage_is_not_reported_as_a_failover() -> None:
+    from bench.gpu.vllm_failover import outages
+
+    assert outages([{"first_answer_s": 0.2}, {"first_answer_s": 4.9}]) == []
+    long, never = outages([{"first_answer_s": 0.2}, {"first_answer_s": 67.0}, {"first_answer_s": None}])
+    assert "kill 2" in long and "67.0 s" in long and "kill 3" in never and "no answer at all" in never
+
+
 def _cmdline(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()

@@ -148,6 +148,8 @@ def test_the_blocks_of_a_page(cluster: Lab, home: Path, page: Path) -> None:
         shell = Shell(cluster, place, home)
         try:
             shell.type(f"cd ~/checkout/{page.parent.relative_to(ROOT)}")
+            for file in (t for t in documents.blocks() if t.page == page and t.mark == "file"):
+                (home / "checkout" / page.parent.relative_to(ROOT) / file.reason).write_text(file.text + "\n")
             for command in block.commands:
                 if command.startswith("sbatch"):
                     code, said = shell.type(command)
