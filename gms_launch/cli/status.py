@@ -12,7 +12,7 @@ from gms_launch.control.gateway import Gateway
 from gms_launch.observe import contact
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.observe.stamp import stamp
-from gms_launch.rundir import RunDir
+from gms_launch.rundir import RunDir, RunFile
 
 #: Between two looks of --watch (seconds).
 PAUSE = 0.5
@@ -21,7 +21,7 @@ PAUSE = 0.5
 def main(run: str | None, watch: bool, as_json: bool) -> None:
     directory, found = rundir.find(run)
     door = contact.gateway(directory, found)
-    _, shot = contact.read(directory, door)
+    shot = contact.look(directory, found, door)
     if as_json and not watch:
         print(json.dumps(shot.to_json(), indent=1))
         return
@@ -31,8 +31,8 @@ def main(run: str | None, watch: bool, as_json: bool) -> None:
         views.console().print(views.status(shot))
         return
     if sys.stdout.isatty() and not as_json:
-        _live(directory, door, shot)
-    for now in _follow(directory, door, shot):
+        _live(directory, found, door, shot)
+    for now in _follow(directory, found, door, shot):
         if as_json:
             print(json.dumps(now.to_json()), flush=True)
         else:
@@ -40,17 +40,17 @@ def main(run: str | None, watch: bool, as_json: bool) -> None:
             sys.stdout.flush()
 
 
-def _follow(directory: RunDir, door: Gateway, first: Snapshot) -> Iterator[Snapshot]:
+def _follow(directory: RunDir, found: RunFile, door: Gateway, first: Snapshot) -> Iterator[Snapshot]:
     """The state, and again whenever it has changed."""
     yield first
     while True:
         time.sleep(PAUSE)  # etcd's JSON gateway has no watch that is worth its set-up here
-        _, shot = contact.read(directory, door)
-        if shot != first:
+        shot = contact.look(directory, found, door)
+        if shot != first or bool(shot.leader_silent) != bool(first.leader_silent):
             yield (first := shot)
 
 
-def _live(directory: RunDir, door: Gateway, shot: Snapshot) -> None:
+def _live(directory: RunDir, found: RunFile, door: Gateway, shot: Snapshot) -> None:
     """A view for people, whose ages move on."""
     from rich.live import Live
 
@@ -59,5 +59,5 @@ def _live(directory: RunDir, door: Gateway, shot: Snapshot) -> None:
     with Live(views.status(shot), refresh_per_second=4) as live:
         while True:
             time.sleep(PAUSE)
-            _, shot = contact.read(directory, door)
+            shot = contact.look(directory, found, door)
             live.update(views.status(shot))

@@ -85,6 +85,19 @@ class Gateway:
             base64.b64decode(kv["key"]).decode(): base64.b64decode(kv.get("value", "")) for kv in found.get("kvs", [])
         }
 
+    def silence(self, key: str) -> tuple[int, int] | None:
+        """Of the lease that `key` is on: seconds since it was last renewed, and its whole time to live.
+
+        Both by etcd's clock, in whole seconds. None when there is no such key or no lease.
+        """
+        self._open()
+        found = self._post("/v3/kv/range", {"key": _encode(key.encode())}).get("kvs", [])
+        if not found or not int(found[0].get("lease", 0)):
+            return None
+        told = self._post("/v3/lease/timetolive", {"ID": found[0]["lease"]})
+        left, granted = int(told.get("TTL", 0)), int(told.get("grantedTTL", 0))
+        return (max(0, granted - left), granted) if left > 0 else None
+
     def put(self, key: str, value: bytes, lease: int = 0) -> None:
         self._open()
         self._post("/v3/kv/put", {"key": _encode(key.encode()), "value": _encode(value), "lease": str(lease)})

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from gms_launch.control import terms
 from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import NoContactError
 from gms_launch.observe import snapshot
 from gms_launch.rundir import RunDir, RunFile
+
+#: A leader's agent that renews its lease several times a second or two and has not for so long stands still (seconds).
+SILENT = 3
 
 
 def gateway(directory: RunDir, run: RunFile, timeout: float = 3.0) -> Gateway:
@@ -36,3 +42,19 @@ def read(directory: RunDir, door: Gateway) -> tuple[Mirror, snapshot.Snapshot]:
             f"run {directory.run} has not written anything yet; its agent's log: {directory.agent_log}"
         )
     return mirror, snapshot.build(mirror)
+
+
+def look(directory: RunDir, run: RunFile, door: Gateway) -> snapshot.Snapshot:
+    """The run at this moment, and whether its leader's agent still reports. Raises `NoContactError`."""
+    mirror, shot = read(directory, door)
+    if shot.stopping:
+        return shot
+    heard = door.silence(mirror.keys.node(0))
+    if heard is None:
+        ago, silent = terms.granted(float(run.settings.get("lease_ttl", 5.0))), True
+    else:
+        ago, granted = heard
+        silent = ago >= max(SILENT, granted / 2)
+    who = f"the leader's agent (pid {run.agent_pid}, {run.leader_host})"
+    told = f"{who} has not reported for {'more than ' if heard is None else ''}{ago} s" if silent else ""
+    return replace(shot, reported_ago=ago, leader_silent=told)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gms_launch.cohort.model import CohortView, Phase, Redundancy, cohort_phase, primary, redundancy
@@ -42,6 +42,8 @@ class Snapshot:
     """A run at one moment. `records` is the redundancy that the records of its ranks amount to.
 
     `starting` until the run served for the first time: its redundancy is down, and nothing is wrong with that.
+    `reported_ago`: seconds since the leader's agent was heard of, as far as was asked; `leader_silent` says it in words
+    when that is so long that the rest may be out of date.
     """
 
     run: str
@@ -60,6 +62,8 @@ class Snapshot:
     generation: int = 0
     rolling: bool = False
     starting: bool = False
+    reported_ago: float = field(default=0.0, compare=False)
+    leader_silent: str = field(default="", compare=False)
 
     @property
     def missing(self) -> list[int]:
@@ -70,9 +74,11 @@ class Snapshot:
     def redundancy(self) -> Redundancy:
         """The lower of what the records show and what the leader has announced.
 
-        Records may show what the leader has yet to act upon: it announces more only after a token came.
+        Records may show what the leader has yet to act upon: it announces more only after a token came. While its
+        agent stands still nobody starts anything again, so that is not full redundancy.
         """
-        return max(self.records, self.announced, key=list(Redundancy).index)
+        most = Redundancy.DEGRADED if self.leader_silent else Redundancy.FULL
+        return max(self.records, self.announced, most, key=list(Redundancy).index)
 
     @property
     def primary(self) -> CohortStatus | None:
@@ -89,6 +95,8 @@ class Snapshot:
             "starting": self.starting,
             "primary": serving.cohort_id if serving else None,
             "stopping": self.stopping,
+            "leader_reported_ago": self.reported_ago,
+            "leader_silent": bool(self.leader_silent),
             "frontend_url": self.frontend_url,
             "model": self.model_name,
             "created": self.created,

@@ -80,6 +80,8 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         if not c.ranks:
             cohorts.add_row(str(c.cohort_id), c.role or "-", c.phase.value, "", str(c.incarnation), "", "", note)
     parts: list[RenderableType] = [head, cohorts]
+    if shot.leader_silent:
+        parts.insert(0, Text(f"as of {shot.reported_ago:.0f} s ago: {shot.leader_silent}", "bold red"))
     rest = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("NODE", "COMPONENT", "STATE", "PID", "STARTS", "NOTE"):
         rest.add_column(name)

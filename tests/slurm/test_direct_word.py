@@ -63,6 +63,10 @@ def test_a_failover_while_the_leaders_agent_stands_still(bare_lab: Lab, model: P
             eventually(lambda: run.text(1.0) == before, 40.0, "the shadow serves")
             print(f"dead everywhere after {dead:.2f} s, served again after {since(begun):.2f} s")
             assert stands_still(agent)
-        run.wait_full()
+            silent = eventually(lambda: (found := run.status())["leader_silent"] and found, 15.0)
+            assert silent["leader_reported_ago"] >= 3 and silent["redundancy"] != "full"
+            told = run.cli("status").stdout
+            assert "as of" in told and "the leader's agent (pid " in told and "node1) has not reported for" in told
+        assert run.wait_full()["leader_silent"] is False
         assert [(e["cohort_id"], e["incarnation"]) for e in run.events("guard_kill")] == [(primary, life)]
         assert run.text() == before

@@ -107,6 +107,20 @@ def test_a_node_that_is_switched_off_ends_the_run_and_leaves_nothing_on_the_othe
         assert down.returncode == 1 and "node2" in down.stderr, "what cannot be proved is said"
 
 
+def test_a_run_that_ends_while_a_node_is_cut_off_ends_there_too(bare_lab: Lab, model: Path) -> None:
+    """Its agent reads run.json; it does not keep its node for all of node_wait."""
+    run = LabRun(bare_lab, model, "--lease-ttl=2", "--node-wait=300", nodes=["node1", "node2"]).hand()
+    with run:
+        bare_lab.node("node2").cut()
+        eventually(lambda: run.status()["lost_nodes"] == [1])
+        run.cli("down")
+        assert run.run_file()["exit_code"] == 0
+        run.wait_gone(20.0)
+        assert run.exit_codes() == [0, 1], "there it was not in order"
+        assert "the run has ended" in run.output()
+    assert run.left() == {}
+
+
 @pytest.mark.timeout(180)
 def test_a_leader_that_is_cut_off(fragile_lab: Lab, model: Path) -> None:
     run = LabRun(fragile_lab, model, *QUICK)
