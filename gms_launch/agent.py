@@ -27,7 +27,7 @@ from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.ranks import Rank
 from gms_launch.cohort.rankset import RankSet
 from gms_launch.cohort.reconciler import Desire
-from gms_launch.cohort.view import Memory
+from gms_launch.cohort.view import Memory, Sightings
 from gms_launch.control.claims import Claims
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import CommandRecord, RunState, Wanted
@@ -106,6 +106,7 @@ class Agent:
         self.hurry = False
         self.strays: tuple[str, ...] = ()
         self.ends: tuple[NodeEnd, ...] = ()
+        self.sightings = Sightings()
         self._memory = Memory()
         self._policy = leading.policy(self.settings)
         self.confirmed: tuple[int, int] | None = None
@@ -220,11 +221,11 @@ class Agent:
 
     def _step(self) -> float | None:
         """Decide and act once; returns seconds until the next look without news."""
-        now = time.time()
+        now = time.monotonic()
         self._reconcile()
         pause: float | None = None
         if self.is_leader:
-            view = leading.view(self)
+            view = leading.view(self, now)
             actions, self._memory = controller.decide(view, self._memory, self._policy, now)
             for decision in actions:
                 leading.carry_out(self, decision)

@@ -13,9 +13,9 @@ import time
 import uuid
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from gms_launch import gather, herald, ports
+from gms_launch import clock, gather, herald, ports
 from gms_launch.cohort import actions, controller, membership
 from gms_launch.cohort.model import ENDED, Phase
 from gms_launch.cohort.view import KillRequest, Memory, Policy, Request, RollRequest, Slot, View
@@ -56,8 +56,8 @@ def policy(settings: Settings) -> Policy:
     )
 
 
-def view(agent: Agent) -> View:
-    """The run as the leader sees it now."""
+def view(agent: Agent, now: float) -> View:
+    """The run as the leader sees it `now` (monotonic seconds)."""
     shot, nnodes = snapshot.build(agent.mirror), agent.layout.topology.nnodes
     slots = {}
     for c in shot.cohorts:
@@ -68,7 +68,7 @@ def view(agent: Agent) -> View:
             running=desired.wanted is Wanted.RUNNING,
             given_up=c.given_up,
             phase=c.phase,
-            since=c.since,
+            since=agent.sightings.since(c.cohort_id, c.incarnation, c.phase, now),
             exit=next((r.exit for r in c.ranks if r.exit), ""),
             leftovers=tuple(pid for r in c.ranks for pid in r.leftovers),
             generation=desired.generation,
@@ -135,7 +135,7 @@ def carry_out(agent: Agent, action: actions.Action) -> None:
         _want(agent, action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
     elif isinstance(action, actions.KillPart):
         part = f"rank:{action.node_rank}"
-        drill = CommandRecord(uuid.uuid4().hex, "kill-rank", time.time(), action.cohort_id, action.incarnation, part)
+        drill = CommandRecord(uuid.uuid4().hex, "kill-rank", clock.now(), action.cohort_id, action.incarnation, part)
         agent.mirror.commands[drill.uuid] = drill
         if action.node_rank == agent.node_rank:
             agent.claims.own(drill)
@@ -159,7 +159,7 @@ def carry_out(agent: Agent, action: actions.Action) -> None:
         agent.wake.set()
     elif isinstance(action, actions.Answer):
         agent.answered.add(action.uuid)
-        result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, time.time())
+        result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, clock.now())
         agent.report.put(agent.mirror.keys.result(action.uuid), result.encode())
     elif isinstance(action, actions.Activate):
         agent.ranks.activate(action.cohort_id, action.incarnation)
@@ -192,12 +192,11 @@ def _roll(agent: Agent, action: actions.Roll | actions.Proved | actions.RollBack
 
 
 def tell_tries(agent: Agent, memory: Memory, policy: Policy, now: float) -> None:
-    """Write down which slots' starts fail, so that everybody sees what is waited for."""
+    """Write down which slots' starts fail, so that everybody sees what is waited for. `now` in monotonic seconds."""
     for cohort_id, desired in agent.mirror.desired.items():
         t = controller.tries(cohort_id, memory, policy, now)
-        record = replace(
-            desired, failed_starts=t.failed, start_limit=t.limit, last_exit=t.last_exit, next_start=t.not_before
-        )
+        moment = t.not_before + clock.OFFSET if t.not_before else 0.0
+        record = replace(desired, failed_starts=t.failed, start_limit=t.limit, last_exit=t.last_exit, next_start=moment)
         if record != desired:
             agent.mirror.desired[cohort_id] = record
             agent.report.put(agent.mirror.keys.cohort(cohort_id), record.encode(), later=True)
@@ -296,7 +295,9 @@ async def confirm(agent: Agent, rank: Rank) -> None:
             continue
         if rank.phase is Phase.ACTIVE:
             agent.confirmed = rank.life
-            agent.report.emit("first_token", rank.cohort_id, rank.incarnation)
+            before = agent.canary.token_after if agent.canary is not None else None
+            data: dict[str, Any] = {} if before is None else {"token_after": before + clock.OFFSET}
+            agent.report.emit("first_token", rank.cohort_id, rank.incarnation, **data)
             agent.wake.set()
             if agent.canary is not None and agent.settings.group_kill:
                 agent.spawn(_watch_tokens(agent, rank))

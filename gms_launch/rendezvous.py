@@ -54,7 +54,7 @@ def find_leader(directory: RunDir, settings: Settings, progress: Callable[[str],
                     reason = "its etcd does not know this run yet"
         except NoContactError as exc:
             reason = str(exc)
-        if reason != told and time.time() - begun > 1.0:
+        if reason != told and time.monotonic() > deadline - settings.node_wait + 1.0:
             told = reason
             progress(f"waiting for the leader: {directory.run_json}: {reason}")
         if time.monotonic() > deadline:

@@ -219,7 +219,7 @@ class RunDir:
             # A job that was requeued, or a later step of it: Slurm ended the earlier one.
             if not previous.responds():
                 return
-        elif not previous.local and time.time() - previous.created > 60.0 and not previous.responds():
+        elif not previous.local and abs(time.time() - previous.created) > 60.0 and not previous.responds():
             return
         raise RefusedError(
             f"run {self.run} is already up (agent {previous.agent_pid} on {previous.leader_host}); "

@@ -13,7 +13,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gms_launch import rundir
+from gms_launch import clock, rundir
 from gms_launch.cohort import proc, process
 from gms_launch.cohort.failover import Failover, fold
 from gms_launch.cohort.model import CohortView, Phase, primary
@@ -38,6 +38,7 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
     if scope.startswith("rank:") and int(scope[5:]) >= found.nnodes:
         raise UsageError(f"--scope {scope}: the run has {found.nnodes} nodes, ranks count from 0")
     news = journal.Tail(directory.events)
+    killed: float | None = None
     try:
         door = contact.gateway(directory, found)
         contact.read(directory, door)
@@ -45,12 +46,13 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
         if not found.live:
             raise
         # Only before anything was asked for: a request that is still to be carried out would kill twice.
-        victim = kill_directly(directory, found, scope, force, str(exc))
+        victim, killed = kill_directly(directory, found, scope, force, str(exc))
     else:
         command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
         answer = ask(directory, door, command, timeout)
         victim = answer.cohort_id, answer.incarnation
-    show(follow(news, directory, found, victim, timeout), as_json)
+    failover = follow(news, directory, found, victim, timeout)
+    show(failover if killed is None else failover.killed_at(killed), as_json)
 
 
 def show(failover: Failover, as_json: bool) -> None:
@@ -86,8 +88,13 @@ def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float
     return result
 
 
-def kill_directly(directory: RunDir, found: RunFile, scope: str, force: bool, why: str) -> tuple[int, int]:
-    """Kill the recorded groups of the primary; returns its life. Raises `RefusedError`, and `LaunchError` by host."""
+def kill_directly(
+    directory: RunDir, found: RunFile, scope: str, force: bool, why: str
+) -> tuple[tuple[int, int], float]:
+    """Kill the recorded groups of the primary; returns its life, and when (Unix seconds).
+
+    Raises `RefusedError`, and `LaunchError` by host.
+    """
     try:
         listed = json.loads(directory.text(directory.ranks_json))
     except (OSError, ValueError) as exc:
@@ -119,11 +126,12 @@ def kill_directly(directory: RunDir, found: RunFile, scope: str, force: bool, wh
             return str(exc)
         return "" if done.code == 0 else f"{host.host}: {done.err.strip().removeprefix('gms-launch: ')}"
 
+    killed = clock.now()
     with ThreadPoolExecutor(max(1, min(32, len(ranks)))) as pool:
         errors = [e for e in pool.map(kill, ranks) if e]
     if errors:
         raise LaunchError("not killed everywhere: " + "; ".join(errors))
-    return target.cohort_id, target.incarnation
+    return (target.cohort_id, target.incarnation), killed
 
 
 def kill_group(pid: int, start: int) -> None:

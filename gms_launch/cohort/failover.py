@@ -1,13 +1,14 @@
 """Failovers, read from the run's events. Pure.
 
 `fold` turns the list of events into one `Failover` for each primary that died, with the time of every step. Times are
-seconds after the fault: the kill if gms-launch sent it, else the moment the exit was seen.
+seconds after zero, the earliest sign of the fault (`ZEROS`). A fault that gms-launch did not cause itself is older than
+that: by what the engine took to let go of the lock and to be seen dead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gms_launch.control.records import EventRecord
 
@@ -24,15 +25,38 @@ STEPS: Mapping[str, str] = {
 }
 
 
+#: What zero can be.
+ZEROS: Mapping[str, str] = {
+    "kill": "gms-launch sent SIGKILL",
+    "exit": "a rank's exit was seen; the fault is older",
+    "lock": "the shadow got the lock, before a rank's exit was seen; the fault is older",
+}
+#: A kill's own time, told by another process, counts only so shortly before the fault was seen (seconds).
+KILL_SEEN = 5.0
+
+
 @dataclass(frozen=True)
 class Failover:
-    """One failover. `steps` maps a step to seconds after the fault; a missing step has not happened."""
+    """One failover. `steps` maps a step to seconds after `time`, which is `zero`; a missing step has not happened.
+
+    `silence` is how long at most no token came through the frontend, in seconds; None when no look saw tokens before.
+    """
 
     time: float
     cause: str
     victim: tuple[int, int]
     promoted: tuple[int, int] | None = None
     steps: Mapping[str, float] = field(default_factory=dict)
+    zero: str = "exit"
+    silence: float | None = None
+
+    def killed_at(self, moment: float) -> Failover:
+        """The same from the moment of the kill that caused it, if that can be (another machine's clock may be off)."""
+        earlier = self.time - moment
+        if not 0 <= earlier <= KILL_SEEN:
+            return self
+        steps = {name: at + earlier for name, at in self.steps.items()}
+        return replace(self, time=moment, steps=steps, zero="kill")
 
     @property
     def complete(self) -> bool:
@@ -44,6 +68,8 @@ class Failover:
 
         return {
             "time": self.time,
+            "zero": self.zero,
+            "silence_at_most": None if self.silence is None else round(self.silence, 6),
             "cause": self.cause,
             "victim": life(self.victim),
             "promoted": life(self.promoted),
@@ -66,7 +92,7 @@ def fold(events: Iterable[EventRecord], nnodes: int = 1) -> list[Failover]:
         if event.kind in ("kill", "exit") and event.data.get("role") == "primary":
             known = next((b for b in found if b.victim == life), None)
             if known is None:
-                known = _Builder(event.time, event.detail, life, nnodes)
+                known = _Builder(event, nnodes)
                 found.append(known)
                 for earlier in since_lock[:-1]:
                     known.take(earlier)
@@ -81,15 +107,18 @@ def fold(events: Iterable[EventRecord], nnodes: int = 1) -> list[Failover]:
 class _Builder:
     """Collects the steps of one failover."""
 
-    def __init__(self, time: float, cause: str, victim: tuple[int, int], nnodes: int) -> None:
-        self.time, self.cause, self.victim = time, cause, victim
+    def __init__(self, sign: EventRecord, nnodes: int) -> None:
+        """`sign` is the first kill or exit of the victim."""
+        self.victim = (sign.cohort_id, sign.incarnation)
+        self._sign = sign
         self._nnodes = nnodes
-        self._steps: dict[str, float] = {}
+        self._at: dict[str, float] = {}
         self._promoted: tuple[int, int] | None = None
         self._nodes: dict[str, set[int]] = {"dead": set(), "fenced": set()}
+        self._token_before: float | None = None
 
     def step(self, name: str, time: float) -> None:
-        self._steps.setdefault(name, max(0.0, time - self.time))
+        self._at.setdefault(name, time)
 
     def take(self, event: EventRecord) -> None:
         life = (event.cohort_id, event.incarnation)
@@ -103,8 +132,17 @@ class _Builder:
             self.step("lock", event.time)
         elif life == self._promoted and event.kind in ("awake", "registered", "first_token"):
             self.step(event.kind, event.time)
+            before = event.data.get("token_after")
+            if event.kind == "first_token" and self._token_before is None and isinstance(before, (int, float)):
+                self._token_before = float(before)
         elif event.kind == "parked" and event.cohort_id == self.victim[0] and event.incarnation > self.victim[1]:
             self.step("rearmed", event.time)
 
     def build(self) -> Failover:
-        return Failover(self.time, self.cause, self.victim, self._promoted, self._steps)
+        zero, kind = self._sign.time, self._sign.kind
+        if (lock := self._at.get("lock", zero)) < zero:
+            zero, kind = lock, "lock"
+        steps = {name: max(0.0, at - zero) for name, at in self._at.items()}
+        token = self._at.get("first_token")
+        silence = None if token is None or self._token_before is None else max(0.0, token - self._token_before)
+        return Failover(zero, self._sign.detail, self.victim, self._promoted, steps, kind, silence)

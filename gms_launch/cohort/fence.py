@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gms_launch import clock
 from gms_launch.cohort import proc, process, strays
 from gms_launch.cohort.proc import ProcessId, Stat
 from gms_launch.gms import gpus, probe
@@ -59,7 +60,7 @@ def destroy(
     seen = {info.identity for info in proc.group(leader.pid)} | {leader}
     fds = [fd for who in seen if (fd := process.open_pidfd(who)) is not None]
     process.wait_gone(fds, max(0.0, deadline - time.monotonic()))
-    dead_at = time.time()
+    dead_at = clock.now()
 
     def look() -> list[Stat]:
         # The quick look first: what it finds may have the lock, and a shadow waits for that.
@@ -70,7 +71,7 @@ def destroy(
 
     found, left = process.kill_all(look, max(0.0, deadline - time.monotonic()))
     if found:
-        dead_at = time.time()
+        dead_at = clock.now()
     seen |= set(found)
     pids = {who.pid for who in seen}
     while (held := _sessions(sockets, pids)) and time.monotonic() < deadline:
@@ -78,7 +79,7 @@ def destroy(
     on_gpu: set[int] = set()
     while gpu_uuids and (on_gpu := gpus.pids_on(gpu_uuids) & pids) and time.monotonic() < deadline:
         time.sleep(0.005)  # NVML announces nothing
-    now = time.time()
+    now = clock.now()
     free_at = now if gpu_uuids and not on_gpu else 0.0
     return Fenced(
         dead_at,

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gms_launch import clock
+
 TAG_ENV = "GMS_LAUNCH_TAG"
 
 
@@ -183,7 +185,7 @@ def descendants(roots: Iterable[int]) -> list[Stat]:
 def describe(info: Stat) -> str:
     """A process for people: pid, command and since when."""
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - info.start / os.sysconf("SC_CLK_TCK")
-    since = time.strftime("%H:%M:%S", time.localtime(time.time() - age))
+    since = time.strftime("%H:%M:%S", time.localtime(clock.now() - age))
     return f"{info.pid} ({(command_line(info.pid) or info.comm)[:60]}, since {since})"
 
 

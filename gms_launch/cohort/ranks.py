@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gms_launch import clock
 from gms_launch.cohort import fence, proc, process
 from gms_launch.cohort.fence import Fenced
 from gms_launch.cohort.model import ALIVE, Phase, move
@@ -108,7 +108,7 @@ class Rank:
     def start(self, command: Command, output: Output, watcher: FileWatcher, loop: asyncio.AbstractEventLoop) -> None:
         """Start the process and watch it. Call on the main thread. Raises `OSError`."""
         self.child = process.spawn(f"cohort-{self.cohort_id}", command, self.tag, output)
-        self._move(Phase.STARTING, time.time())
+        self._move(Phase.STARTING, clock.now())
         loop.add_reader(self.child.pidfd, self._exited, loop)
         if self.node_rank == 0:
             self._follower = LogFollower(output.source)
@@ -134,14 +134,14 @@ class Rank:
     def stepped(self, step: Step) -> None:
         """It is at `step` of its start now."""
         if self.phase is Phase.STARTING and later(self.step, step):
-            self.step, self.step_since = step, time.time()
+            self.step, self.step_since = step, clock.now()
             self.on_event(self, "step", self.step_since, step.value)
 
     def woke(self) -> None:
         """The memory is mapped, and only registration is left."""
         if self.phase is Phase.WAKING and not self.awake:
             self.awake = True
-            self.on_event(self, "awake", time.time(), "")
+            self.on_event(self, "awake", clock.now(), "")
 
     def reached(self, phase: Phase, how: str = "") -> None:
         """The engine is in `phase` now. A signal that comes twice, or late, changes nothing.
@@ -151,7 +151,7 @@ class Rank:
         order = [Phase.STARTING, Phase.PARKED, Phase.WAKING, Phase.ACTIVE]
         if self.phase not in order or order.index(phase) <= order.index(self.phase):
             return
-        now = time.time()
+        now = clock.now()
         self._move(phase, now)
         if phase is Phase.PARKED:
             self.news.set()  # a good moment to look at it; later ones are not, while it takes over
@@ -194,7 +194,7 @@ class Rank:
         assert self.child is not None
         loop.remove_reader(self.child.pidfd)
         self._drop_parts(loop)
-        now = time.time()
+        now = clock.now()
         # First the rest of the group, then everything else: this is the fast path.
         process.kill_group(self.child.id)
         self.read_log()
@@ -220,7 +220,7 @@ class Rank:
         """From now on this life only ends. Remembers what it was."""
         if self.phase in ALIVE:
             self.role = "primary" if self.is_primary else "shadow" if self.phase is Phase.PARKED else "starting"
-            self._move(Phase.FAILING, time.time())
+            self._move(Phase.FAILING, clock.now())
             self._unwatch()
 
     async def destroy(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from gms_launch import clock
 from gms_launch.cohort import proc, process, strays
 from gms_launch.cohort.gates import Gates
 from gms_launch.cohort.hold import Around
@@ -175,14 +176,14 @@ class RankSet:
 
     def skip(self, cohort_id: int, incarnation: int, why: str) -> None:
         """Say that a life is dead on this node, where it never ran or ended with an earlier agent."""
-        record = RankRecord(cohort_id, self._node_rank, incarnation, Phase.FENCED, since=time.time(), exit=why)
+        record = RankRecord(cohort_id, self._node_rank, incarnation, Phase.FENCED, since=clock.now(), exit=why)
         self._skipped[cohort_id] = record
         self._put(record)
 
     def kill(self, cohort_id: int, reason: str) -> None:
         """Kill and fence this node's rank of a slot."""
         rank = self._by_slot[cohort_id]
-        now, role = time.time(), self._role(rank)
+        now, role = clock.now(), self._role(rank)
         gone = rank.local().gone
         if not gone:
             assert rank.child is not None
@@ -197,7 +198,7 @@ class RankSet:
     def kill_group_only(self, rank: Rank, reason: str) -> None:
         """SIGKILL a rank as a fault would, and leave it at that: a drill."""
         assert rank.child is not None
-        now, role = time.time(), self._role(rank)
+        now, role = clock.now(), self._role(rank)
         process.kill_group(rank.child.id)
         self._report.emit("kill", rank.cohort_id, rank.incarnation, reason, when=now, role=role)
 
@@ -334,7 +335,7 @@ class RankSet:
     def _hung(self, rank: Rank, why: str) -> None:
         """A rank that lives and is to be taken for dead."""
         rank.exit = why
-        self._noticed(rank, "hung", time.time(), why)
+        self._noticed(rank, "hung", clock.now(), why)
         self.kill(rank.cohort_id, why)
 
     def lock_holder(self) -> str:

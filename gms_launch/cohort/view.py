@@ -28,9 +28,23 @@ class Policy:
     activate: bool = False
 
 
+class Sightings:
+    """When the leader first saw each slot in its phase, by its own clock: the records' times are other nodes'."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, Phase, float]] = {}
+
+    def since(self, cohort_id: int, incarnation: int, phase: Phase, now: float) -> float:
+        """When that was seen first; `now` if it is new."""
+        known = self._seen.get(cohort_id)
+        if known is None or known[:2] != (incarnation, phase):
+            known = self._seen[cohort_id] = (incarnation, phase, now)
+        return known[2]
+
+
 @dataclass(frozen=True)
 class Slot:
-    """One cohort slot: the wanted life, what the records say of it, and when it got to its phase.
+    """One cohort slot: the wanted life, what the records say of it, and since when it was seen in its phase.
 
     `generation` counts the rolls that had been asked for when this life was started.
     """

@@ -156,9 +156,10 @@ class NodeRecord(Record):
     The leader judges it by `version`, `settings_digest`, `differences` (settings that are others than its own, for
     people), `model` and `clock_skew` (seconds ahead of its clock, 0 when not surely off). `stopping` begins the agent's
     end; `stopped` comes last, with what it could not kill in `left`. One that `failed` says so with its `exit_code`.
-    `gms_epoch` is the one that its servers are of. `writing`: what is wrong with its directories, or was lost there;
-    `strays`: processes of dead lives that would not die; `internal_errors`: errors of the agent's own that the run
-    outlived. `word_port` is where it hears from other nodes (UDP; 0: nowhere).
+    `clock` is its `clock.OFFSET`; `gms_epoch` the one that its servers are of. `writing`: what is wrong with its
+    directories, or was lost there; `strays`: processes of dead lives that would not die; `internal_errors`: errors of
+    the agent's own that the run outlived. `word_port` is where it hears from other nodes (UDP; 0:
+    nowhere).
     """
 
     node_rank: int
@@ -187,6 +188,7 @@ class NodeRecord(Record):
     internal_errors: int = 0
     model: ModelStamp = ModelStamp()
     word_port: int = 0
+    clock: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gms_launch import __version__
+from gms_launch import __version__, clock
 from gms_launch.cohort import proc
 from gms_launch.control.mirror import Mirror
 from gms_launch.control.records import CommandRecord, EventRecord, ModelStamp, NodeRecord, RunRecord
@@ -56,7 +55,7 @@ class Reporter:
         self.lease = 0
         self.model = ModelStamp()
         self.word_port = 0
-        self.started = time.time()
+        self.started = clock.now()
         self.errors = 0
         self._places: dict[str, Place] = {}
 
@@ -91,7 +90,7 @@ class Reporter:
         **data: Any,
     ) -> None:
         """Record an event that happened at `when` (Unix seconds; now when not given)."""
-        now = time.time() if when is None else when
+        now = clock.now() if when is None else when
         event = EventRecord(now, self._node_rank, kind, cohort_id, incarnation, detail, data)
         self._serial += 1
         self._to_journal(event)
@@ -170,6 +169,7 @@ class Reporter:
             clock_skew=layout.clock_skew,
             model=self.model,
             word_port=self.word_port,
+            clock=clock.OFFSET,
         )
 
     def lease_known(self) -> None:

@@ -12,7 +12,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gms_launch.cohort.failover import STEPS, Failover
+from gms_launch.cohort import proc
+from gms_launch.cohort.failover import STEPS, ZEROS, Failover
 from gms_launch.cohort.model import Redundancy
 from gms_launch.control.records import EventRecord
 from gms_launch.observe import progress
@@ -45,9 +46,16 @@ def age(since: float, now: float) -> str:
     return f"{seconds}s"
 
 
+def _now(shot: Snapshot) -> float:
+    """Now by the clock that the run's times are of, if one of its agents is on this machine."""
+    here = proc.boot_id()
+    own = next((n.clock for n in shot.nodes if n.boot_id == here and n.clock), None)
+    return time.time() if own is None else time.monotonic() + own
+
+
 def status(shot: Snapshot, now: float | None = None) -> RenderableType:
     """The whole state of a run."""
-    moment = time.time() if now is None else now
+    moment = _now(shot) if now is None else now
     head = Text.assemble(
         ("run ", "dim"),
         (shot.run, "bold"),
@@ -159,7 +167,15 @@ def failover(found: Failover) -> RenderableType:
     for step, meaning in sorted(STEPS.items(), key=lambda item: found.steps.get(item[0], float("inf"))):
         at = f"{found.steps[step] * 1000:.1f} ms" if step in found.steps else "-"
         table.add_row(step, at, meaning)
-    return Group(head, table)
+    silence = "not known: no look at the frontend saw tokens before"
+    if found.silence is not None:
+        silence = (
+            f"at most {found.silence:.1f} s without a token (the frontend's counter is looked at every few seconds)"
+        )
+    elif "first_token" not in found.steps:
+        silence = "no token yet"
+    foot = Text.assemble(("0 ms: ", "dim"), ZEROS[found.zero], ("\nclients: ", "dim"), silence)
+    return Group(head, table, foot)
 
 
 def events(found: Sequence[EventRecord]) -> RenderableType:

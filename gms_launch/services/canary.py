@@ -25,7 +25,7 @@ class TokenClock:
     """When tokens last came. Times are seconds of one clock.
 
     `interval`: without a token for so long, one is asked for. `timeout`: without one for so long, although asked for,
-    the engine hangs.
+    the engine hangs. `after`: the last token came after that moment, the last look but one that saw tokens.
     """
 
     interval: float
@@ -33,12 +33,15 @@ class TokenClock:
     since: float
     count: float | None = None
     failed: int = 0
+    looked: float | None = None
+    after: float | None = None
 
     def counted(self, tokens: float | None, now: float) -> None:
         """The frontend has passed on so many tokens in all; None when it does not count."""
         if tokens is not None and tokens != self.count:
             self.token(now)
-        self.count = tokens
+            self.after = self.looked
+        self.count, self.looked = tokens, now
 
     def token(self, now: float) -> None:
         self.since, self.failed = now, 0
@@ -53,7 +56,10 @@ class TokenClock:
 
 
 class Canary:
-    """Watches one primary at a time. `hung` is what the controller is shown: the life, and why."""
+    """Watches one primary at a time. `hung` is what the controller is shown: the life, and why.
+
+    `token_after`: the last token that was seen came after that moment (monotonic seconds).
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._where = (layout.frontend_address, layout.ports.frontend)
@@ -61,6 +67,7 @@ class Canary:
         self._interval, self._timeout = layout.settings.canary_interval, layout.settings.canary_timeout
         self._names = (f"gms-launch-canary-{k}" for k in itertools.count())
         self.hung: dict[tuple[int, int], str] = {}
+        self.token_after: float | None = None
 
     async def watch(self, life: tuple[int, int]) -> None:
         """Return when the life hangs, having said so in `hung`. Cancelled when it ends or another serves."""
@@ -75,6 +82,7 @@ class Canary:
                 clock.token(time.monotonic())  # the frontend is away: that says nothing of the engine
             else:
                 clock.counted(counted[0] if counted else None, time.monotonic())
+                self.token_after = clock.after or self.token_after
             if asking is not None and asking.done():
                 reason, asking = asking.result(), None
                 if reason:

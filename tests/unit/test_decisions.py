@@ -397,3 +397,10 @@ def test_who_is_cut_off_is_dead_before_the_others_go_on(ttl: float) -> None:
     # And etcd, which counts from when the last renewal came, is not done before the node is, which counts from before.
     assert terms.granted(ttl) >= terms.silence(ttl)
     assert terms.silence(ttl) <= 2 * ttl, "node_wait may be two leases"
+
+
+def test_how_long_no_token_came_is_known_to_a_look() -> None:
+    clock = TokenClock(5.0, 30.0, 0.0)
+    for now, tokens in ((1.0, 7.0), (2.0, 7.0), (3.0, 9.0), (4.0, 9.0)):
+        clock.counted(tokens, now)
+    assert clock.after == 2.0, "the last token came between the looks at 2 and at 3"

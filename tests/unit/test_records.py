@@ -137,6 +137,39 @@ def test_a_size_that_a_gms_server_does_not_tell_is_null_and_not_shown() -> None:
     assert GetRuntimeStateResponse("RO").allocated_bytes is None, "upstream's answer has no such field"
 
 
+def test_zero_is_the_earliest_sign_of_the_fault() -> None:
+    killed_outside = [
+        event(1.0, "lock", 0, 1),
+        event(10.0, "lock", 1, 1),
+        event(10.04, "awake", 1, 1),
+        event(10.2, "exit", 0, 1, role="primary"),
+        event(10.3, "dead", 0, 1),
+        event(10.5, "first_token", 1, 1, token_after=7.5),
+    ]
+    (found,) = fold(killed_outside)
+    assert (found.zero, found.time) == ("lock", 10.0), "it had the lock before the death was seen: nothing is cut to 0"
+    assert {k: round(v, 3) for k, v in found.steps.items()} == {
+        "detected": 0.2,
+        "dead": 0.3,
+        "lock": 0.0,
+        "awake": 0.04,
+        "first_token": 0.5,
+    }
+    assert found.silence == 3.0 and found.to_json()["silence_at_most"] == 3.0
+    direct = found.killed_at(9.9)
+    assert (direct.zero, direct.time) == ("kill", 9.9) and round(direct.steps["first_token"], 3) == 0.6
+    for impossible in (10.1, 3.0, 9.9 - 3600):
+        assert found.killed_at(impossible) is found, "the clock of whoever killed is another one"
+    seen_first = [*killed_outside[:1], event(9.9, "exit", 0, 1, role="primary"), *killed_outside[1:3]]
+    (found,) = fold(seen_first)
+    assert (found.zero, found.silence) == ("exit", None) and found.to_json()["silence_at_most"] is None
+    (found,) = fold([*killed_outside[:1], event(9.8, "kill", 0, 1, role="primary"), *killed_outside[1:]])
+    assert found.zero == "kill" and round(found.steps["detected"], 3) == 0.4
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(views.failover(found))
+    assert "0 ms: gms-launch sent SIGKILL" in console.export_text()
+
+
 def event(time: float, kind: str, cohort: int, life: int, node: int = 0, **data: object) -> EventRecord:
     return EventRecord(time, node, kind, cohort, life, data=data)
 
