@@ -1,7 +1,7 @@
 """GMS wire protocol: messages and framing, compatible with upstream's `gpu_memory_service`.
 
 A frame is a 4-byte big-endian length and a MessagePack map whose `type` names the message; names and fields are
-upstream's (common/protocol/messages.py and wire.py, releases 1.1 to 1.6, with the sealed layouts of 1.5 and newer). A
+upstream's (common/protocol/messages.py and wire.py, releases 1.1 to 1.6, and the sealed layouts of its newest). A
 descriptor rides along by SCM_RIGHTS with the frame it belongs to. Unknown fields are ignored in both directions, so
 either side may be newer. Not spoken: V1 (snapshots), and the persistent allocations of unreleased branches.
 """
