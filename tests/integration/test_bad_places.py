@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from gms_launch.cohort import proc
+from gms_launch.nodedir import user_root
 from tests.support import Deployment, complete, eventually, gms_launch
 
 MIB = 2**20
@@ -195,8 +197,14 @@ class Apart(Deployment):
 
     def __init__(self, home: Path, model: Path, size: str, *extra: str) -> None:
         super().__init__(home, model, *extra)
+        # Ports are reserved in /dev/shm too, and that with everybody on this machine.
+        ports, held = user_root() / "ports", home.parent / "ports"
+        held.mkdir()
+        ports.mkdir(parents=True, exist_ok=True)
+        steps = [f"mount --bind {ports} {held}", f"mount -t tmpfs -o mode=1777,size={size} none /dev/shm"]
+        steps += [f"mkdir -m 700 {user_root()} {ports}", f"mount --bind {held} {ports}", "echo ok"]
         self._holder = subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o mode=1777,size={size} none /dev/shm && echo ok; cat"],
+            ["unshare", "-m", "sh", "-c", " && ".join(steps) + "; cat"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -251,12 +259,13 @@ def test_an_agent_without_a_descriptor_left_outlives_it_and_says_so(tmp_path: Pa
         limits = resource.prlimit(agent, resource.RLIMIT_NOFILE)
         resource.prlimit(agent, resource.RLIMIT_NOFILE, (3, limits[1]))
         os.kill(shadow["pid"], signal.SIGKILL)
-        for _ in range(20):  # nothing can be told meanwhile, but requests are answered
+        eventually(lambda: (found := proc.stat(shadow["pid"])) is None or found.dead)
+        for _ in range(50):  # nothing can be told meanwhile, but requests are answered
             assert run.text() == before
         resource.prlimit(agent, resource.RLIMIT_NOFILE, limits)
-        after = run.wait_full(60.0)
-        assert after["primary"] == status["primary"], "the primary was not touched"
-        assert after["nodes"][0]["internal_errors"] >= 1
+        eventually(lambda: run.status()["nodes"][0]["internal_errors"], 60.0, "it is told")
+        eventually(lambda: run.cohort(1 - status["primary"])["incarnation"] == 2, 60.0, "the shadow is started again")
+        assert run.wait_full()["primary"] == status["primary"], "the primary was not touched"
         assert "internal errors" in run.cli("status").stdout
         assert run.text() == before
 
