@@ -220,6 +220,8 @@ class Session:
             if self._sent > sent:
                 continue
             answer = await self._loop.run_in_executor(None, reach, self._layout.etcd_endpoints, LOOK_AHEAD * 0.9)
+            if await self._has_ended(f"the leader does not answer ({answer})"):
+                return
             limit = {"refused": max(2 * ttl, REFUSED_WAIT), "silent": wait}.get(answer, ttl)
             if time.monotonic() - self._sent < limit:
                 await self._silence(self._sent, min(limit, time.monotonic() - self._sent + LOOK_AHEAD))
@@ -232,20 +234,26 @@ class Session:
                 self._member.cut_off(why)
             while self.is_cut_off and time.monotonic() < self._sent + wait:
                 await self._silence(self._sent, min(wait, time.monotonic() - self._sent + END_LOOK))
-                if self.is_cut_off and (end := await self._loop.run_in_executor(None, self._end_of_run)) is not None:
-                    self._member.give_up(by_code(end.exit_code or 1, f"{why}, and the run has ended: {end.reason}"))
+                if self.is_cut_off and await self._has_ended(why):
                     return
             if self.is_cut_off:
                 self._member.give_up(DeadlineError(f"{why}, and not for {wait:g} s (node_wait) either"))
                 return
 
-    def _end_of_run(self) -> RunFile | None:
-        """What run.json says of the end of this very run; None when it has not ended, or cannot be read. Blocks."""
-        try:
-            run = within(PATIENCE, self._layout.run_dir.read, None)
-        except NoContactError:
+    async def _has_ended(self, why: str) -> bool:
+        """Give up when run.json says that this very run has ended: the leader could tell nobody through etcd."""
+
+        def look() -> RunFile | None:
+            with contextlib.suppress(NoContactError):
+                return within(PATIENCE, self._layout.run_dir.read, None)
             return None
-        return run if run is not None and run.attempt == self._layout.attempt and run.ended is not None else None
+
+        run = await self._loop.run_in_executor(None, look)
+        if run is None or run.attempt != self._layout.attempt or run.ended is None:
+            return False
+        reason = f": {run.reason}" if run.reason else ""
+        self._member.give_up(by_code(run.exit_code or 1, f"{why}, and by run.json the run has ended{reason}"))
+        return True
 
     async def _silence(self, since: float, seconds: float) -> None:
         """Wait until `seconds` after the renewal sent at `since`, or until a newer one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -96,3 +97,22 @@ def test_a_shared_home_in_trouble_changes_no_failover(small_home_lab: Lab, model
         assert verb("down").returncode == 0
         assert run.run_file()["exit_code"] == 0, "now that it can be, it is recorded"
         assert run.left() == {}
+
+
+def test_an_etcd_that_cannot_come_back_ends_the_run_everywhere_and_is_told(lab: Lab, model: Path) -> None:
+    """Nobody can be told through etcd then: the other nodes read it in run.json, long before node_wait is over."""
+    flags = ("--service-timeout=5", "--node-wait=300")
+    with LabRun(lab, model, *flags, nodes=lab.names[:2]) as run:
+        leader = lab.node("node1")
+        assert leader.init is not None
+        data = Path(f"/proc/{leader.init.pid}/root{run.run_file()['node_dir']}") / "etcd" / "member"
+        (etcd,) = run.tagged("etcd")
+        shutil.rmtree(data / "wal")  # which it cannot start without
+        (data / "wal").write_text("")
+        os.kill(etcd.pid, signal.SIGKILL)
+        end = eventually(lambda: (found := run.run_file())["ended"] and found, 40.0, "run.json tells the end")
+        assert end["exit_code"] == 1 and "etcd could not be brought back" in end["reason"]
+        run.wait_gone(40.0)
+        assert all(code != 0 for code in run.exit_codes())
+        waited = run.cli("wait")
+        assert waited.returncode == 1 and "etcd could not be brought back" in waited.stderr
