@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 
+from tests import documents
 from tests.support import Deployment, eventually, free_port
 
 FILE = """
@@ -53,3 +55,22 @@ def test_an_engine_described_in_a_file_fails_over(tmp_path: Path, model: Path, p
         after = run.wait_full()
         assert after["primary"] != found["primary"]
         assert after["cohorts"][found["primary"]]["incarnation"] == 2
+
+
+def test_an_engine_that_names_no_model_is_told_that_nothing_serves_it(tmp_path: Path, model: Path) -> None:
+    """The sample engine of docs/engines.md without its register_model: it is in discovery and no request gets there."""
+    files = {t.reason: t.text for t in documents.blocks() if t.mark == "file"}
+    code, calls = re.subn(r"    await llm\.register_model\(.*", "    pass", files["sample_engine.py"])
+    assert calls == 1
+    (tmp_path / "engine.py").write_text(code)
+    (tmp_path / "engine.toml").write_text(
+        files["sample_engine.toml"].replace("sample_engine.py", f"{tmp_path}/engine.py")
+    )
+    extra = ["--engine", "command", "--engine-file", str(tmp_path / "engine.toml"), "--promotion-timeout", "4"]
+    run = Deployment(tmp_path / "home", model, *extra)
+    try:
+        done = run.up()
+        assert done.returncode != 0
+        assert "no token within 4 s of the lock (promotion_timeout): nothing serves tiny" in done.stderr, done.stderr
+    finally:
+        run.__exit__()
