@@ -35,7 +35,7 @@ def test_every_step_is_a_line_and_the_next_start_says_how_long_it_took(tmp_path:
             assert any(re.search(r"parked [\d.]+ s after its start", line) for line in mine)
         first = [line for line in said if line.startswith("cohort 0: ")]
         assert any("; weights" in line for line in first), first
-        assert any(re.search(r"weights took .* GiB are mapped|warm-up took", line) for line in first), first
+        assert any(re.search(r"weights took|warm-up took", line) for line in first), first
         assert any("first token" in line for line in said if line.startswith("cohort "))
         shown = run.status()
         assert shown["starting"] is False and shown["missing_nodes"] == []
