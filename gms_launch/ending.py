@@ -142,6 +142,7 @@ async def _until(agent: Agent, done: Callable[[], bool], deadline: float) -> Non
 async def _clear(agent: Agent, left: str) -> None:
     """The last process of ours, the guard, and the files, which tell of something to be swept while they are there."""
     await agent.dismiss_guard()
+    await agent.ranks.cleared(LAST_STEPS)
     if not left:
         agent.layout.node_dir.remove()
 

@@ -23,6 +23,8 @@ OWN = ("agent.lock", KEPT_IN, "run.json", "credentials.json", "failover-*.lock")
 #: sockaddr_un holds 107 bytes and a terminator; the longest name is gms_GPU-<36>_kv_cache.sock.
 SOCKET_NAME_MAX = len("gms_GPU-" + "0" * 36 + "_kv_cache.sock")
 SOCKET_PATH_MAX = 107
+#: Engines make sockets in their temporary directory: vLLM's are named by a UUID, multiprocessing's have 31 bytes.
+SCRATCH_NAME_MAX = 36
 
 
 class NodeDir:
@@ -48,6 +50,13 @@ class NodeDir:
                 f"GMS sockets in {self.gms} would have paths of {longest} bytes, and the kernel takes "
                 f"{SOCKET_PATH_MAX}; "
                 "choose a shorter --gms-socket-dir or --run"
+            )
+
+        longest = len(os.fsencode(self.scratch(9, 99999))) + 1 + SCRATCH_NAME_MAX
+        if longest > SOCKET_PATH_MAX:
+            raise UsageError(
+                f"engines' sockets under {self.path} would have paths of {longest} bytes, and the kernel takes "
+                f"{SOCKET_PATH_MAX}; choose a shorter --run"
             )
 
     def create(self) -> None:
@@ -80,6 +89,14 @@ class NodeDir:
 
     def pgid_file(self, cohort_id: int) -> Path:
         return self.path / f"engine-{cohort_id}.pgid"
+
+    def scratch(self, cohort_id: int, incarnation: int) -> Path:
+        """Temporary files and sockets of one life (TMPDIR): made when it is started, removed when it is fenced."""
+        return self.path / "tmp" / f"{cohort_id}.{incarnation}"
+
+    def make_scratch(self, cohort_id: int, incarnation: int) -> None:
+        """Raises `OSError`."""
+        self.scratch(cohort_id, incarnation).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def gate(self, cohort_id: int) -> Path:
         """The lock of one cohort alone (--activation agent)."""

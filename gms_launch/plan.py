@@ -240,6 +240,7 @@ class Layout:
                 pp=self.settings.pp,
                 interface=self.settings.interface,
                 cache_dir=self.cache_dir,
+                scratch_dir=self.node_dir.scratch(cohort_id, incarnation),
                 extra_ports={name: numbers[cohort_id] for name, numbers in self.ports.extra.items()},
             )
         )

@@ -44,6 +44,10 @@ class Ports:
         return self.master_base + COHORT_STRIDE * cohort_id + (incarnation - 1) % INCARNATION_STEPS
 
 
+#: How many files of dead reservations are looked at when a new one is made.
+CLEARED = 500
+
+
 class _Chooser:
     """Hands out ports, none of them twice."""
 
@@ -143,24 +147,59 @@ class Reservation:
         # Another network namespace has ports of its own, and may share this directory.
         self._network = os.stat("/proc/self/ns/net").st_ino
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._clear()
 
     def free(self, port: int) -> bool:
         """True when `port` is free and now reserved for us."""
         if port in self._held:
             return True
-        fd = os.open(self._directory / f"{port}-{self._network}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
+        path = self._directory / f"{port}-{self._network}"
+        while (fd := _locked(path, os.O_CREAT)) is not None and not _is_at(fd, path):
+            os.close(fd)  # whoever had it has just removed it
+        if fd is None:
             return False
         if not is_free(self._address, port):
-            os.close(fd)
+            _let_go(fd, path)
             return False
         self._held[port] = fd
         return True
 
     def close(self) -> None:
-        for fd in self._held.values():
-            os.close(fd)
+        for port, fd in self._held.items():
+            _let_go(fd, self._directory / f"{port}-{self._network}")
         self._held.clear()
+
+    def _clear(self) -> None:
+        """Remove what was left by those who were killed: files that nobody has locked."""
+        for path in list(self._directory.iterdir())[:CLEARED]:
+            if (fd := _locked(path)) is not None:
+                _let_go(fd, path)
+
+
+def _locked(path: Path, flags: int = 0) -> int | None:
+    """The file, locked by us; None when it is another's, or is not there."""
+    try:
+        fd = os.open(path, flags | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """True while `path` is the file that we have open: one that was removed locks nobody out."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _let_go(fd: int, path: Path) -> None:
+    """Remove a file that we have locked, while we have it, and let go of it."""
+    if _is_at(fd, path):
+        path.unlink(missing_ok=True)
+    os.close(fd)

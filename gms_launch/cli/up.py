@@ -63,6 +63,7 @@ def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> N
         reporter.failed(exc)
         raise
     finally:
+        reservation.close()
         reporter.close()
 
 

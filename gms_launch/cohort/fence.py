@@ -24,7 +24,8 @@ class Fenced:
     """The outcome. Times are Unix seconds; `strays` (named) had left their group; descent, tag or lock showed them.
 
     `leftovers` are pids that would not die, with `names` for people, `sessions` GMS sockets that still list one of the
-    dead, `on_gpu` pids that NVML still lists. `gpu_free_at` is 0 without GPUs.
+    dead, `on_gpu` pids that NVML still lists. `gpu_free_at` is 0 without GPUs. `pids` are all that
+    were killed.
     """
 
     dead_at: float
@@ -35,6 +36,7 @@ class Fenced:
     sessions: tuple[str, ...] = ()
     on_gpu: tuple[int, ...] = ()
     gpu_free_at: float = 0.0
+    pids: frozenset[int] = frozenset()
 
     @property
     def proved(self) -> bool:
@@ -90,6 +92,7 @@ def destroy(
         sessions=tuple(held),
         on_gpu=tuple(sorted(on_gpu)),
         gpu_free_at=free_at,
+        pids=frozenset(pids),
     )
 
 

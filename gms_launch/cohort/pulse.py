@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gms_launch.cohort import proc
+from gms_launch.cohort import proc, scratch
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.proc import ProcessId
 from gms_launch.engines import signals
@@ -29,13 +29,16 @@ STOPPED = "T"
 class Look:
     """What was seen of a rank: its signs (leader ranks only), the KV memory's state, its stopped processes.
 
-    `vital` are the processes without which it is dead.
+    `vital` are the processes without which it is dead; `members` all pids of its group; `shared` the segments of shared
+    memory that they have mapped, in looks in which that was asked for.
     """
 
     signals: Signals | None = None
     kv_session: bool = False
     stopped: tuple[int, ...] = ()
     vital: tuple[ProcessId, ...] = ()
+    members: frozenset[int] = frozenset()
+    shared: frozenset[scratch.Segment] = frozenset()
 
 
 @dataclass
@@ -95,15 +98,18 @@ class Feeler:
         self._looks += 1
         found = [info for who in self._members if (info := proc.stat(who.pid)) is not None and info.start == who.start]
         stopped = tuple(info.pid for info in found if info.state == STOPPED)
+        members = frozenset(who.pid for who in self._members)
+        # Reading a process's mappings holds up the process: when they are made, and then more and more seldom.
+        shared = scratch.mapped(members) if fresh or self._looks & (self._looks - 1) == 0 else frozenset()
         if not self.port:
-            return Look(stopped=stopped, vital=self._vital)
+            return Look(stopped=stopped, vital=self._vital, members=members, shared=shared)
         health = self._ask(phase)
         holds = not active and any(
             (info := proc.stat(pid)) is not None and info.pgid == self.leader.pid
             for pid in proc.flock_holders(str(self.lock))
         )
         mapped = holds and all(map(_has_writer, kv_sockets))
-        return Look(Signals(health, holds, registered=active), mapped, stopped, self._vital)
+        return Look(Signals(health, holds, registered=active), mapped, stopped, self._vital, members, shared)
 
     def _ask(self, phase: Phase) -> Health:
         """What the system port says. Of an engine that starts /health is asked for in the looks 1, 2, 4, 8 and so on.

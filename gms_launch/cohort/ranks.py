@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gms_launch import clock
-from gms_launch.cohort import fence, proc, process
+from gms_launch.cohort import fence, proc, process, scratch
 from gms_launch.cohort.fence import Fenced
 from gms_launch.cohort.model import ALIVE, Phase, move
 from gms_launch.cohort.proc import ProcessId, flock_holders, stat
@@ -33,6 +33,7 @@ FENCE_TIMEOUT = 30.0
 class Rank:
     """One life of a cohort's rank on this node. Times are Unix seconds.
 
+    `began` is when it was started; `pids` and `segments` are processes and shared memory that were seen of it.
     `last` is how long each step took at the last start like this one (seconds). `stopping`: its end is wanted, so its
     exit is no news. `on_event(rank, kind, time, detail)` gets: step, parked, lock, awake, registered, hung, exit, dead,
     fenced, unfenced.
@@ -56,6 +57,9 @@ class Rank:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     stopping: bool = False
     awake: bool = False
+    began: float = 0.0
+    pids: frozenset[int] = frozenset()
+    segments: frozenset[scratch.Segment] = frozenset()
     step: Step = Step.IMPORTS
     step_since: float = 0.0
     last: Mapping[str, float] = field(default_factory=dict)
@@ -107,6 +111,7 @@ class Rank:
 
     def start(self, command: Command, output: Output, watcher: FileWatcher, loop: asyncio.AbstractEventLoop) -> None:
         """Start the process and watch it. Call on the main thread. Raises `OSError`."""
+        self.began = scratch.file_time()
         self.child = process.spawn(f"cohort-{self.cohort_id}", command, self.tag, output)
         self._move(Phase.STARTING, clock.now())
         loop.add_reader(self.child.pidfd, self._exited, loop)
@@ -206,6 +211,8 @@ class Rank:
 
     def felt(self, look: Look) -> None:
         """Take in what was asked for and not heard: the log comes first, and may say nothing."""
+        self.pids |= look.members
+        self.segments |= look.shared
         if self.phase not in ALIVE or look.signals is None:
             return
         self.read_log()
@@ -243,6 +250,7 @@ class Rank:
         strays = f"found outside the group: {', '.join(done.strays)}" if done.strays else ""
         self.on_event(self, "dead", done.dead_at, strays)
         self.leftovers, self.left = done.leftovers, done.names
+        self.pids |= done.pids
         if done.proved:
             # Reaped only now: until then nobody else can get this pid, and the group can be named by it.
             loop.remove_reader(self.child.pidfd)

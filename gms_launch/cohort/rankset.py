@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from gms_launch import clock
-from gms_launch.cohort import proc, process, strays
+from gms_launch.cohort import proc, process, scratch, strays
 from gms_launch.cohort.gates import Gates
 from gms_launch.cohort.hold import Around
 from gms_launch.cohort.holds import Holds
@@ -71,6 +71,7 @@ class RankSet:
         self._gates, self._spawn, self._on_event, self._on_end = gates, spawn, on_event, on_end
         self._node_rank = layout.topology.node_rank
         self.keeper = ""
+        self._clearer = scratch.Clearer()
         self._skipped: dict[int, RankRecord] = {}
         self._by_slot: dict[int, Rank] = {}
         self._registered = Registrations()
@@ -121,6 +122,7 @@ class RankSet:
         )
         command = self._layout.rank_command(cohort_id, incarnation, desire.master_port, desire.engine_args)
         try:
+            self._layout.node_dir.make_scratch(cohort_id, incarnation)
             rank.start(command, self._writer.output(rank.log), files, loop)
         except OSError as exc:
             # No process, no memory, no descriptor left: a life that failed, and the controller's to try again.
@@ -286,6 +288,7 @@ class RankSet:
             self._writer.hasten()
         elif kind == "fenced":
             self._writer.not_here(self._layout.node_dir.pgid_file(rank.cohort_id))
+            self._clear_up(rank)
         self._on_event(rank, kind, detail)
 
     def instances(self, found: dict[str, bytes]) -> None:
@@ -337,6 +340,23 @@ class RankSet:
         rank.exit = why
         self._noticed(rank, "hung", clock.now(), why)
         self.kill(rank.cohort_id, why)
+
+    def _clear_up(self, rank: Rank) -> None:
+        """Remove what a life that is proved dead left on this node; what cannot be removed is told, and no more."""
+        loop = asyncio.get_running_loop()
+        others = [r.segments for r in self._by_slot.values() if r is not rank and r.phase in ALIVE]
+        place = self._layout.node_dir.scratch(*rank.life)
+        litter = scratch.Litter(place, rank.began, rank.pids, rank.segments, frozenset().union(*others))
+
+        def wrong(text: str) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the agent has ended
+                loop.call_soon_threadsafe(self._report.emit, "left_behind", *rank.life, text)
+
+        self._clearer.begin(litter, wrong)
+
+    async def cleared(self, seconds: float) -> None:
+        """Wait until what dead lives left is removed, no longer than that."""
+        await asyncio.get_running_loop().run_in_executor(None, self._clearer.wait, seconds)
 
     def lock_holder(self) -> str:
         """Which of this node's ranks the kernel shows as holding the lock, or what else keeps it; empty for none."""

@@ -82,6 +82,7 @@ class RankSpec:
     lock_path: Path
     plane: DynamoPlane
     cache_dir: Path
+    scratch_dir: Path
     engine_args: tuple[str, ...] = ()
     gms_memory: str = "host"
     pp: int = 1

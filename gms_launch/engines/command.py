@@ -31,7 +31,7 @@ from gms_launch.gms.devices import CUDA_ORDER
 PLACEHOLDERS = (
     *("python", "model", "served_model_name", "tp", "pp", "local_ranks", "nnodes", "node_rank", "cohort_id"),
     *("incarnation", "leader_address", "address", "namespace", "master_port", "system_port", "nixl_port", "vllm_port"),
-    *("gms_dir", "lock_path", "gms_memory", "cache_dir"),
+    *("gms_dir", "lock_path", "gms_memory", "cache_dir", "scratch_dir"),
 )
 _PHASES = {"parked": Phase.PARKED, "waking": Phase.WAKING, "active": Phase.ACTIVE}
 
@@ -87,6 +87,7 @@ class CommandEngine:
         if spec.node_rank == 0:
             env |= spec.plane.environment()
         env |= {"ENGINE_ID": str(spec.cohort_id), "GMS_SOCKET_DIR": str(spec.gms_dir)}
+        env |= {"TMPDIR": str(spec.scratch_dir)}
         env |= {"FAILOVER_LOCK_PATH": str(spec.lock_path)}
         env |= {name: value.format_map(known) for name, value in self.file.environment.items()}
         return Command((*(word.format_map(known) for word in argv), *spec.engine_args), env)

@@ -66,6 +66,7 @@ def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:
         "DYN_VLLM_GMS_SHADOW_MODE": "true",
         "GMS_SOCKET_DIR": str(spec.gms_dir),
         "FAILOVER_LOCK_PATH": str(spec.lock_path),
+        "TMPDIR": str(spec.scratch_dir),
         # What an agent's environment may carry and would change a rank's place, its health or its loader.
         **dict.fromkeys(("DYN_VLLM_HEADLESS", "DYN_GMS_USE_V1", "DYN_SNAPSHOT_CONTROL_DIR", "DYN_ENDPOINT")),
         **dict.fromkeys(("DYN_HEALTH_CHECK_ENABLED", "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS")),

@@ -105,6 +105,7 @@ class VllmEngine(dynamo.Spoken):
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(spec.nixl_port),
             "VLLM_NIXL_SIDE_CHANNEL_HOST": spec.plane.address,
             "VLLM_PORT": str(spec.vllm_port),
+            "VLLM_RPC_BASE_PATH": str(spec.scratch_dir),
             "VLLM_HOST_IP": spec.plane.address,
         }
         # A relaunched engine finds what the first compiled: a cold cache doubled a peer's time to be re-armed.

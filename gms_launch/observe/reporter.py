@@ -27,7 +27,9 @@ log = logging.getLogger("agent")
 
 #: Events that somebody should look at; everything else is as it should be.
 LEVELS = {
-    **dict.fromkeys(("exit", "hung", "cut_off", "lease_lost", "rolled_back", "gms_restart"), logging.WARNING),
+    **dict.fromkeys(
+        ("left_behind", "exit", "hung", "cut_off", "lease_lost", "rolled_back", "gms_restart"), logging.WARNING
+    ),
     **dict.fromkeys(("service_exited", "service_killed", "service_restarted"), logging.WARNING),
     **dict.fromkeys(("unfenced", "given_up", "service_failed"), logging.ERROR),
 }

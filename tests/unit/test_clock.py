@@ -16,6 +16,7 @@ from gms_launch.cohort.view import Sightings
 ROOT = Path(gms_launch.__file__).parent
 #: Modules that may, and what for. An agent's deadlines, durations and records are not among it.
 MAY = {
+    "cohort/scratch.py": "compared with file times",
     "clock.py": "the offset, once",
     "control/gateway.py": "how far two machines' clocks are apart",
     "rendezvous.py": "an end in run.json is of this start or of an earlier one",

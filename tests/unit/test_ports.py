@@ -54,3 +54,26 @@ def test_a_port_that_somebody_listens_on_is_not_free() -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         assert not ports.is_free("127.0.0.1", listener.getsockname()[1])
+
+
+def test_reservations_leave_no_files(tmp_path: Path) -> None:
+    first, port = ports.Reservation(tmp_path, "127.0.0.1"), free_port()
+    assert first.free(port)
+    assert len(list(tmp_path.iterdir())) == 1
+    second = ports.Reservation(tmp_path, "127.0.0.1")
+    assert not second.free(port), "what another holds is not cleared away"
+    first.close()
+    assert list(tmp_path.iterdir()) == []
+    assert second.free(port)
+    second.close()
+    (tmp_path / "12345-1").touch()  # of one that was killed
+    ports.Reservation(tmp_path, "127.0.0.1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use_leaves_no_file(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert not ports.Reservation(tmp_path, "127.0.0.1").free(taken.getsockname()[1])
+    assert list(tmp_path.iterdir()) == []

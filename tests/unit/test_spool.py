@@ -176,6 +176,7 @@ ALLOWED = {
     "spool/output.py": "gives memory back; the copy goes through spool/files",
     "spool/writer.py": "rotation, in the writer's thread",
     "observe/starts.py": "what starts took: in a thread of its own, that nobody waits for",
+    "cohort/scratch.py": "removes what dead lives left, in a thread of its own that nobody waits for",
     "rundir.py": "a start's directory, before anything runs; `down`, which tells its errors",
     "nodedir.py": "a start's directory in memory; its removal at the end",
     "ports.py": "a start's reservations, before anything runs",

@@ -32,6 +32,8 @@ class Knobs:
     `dying_gib` of address space, one small file mapped again and again, are taken apart when a leader rank dies (about
     40 ms a GiB). It lets go of the lock at once and is seen dead only then, as an engine that gives back GPU memory.
 
+    With `litter` it leaves files, sockets and shared memory behind, as vLLM does (`litter`).
+
     `stray` is one of `lock.STRAYS`.
 
     `fault` is a list of `cohort.incarnation:point=kind` with commas between; `*` stands for any number.
@@ -47,6 +49,7 @@ class Knobs:
     fault: str = ""
     stray: str = ""
     dying_gib: int = 0
+    litter: bool = False
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Knobs:
@@ -60,6 +63,7 @@ class Knobs:
             metrics=environ.get("REFERENCE_METRICS", "1") == "1",
             fault=environ.get("REFERENCE_FAULT", ""),
             stray=environ.get("REFERENCE_STRAY", ""),
+            litter=environ.get("REFERENCE_LITTER", "") == "1",
             dying_gib=int(environ.get("REFERENCE_DYING_GIB", "0")),
         )
 

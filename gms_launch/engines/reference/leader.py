@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from gms_launch.engines.reference import answer, lock
+from gms_launch.engines.reference import answer, litter, lock
 from gms_launch.engines.reference.args import EngineConfig, InjectedError
 from gms_launch.engines.reference.batch import Batch
 from gms_launch.engines.reference.group import Leader
@@ -119,6 +119,7 @@ async def run(config: EngineConfig) -> None:
     host = config.master_addr if several else "127.0.0.1"
     port = await group.listen(host, config.master_port)
     workers = Workers(config, host, port)
+    kept = litter.leave() if config.knobs.litter else None
     watching = loop.create_task(_watch(workers, config.knobs.monitor_seconds))
     await group.everybody()
     await group.all(op="load")
@@ -175,6 +176,7 @@ async def run(config: EngineConfig) -> None:
         keeper.communicate()
     else:
         os.close(lock_fd)
+    del kept
 
 
 async def _watch(workers: Workers, monitor_seconds: float) -> None:
