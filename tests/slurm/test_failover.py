@@ -105,19 +105,21 @@ def test_with_the_fast_path_both_are_over_in_a_moment(lab: Lab, model: Path) -> 
 
 
 def test_a_stray_that_holds_the_lock_is_found_and_promotion_goes_on(lab: Lab, model: Path) -> None:
-    with LabRun(lab, model, REFERENCE_STRAY="1") as run:
+    """Setsid, double fork, empty environment, the lock's descriptor: and a rank of the primary dies on another node."""
+    with LabRun(lab, model, REFERENCE_STRAY="hard") as run:
         before = run.text()
         primary = run.status()["primary"]
-        ranks = run.tagged(primary, 1, 0)
-        groups = [i.pgid for i in ranks]
-        stray = next(i for i in ranks if groups.count(i.pgid) == 1 and i.session == i.pid)
-        assert proc.alive(stray.identity)
-        done = run.cli("kill-primary")
-        assert done.returncode == 0, done.stderr
-        assert not proc.alive(stray.identity)
+        mark = f"stray-of-{run.run}/"
+        (stray,) = [i for pid in proc.pids() if mark in proc.command_line(pid) and (i := proc.stat(pid)) is not None]
+        assert proc.alive(stray.identity) and proc.tag_of(stray.pid) is None
+        run.kill_rank(primary, 2)
+        eventually(lambda: run.text() == before)
+        eventually(lambda: not proc.alive(stray.identity))
         assert any("found outside the group" in e["detail"] for e in run.events("dead"))
-        assert run.text() == before
         run.wait_full()
+        done = run.cli("down")
+        assert done.returncode == 0 and done.stdout.count("nothing of it is alive") == 3, done.stdout + done.stderr
+        assert not [pid for pid in proc.pids() if mark in proc.command_line(pid)], "nor is the next primary's stray"
 
 
 def test_several_shadows_and_several_gpus_a_node(lab: Lab, model: Path) -> None:
