@@ -3,8 +3,8 @@
 The child's standard output is a memfd. No file system is behind it: a write to it never waits, is never refused for a
 full disk or a full /dev/shm, and needs nobody who reads, so that a stopped agent stops no engine (a pipe would). The
 kernel announces every write (inotify), which is how phases are seen. What has been copied is given back by punching
-holes, all but the tail that error messages quote; what cannot be copied is kept up to `BACKLOG` and then dropped from
-its beginning. Not for the agent's own words: those go to `Writer.append`.
+holes, all but the tail that error messages quote; what cannot be copied is kept up to a bound and then dropped from its
+beginning. Not for the agent's own words: those go to `Writer.append`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from gms_launch.spool import files
 
 #: What is kept of a log that is copied, for error messages (bytes).
 TAIL = 256 * 1024
-#: What is kept of a log that cannot be copied (bytes).
-BACKLOG = 4 * 1024 * 1024
 #: Copied at once (bytes).
 CHUNK = 1024 * 1024
 PAGE = 4096
@@ -77,12 +75,12 @@ class Output:
                 self._give_back(self._copied - TAIL)
         return True
 
-    def bound(self) -> None:
-        """Drop the oldest of what waits for a disk, beyond `BACKLOG`. Never blocks."""
+    def bound(self, most: int) -> None:
+        """Drop the oldest of what waits for a disk, beyond `most` bytes. Never blocks."""
         with self._lock:
             if self._closed:
                 return
-            least = os.fstat(self.fd).st_size - BACKLOG
+            least = os.fstat(self.fd).st_size - most
             if least > self._copied:
                 self.dropped += least - self._copied
                 self._untold += least - self._copied

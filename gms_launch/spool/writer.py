@@ -34,6 +34,9 @@ LOOK = 10.0
 SLOW = 3.0
 #: Journal and log lines that wait for the disk (bytes).
 BACKLOG = 4 * 1024 * 1024
+#: What is kept of a log that cannot be copied, and of one that is copied and grows faster than that (bytes).
+LOG_BACKLOG = 4 * 1024 * 1024
+LOG_BURST = 32 * 1024 * 1024
 #: Outputs of ended processes that wait for the disk.
 ENDED = 16
 #: Logs of dead lives that are kept for each component.
@@ -124,19 +127,24 @@ class Writer:
 
     def tick(self) -> None:
         """Keep what waits within bounds, whatever the thread is stuck in. To be called every second or so."""
+        in_trouble = bool(self._state) or self._stuck
         for output in list(self._outputs):
-            output.bound()
+            output.bound(LOG_BACKLOG if in_trouble else LOG_BURST)
         for path, text in list(self._here.items()):
             self.here(path, text)
         if not self._here:
             self._here_state = ""
 
+    @property
+    def _stuck(self) -> bool:
+        since = self._busy_since
+        return bool(since) and time.monotonic() - since > SLOW
+
     def places(self) -> tuple[Place, ...]:
         """How it is with the run directory and the node directory, as far as there is something to tell."""
         with self._condition:
-            stuck = bool(self._busy_since) and time.monotonic() - self._busy_since > SLOW
             lost = self._dropped_bytes + sum(o.dropped for o in self._outputs)
-            state = "slow" if stuck else self._state
+            state = "slow" if self._stuck else self._state
             found = (
                 Place("run directory", str(self._directory), state, self._dropped, lost),
                 Place("node directory", str(self._node_dir), self._here_state),

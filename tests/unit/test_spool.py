@@ -84,16 +84,17 @@ def test_what_waits_is_bounded_and_the_oldest_goes_first(
     writer: Writer, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writers, "BACKLOG", 100)
-    monkeypatch.setattr(outputs, "BACKLOG", 8192)
+    monkeypatch.setattr(writers, "LOG_BACKLOG", 8192)
     monkeypatch.setattr(outputs, "TAIL", 0)
     cohort = writer.output(run_dir / "logs" / "cohort-0.1.log")
     shutil.rmtree(run_dir)
     for number in range(100):
         writer.append(run_dir / "events.jsonl", b"%09d\n" % number)
     say(cohort, "x" * 20000, "the end")
+    eventually(lambda: state(writer) == "gone")
     writer.tick()
     assert cohort.waiting == 8192 and os.fstat(cohort.fd).st_blocks * 512 <= 3 * 4096
-    eventually(lambda: state(writer) == "gone" and writer.places()[0].dropped == 90)
+    eventually(lambda: writer.places()[0].dropped == 90)
     assert writer.places()[0].dropped_bytes == 20009 - 8192
     assert (cohort.kept() or "").endswith("x\nthe end\n")
     (run_dir / "logs").mkdir(parents=True)
