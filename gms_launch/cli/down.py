@@ -26,7 +26,7 @@ from gms_launch.observe import contact
 from gms_launch.rundir import NodeEnd, RunDir, RunFile
 from gms_launch.spool.files import trouble
 from gms_launch.spool.reading import PATIENCE
-from gms_launch.transport import Target, gms_launch, run_on
+from gms_launch.transport import Target, gms_launch, run_on, slurm
 
 POLL = 0.05
 
@@ -51,6 +51,12 @@ def main(run: str | None, timeout: float) -> None:
         alive = "nothing of it is alive" if proof.by_agent else "nothing with its tag or its lock is alive"
         state = alive if proof.clean else "NOT PROVED"
         print(f"  node {proof.node_rank} {proof.host}: {state}" + (f" ({proof.detail})" if proof.detail else ""))
+    job = found.slurm_job
+    if job and os.environ.get("SLURM_JOB_ID") != job and slurm.still_running(job):
+        print(
+            f"Slurm job {job} still holds its nodes: what the run was started by (srun, a script, salloc) has not "
+            f"ended, or was killed; `scancel {job}` gives them back"
+        )
     print(f"logs: {directory.logs}")
     if wrong:
         print(wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 
 from gms_launch.errors import NoContactError
@@ -36,3 +37,22 @@ def run(job: str, host: str, argv: Sequence[str], timeout: float) -> Done:
     if done.returncode and not done.stdout and "srun: error" in done.stderr:
         raise NoContactError(f"srun into job {job} on {host}: {done.stderr.strip()}")
     return Done(done.returncode, done.stdout, done.stderr, "srun")
+
+
+def still_running(job: str, patience: float = 3.0) -> bool:
+    """True when a job holds its nodes, and does so for `patience` seconds; False too when Slurm does not say.
+
+    What started a run in its job ends a moment after the run, and the job with it.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            asked = ["squeue", "-h", "-j", job, "-o", "%T"]
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=patience, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        if done.stdout.strip() != "RUNNING":
+            return False
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.2)  # Slurm announces nothing to those who are not in the job

@@ -109,9 +109,12 @@ def test_both_processes_of_srun_killed(lab: Lab, model: Path) -> None:
         os.killpg(run.processes[0].pid, signal.SIGKILL)
         run.processes[0].wait(10)
         assert before and run.text() == before
-        assert run.cli("down").returncode == 0
+        down = run.cli("down")
+        assert down.returncode == 0
+        # The allocation stays, since nobody is there to give it back.
+        assert f"Slurm job {job_id} still holds its nodes" in down.stdout and f"`scancel {job_id}`" in down.stdout
         assert run.left() == {}
-        lab.run(["scancel", job_id])  # the allocation stays, since nobody is there to give it back
+        lab.run(["scancel", job_id])
 
 
 def test_the_epilog_says_what_went_wrong_and_runs_root_s_program_only(tmp_path: Path) -> None:
