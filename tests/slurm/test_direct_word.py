@@ -45,8 +45,8 @@ def test_a_life_ends_everywhere_while_etcd_is_frozen(bare_lab: Lab, model: Path)
 
 def kill_all(found: list[proc.Stat]) -> None:
     assert found
-    for info in found:
-        os.kill(info.pid, signal.SIGKILL)
+    for group in {info.pgid for info in found}:
+        os.killpg(group, signal.SIGKILL)
 
 
 def test_a_failover_while_the_leaders_agent_stands_still(bare_lab: Lab, model: Path) -> None:
