@@ -239,7 +239,7 @@ def test_hosts_that_cannot_be_reached_are_named_and_nothing_is_started(lab: Lab,
 def test_an_agent_that_fails_on_one_host_is_named_and_the_others_stop(lab: Lab, model: Path, ssh_home: Path) -> None:
     run = by_ssh(lab, model, ssh_home, "node[1-3]", "--virtual-gpus=1", "--tp=6")
     assert run.exit_codes() == [2]
-    assert "6 GPUs over 3 nodes are 2 on this node; it has 1" in run.output()
+    assert "tp 6 (from --tp) over 3 nodes is 2 GPUs on each; this node has 1" in run.output()
     assert not run.tagged()
 
 
@@ -260,6 +260,6 @@ def test_down_by_ssh_clears_nodes_whose_agents_are_dead(lab: Lab, model: Path, s
         assert set(run.left()) == {"node1", "node2", "node3"}, "files"
         down = lab.run(["gms-launch", "down", "--run", run.run], env={"HOME": str(ssh_home)})
         assert down.returncode == 0, down.stdout + down.stderr
-        assert down.stdout.count("nothing of it is alive") == 3
+        assert down.stdout.count("nothing with its tag or its lock is alive") == 3, "no agent is left to say more"
         assert run.left() == {}
         run.processes[0].send_signal(signal.SIGCONT)
