@@ -12,6 +12,7 @@ from importlib import metadata
 
 from gms_launch import ports, topology
 from gms_launch.cli.plan import layout
+from gms_launch.cohort import listener
 from gms_launch.config import Settings
 from gms_launch.engines import installed
 from gms_launch.errors import LaunchError
@@ -125,10 +126,18 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         layout(settings).node_dir.check()
         return f"{user_root()}, {free >> 20} MiB free"
 
+    def in_flight() -> str:
+        if not settings.migration_limit:
+            return "end with their engine (migration_limit 0)"
+        if why := listener.refused():
+            return f"{why}: a dead engine's port is bound instead, and requests of that moment may be lost"
+        return f"move to the next engine, at most {settings.migration_limit} times"
+
     check("topology", place)
     check("model", model)
     check("engine", engine)
     check("frontend", lambda: modules("dynamo.frontend"))
+    check("requests in flight", in_flight)
     check("driver", driver)
     check("gms", gms_devices)
     if checks[-1][1] and layout(settings).gms_memory == "cuda":

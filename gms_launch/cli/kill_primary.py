@@ -29,6 +29,8 @@ from gms_launch.transport import Target, gms_launch, run_on
 POLL = 0.02
 #: A journal that does not tell by then may not be written: etcd is asked, and again after so long (seconds).
 LATE = 1.0
+#: How long after the first token what became of the requests is waited for (seconds).
+COUNTED = 5.0
 
 
 def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool) -> None:
@@ -143,10 +145,11 @@ def kill_group(pid: int, start: int) -> None:
 
 
 def follow(news: journal.Tail, directory: RunDir, found: RunFile, victim: tuple[int, int], timeout: float) -> Failover:
-    """Wait until the failover of `victim` has ended in a token from somebody else."""
+    """Wait until the failover of `victim` has ended in a token from somebody else, and its requests were counted."""
     begun = time.monotonic()
     deadline, look = begun + timeout, begun + LATE
     events: list[EventRecord] = []
+    served, served_at = None, 0.0
     while True:
         fresh = news.new()
         events += fresh
@@ -155,7 +158,10 @@ def follow(news: journal.Tail, directory: RunDir, found: RunFile, victim: tuple[
             told, look = history.events(directory, found), time.monotonic() + LATE
         for failover in fold(told, found.nnodes) if fresh or told is not events else ():
             if failover.victim == victim and "first_token" in failover.steps:
-                return failover
+                served = failover
+                served_at = served_at or time.monotonic()
+        if served is not None and (served.over or time.monotonic() > served_at + COUNTED):
+            return served
         if time.monotonic() > deadline:
             raise DeadlineError(
                 f"cohort {victim[0]} was killed, and no other cohort served a token within {timeout:g} s; "

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gms_launch.control.records import EventRecord
 
 #: The steps in the order they are expected, and what each means.
 STEPS: Mapping[str, str] = {
     "detected": "a rank's exit was seen",
+    "held": "requests for the dead one wait and are not refused",
     "dead": "no process of the cohort is alive on any node",
     "lock": "the shadow has the lock",
     "awake": "weights and KV are mapped",
     "registered": "the shadow is in discovery, or says that it serves",
+    "released": "those that waited are sent on to the shadow",
     "first_token": "a token came through the frontend",
     "fenced": "proved dead on every node",
     "rearmed": "a fresh shadow is parked in the dead slot",
@@ -40,6 +43,8 @@ class Failover:
     """One failover. `steps` maps a step to seconds after `time`, which is `zero`; a missing step has not happened.
 
     `silence` is how long at most no token came through the frontend, in seconds; None when no look saw tokens before.
+    `held` connections waited for the shadow; the frontend `moved` requests so often and `lost` so many meanwhile (None:
+    not known, or not yet). `over` when nothing is held any more, or never was.
     """
 
     time: float
@@ -49,6 +54,15 @@ class Failover:
     steps: Mapping[str, float] = field(default_factory=dict)
     zero: str = "exit"
     silence: float | None = None
+    held: int | None = None
+    moved: int | None = None
+    lost: int | None = None
+    over: bool = True
+
+    @property
+    def gap(self) -> float | None:
+        """Seconds from zero to the first token after it: so long did every stream stand still."""
+        return self.steps.get("first_token")
 
     def killed_at(self, moment: float) -> Failover:
         """The same from the moment of the kill that caused it, if that can be (another machine's clock may be off)."""
@@ -74,6 +88,7 @@ class Failover:
             "victim": life(self.victim),
             "promoted": life(self.promoted),
             "complete": self.complete,
+            "requests": {"held": self.held, "moved": self.moved, "lost": self.lost, "gap": self.gap},
             "steps": {k: round(self.steps[k], 6) for k in STEPS if k in self.steps},
         }
 
@@ -116,6 +131,7 @@ class _Builder:
         self._promoted: tuple[int, int] | None = None
         self._nodes: dict[str, set[int]] = {"dead": set(), "fenced": set()}
         self._token_before: float | None = None
+        self._counted: Mapping[str, Any] = {}
 
     def step(self, name: str, time: float) -> None:
         self._at.setdefault(name, time)
@@ -127,6 +143,11 @@ class _Builder:
             self._nodes[event.kind].add(event.node_rank)
             if len(self._nodes[event.kind]) == self._nnodes:
                 self.step(event.kind, event.time)
+        elif life == self.victim and event.kind in ("held", "released"):
+            if event.kind == "held" or event.data.get("moved"):
+                self.step(event.kind, event.time)
+        elif life == self.victim and event.kind == "hold_over":
+            self._counted = event.data
         elif event.kind == "lock" and self._promoted is None and life != self.victim:
             self._promoted = life
             self.step("lock", event.time)
@@ -145,4 +166,17 @@ class _Builder:
         steps = {name: max(0.0, at - zero) for name, at in self._at.items()}
         token = self._at.get("first_token")
         silence = None if token is None or self._token_before is None else max(0.0, token - self._token_before)
-        return Failover(zero, self._sign.detail, self.victim, self._promoted, steps, kind, silence)
+        counted = self._counted
+        return Failover(
+            zero,
+            self._sign.detail,
+            self.victim,
+            self._promoted,
+            steps,
+            kind,
+            silence,
+            held=counted.get("connections"),
+            moved=counted.get("moves"),
+            lost=counted.get("lost"),
+            over="held" not in steps or bool(counted),
+        )

@@ -72,7 +72,10 @@ class _Held:
 
 
 class Holds:
-    """All that is held on a node. `around` says how things stand for a dead life, `revoke` ends its leases."""
+    """All that is held on a node. `around` says how things stand for a dead life, `revoke` ends its leases.
+
+    `count` asks the frontend how many requests have moved and failed so far; it may block.
+    """
 
     def __init__(
         self,
@@ -81,8 +84,11 @@ class Holds:
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         around: Callable[[Life], Around],
         revoke: Callable[[Life], Awaitable[None]],
+        count: Callable[[], tuple[float, float] | None],
     ) -> None:
         self.on = on
+        self._count_now = count
+        self._moved: float | None = None
         self._report, self._spawn, self._around, self._revoke = report, spawn, around, revoke
         self._armed: dict[Life, socket.socket] = {}
         self._where: dict[Life, tuple[str, int]] = {}
@@ -107,6 +113,8 @@ class Holds:
             return
         if life in self._where and not self._stopping:
             self._armed[life] = found
+            if not self._held:
+                self._moved = (await self._count() or (None,))[0]
             self._report.emit("hold_armed", *life, f"{where[0]}:{where[1]}")
         else:
             found.close()  # it was quicker to die
@@ -142,6 +150,7 @@ class Holds:
             await self._revoke(life)
             return
         held = self._held[life] = _Held(life, armed, begun)
+        counting = asyncio.ensure_future(self._count())
         armed.setblocking(False)  # whose own that was does not mind any more
         try:
             self._report.emit("held", *life, f"connections to {where[0]}:{where[1]} wait")
@@ -154,9 +163,23 @@ class Holds:
             if held.released is None:
                 count = held.turn_away()
                 self._report.emit("released", *life, f"given up: {verdict.why}", connections=count, moved=False)
+            await self._tell(held, await counting)
         finally:
+            counting.cancel()
             held.close()
             del self._held[life]
+
+    async def _count(self) -> tuple[float, float] | None:
+        return await asyncio.get_running_loop().run_in_executor(None, self._count_now)
+
+    async def _tell(self, held: _Held, before: tuple[float, float] | None) -> None:
+        """Say what became of the requests, as far as the frontend knows; None where it does not, or was restarted."""
+        now = await self._count()
+        moved = None if now is None or self._moved is None or now[0] < self._moved else int(now[0] - self._moved)
+        lost = None if now is None or before is None or now[1] < before[1] else int(now[1] - before[1])
+        self._moved = None if now is None else now[0]
+        text = f"{held.turned_away} connections in all; moves: {_known(moved)}, requests lost: {_known(lost)}"
+        self._report.emit("hold_over", *held.life, text, connections=held.turned_away, moves=moved, lost=lost)
 
     def _judge(self, life: Life, begun: float, held: _Held | None = None, since: float = 0.0) -> hold.Verdict:
         around = replace(self._around(life), begun=begun, now=time.monotonic(), stopping=self._stopping)
@@ -206,3 +229,7 @@ class Holds:
                 await asyncio.sleep(0.002)
         log.warning("port %d of a dead engine could not be bound within %g s", where[1], BIND_TRIES)
         return None
+
+
+def _known(count: int | None) -> str:
+    return "not known" if count is None else str(count)

@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from gms_launch import clock
@@ -35,6 +36,7 @@ from gms_launch.observe.gms import GmsWatch
 from gms_launch.observe.reporter import Reporter
 from gms_launch.observe.starts import Starts
 from gms_launch.plan import Layout
+from gms_launch.services import frontend
 from gms_launch.spool.writer import Writer
 
 log = logging.getLogger("agent")
@@ -79,7 +81,8 @@ class RankSet:
         self._ended: set[tuple[int, int]] = set()
         self._waking: dict[tuple[int, int], float] = {}
         on = bool(layout.settings.migration_limit)
-        self.holds = Holds(on, report, spawn, self._around, self._revoke)
+        count = partial(frontend.moves, layout.frontend_address, layout.ports.frontend)
+        self.holds = Holds(on, report, spawn, self._around, self._revoke, count)
         self.starts = Starts(layout.cache_dir / "starts.json", layout.kind_of_start)
         self.starts.load()
 

@@ -175,7 +175,17 @@ def failover(found: Failover) -> RenderableType:
     elif "first_token" not in found.steps:
         silence = "no token yet"
     foot = Text.assemble(("0 ms: ", "dim"), ZEROS[found.zero], ("\nclients: ", "dim"), silence)
-    return Group(head, table, foot)
+    return Group(head, table, foot, *([Text(said)] if (said := requests(found)) else []))
+
+
+def requests(found: Failover) -> str:
+    """What became of the requests in flight, in words; empty when nothing was held."""
+    if found.held is None:
+        return ""
+    moved = "an unknown number of" if found.moved is None else str(found.moved)
+    lost = "not known" if found.lost is None else str(found.lost)
+    gap = "" if found.gap is None else f"; longest gap {found.gap * 1000:.0f} ms"
+    return f"requests: {found.held} connections held, {moved} moves to another engine, lost: {lost}{gap}"
 
 
 def events(found: Sequence[EventRecord]) -> RenderableType:

@@ -69,6 +69,26 @@ def traffic(address: str, port: int) -> tuple[float, float] | None:
     return (found.get(_TRAFFIC[0], 0.0), found.get(_TRAFFIC[1], 0.0)) if found else None
 
 
+def moves(address: str, port: int) -> tuple[float, float] | None:
+    """How often requests have moved to another engine, and how many have failed for no fault of whoever asked.
+
+    None when nobody answers. Names as in Dynamo 1.2 to 1.6.
+    """
+    moved = failed = 0.0
+    try:
+        text = _get(address, port, "/metrics")
+    except NotReadyError:
+        return None
+    for line in text.splitlines():
+        if line.startswith("dynamo_frontend_model_migration_total{"):
+            moved += float(line.rpartition("}")[2])
+        elif line.startswith("dynamo_frontend_requests_total{") and 'status="error"' in line:
+            failed += 0.0 if any(f'error_type="{kind}"' in line for kind in _ASKERS) else float(line.rpartition("}")[2])
+    return moved, failed
+
+
+#: Kinds of errors that are the asker's own doing.
+_ASKERS = ("validation", "cancelled", "not_implemented")
 _TRAFFIC = ("dynamo_frontend_output_tokens_total", "dynamo_frontend_inflight_requests")
 
 
