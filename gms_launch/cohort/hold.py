@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 #: For how long nobody has knocked when all frontends have seen the successor (seconds).
-QUIET = 0.5
+QUIET = 1.0
 #: How long the frontends have from the successor's registration on, before the socket is closed anyway (seconds).
 TURNING = 30.0
 
