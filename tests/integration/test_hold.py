@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from gms_launch.cohort import proc
+from tests import no_getfd, support
 from tests.load import Load
 from tests.support import Deployment, eventually
 
@@ -64,5 +67,66 @@ def test_streams_go_on_when_a_part_of_the_primary_dies(run: Deployment) -> None:
     whole(run, kill_worker)
 
 
-def test_streams_go_on_over_kill_primary(run: Deployment) -> None:
-    whole(run, lambda _: run.cli("kill-primary"))
+def test_streams_go_on_over_kill_primary_which_tells_of_them(run: Deployment) -> None:
+    said: list[dict[str, Any]] = []
+
+    def kill(_: dict[str, Any]) -> None:
+        done = run.cli("kill-primary", "--json")
+        assert done.returncode == 0, done.stderr
+        said.append(json.loads(done.stdout))
+
+    whole(run, kill)
+    (failover,) = said
+    counted, steps = failover["requests"], failover["steps"]
+    assert counted["held"] > 0 and counted["moved"] > 0 and counted["lost"] == 0, counted
+    assert counted["gap"] == pytest.approx(steps["first_token"], abs=0.001)
+    assert steps["held"] < steps["released"]
+    assert steps["registered"] < steps["released"]
+
+
+def test_streams_of_a_primary_that_hangs_go_on_when_it_is_killed(tmp_path: Path, model: Path) -> None:
+    flags = ("--health-interval", "0.3", "--health-timeout", "4")
+    with Deployment(tmp_path / "home", model, *flags, **SLOW_TOKENS) as run:
+        whole(run, lambda cohort: os.kill(cohort["ranks"][0]["pid"], signal.SIGSTOP))
+        assert [e for e in run.events("hung") if "has been stopped" in e["detail"] or "no answer" in e["detail"]]
+
+
+def test_a_promotion_that_fails_and_a_cold_start_are_waited_for(tmp_path: Path, model: Path) -> None:
+    """The only shadow dies when it wakes: until one of the slots is up again, nobody could take the requests."""
+    flags = ("--hold-cold-start", "40", "--restart-backoff", "0.2")
+    with Deployment(tmp_path / "home", model, *flags, REFERENCE_FAULT="1.1:waking=crash", **SLOW_TOKENS) as run:
+        assert primary(run)["cohort_id"] == 0
+        whole(run, kill_group)
+        failed = [e for e in run.events("exit") if (e["cohort_id"], e["incarnation"]) == (1, 1)]
+        assert failed and run.events("held")[0]["time"] < failed[0]["time"] < run.events("released")[0]["time"]
+
+
+def test_without_the_hold_what_is_in_flight_is_lost(tmp_path: Path, model: Path) -> None:
+    """What the tests above would see if nothing was held."""
+    with Deployment(tmp_path / "home", model, "--migration-limit", "0", **SLOW_TOKENS) as plain:
+        found = plain.wait_full()
+        with Load(plain.run_file["frontend_url"], streams=12, unary=4, tokens=80) as load:
+            load.wait_busy()
+            kill_group(found["cohorts"][found["primary"]])
+            eventually(lambda: plain.status()["primary"] == 1 - found["primary"])
+            eventually(plain.text)
+        assert load.lost and not load.wrong
+        assert not plain.events("held") and not plain.events("hold_armed")
+        assert plain.events("lease_revoked")
+
+
+def test_where_no_descriptor_may_be_taken_it_is_told_and_new_requests_wait_all_the_same(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = [sys.executable, str(Path(no_getfd.__file__)), *support.GMS_LAUNCH]
+    monkeypatch.setattr(support, "GMS_LAUNCH", program)
+    with Deployment(tmp_path / "home", model, **SLOW_TOKENS) as run:
+        found = run.wait_full()
+        before = run.text()
+        (refused,) = eventually(lambda: run.events("hold_refused"))
+        assert "Operation not permitted" in refused["detail"]
+        said = support.gms_launch("doctor", *run.flags, env=run.env)
+        assert "pidfd_getfd" in said.stdout and "port is bound instead" in said.stdout
+        kill_group(found["cohorts"][found["primary"]])
+        eventually(lambda: run.events("released"))
+        assert run.events("held") and eventually(run.text) == before
