@@ -2,10 +2,10 @@
 
 While the primary lives, its agent has a second descriptor of the socket that it takes requests on, and does nothing
 with it (`listener`). When the primary dies the kernel goes on completing connections there, so that nobody is refused:
-the frontends wait (`HOLD`) instead of failing. Once the successor is registered the dead lease is revoked and whoever
-waits is turned away (`TURN_AWAY`), which makes a frontend move the request on, with the tokens that it has. One that
-has not heard of the successor yet comes back, and is turned away again; so all frontends, however many there are, have
-seen it when nobody has come for a while. Then the socket is closed (`CLOSE`).
+the frontends wait (`HOLD`) instead of failing. Once the successor is registered whoever waits is turned away
+(`TURN_AWAY`), which makes a frontend move the request on, with the tokens that it has; a moment later the dead lease is
+revoked. One that has not heard of the successor yet comes back, and is turned away again; so all frontends, however
+many there are, have seen it when nobody has come for a while. Then the socket is closed (`CLOSE`).
 """
 
 from __future__ import annotations

@@ -30,6 +30,10 @@ KEPT = 2048
 #: Pause before those that came back are turned away again: the first, and the longest (seconds). A frontend that has
 #: not heard of the successor yet spends one of its tries each time.
 TURN_PAUSE, TURN_PAUSE_MAX = 0.01, 0.16
+#: From the successor's registration to the end of the dead one's lease (seconds). A frontend that hears of both at once
+#: drops the dead engine before its router knows the new one, and what it is about to send is lost in between: it tries
+#: the dropped one again, as often as it may, within a millisecond.
+APART = 0.3
 #: How long a dead process may take to let go of its port, where that is bound anew (seconds).
 BIND_TRIES = 0.3
 
@@ -45,6 +49,7 @@ class _Held:
     turned_away: int = 0
     knocked: float = 0.0
     released: float | None = None
+    ended: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def take_in(self) -> None:
@@ -155,11 +160,11 @@ class Holds:
         try:
             self._report.emit("held", *life, f"connections to {where[0]}:{where[1]} wait")
             verdict = await self._wait(held, judge)
-            await self._revoke(life)
             while verdict.act is Act.TURN_AWAY:
                 verdict = await self._turn_away(held, judge)
                 if verdict.act is Act.HOLD:  # the successor has died in its turn
                     verdict = await self._wait(held, judge)
+            await self._end_lease(held)
             if held.released is None:
                 count = held.turn_away()
                 self._report.emit("released", *life, f"given up: {verdict.why}", connections=count, moved=False)
@@ -168,6 +173,11 @@ class Holds:
             counting.cancel()
             held.close()
             del self._held[life]
+
+    async def _end_lease(self, held: _Held) -> None:
+        if not held.ended:
+            held.ended = True
+            await self._revoke(held.life)
 
     async def _count(self) -> tuple[float, float] | None:
         return await asyncio.get_running_loop().run_in_executor(None, self._count_now)
@@ -216,6 +226,8 @@ class Holds:
         while (verdict := judge(held=held, since=since)).act is Act.TURN_AWAY:
             await asyncio.sleep(pause)  # no event tells that the frontends have heard; who has not comes back
             held.turn_away()
+            if time.monotonic() - since >= APART:
+                await self._end_lease(held)
             pause = min(2 * pause, TURN_PAUSE_MAX)
         return verdict
 
