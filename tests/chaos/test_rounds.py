@@ -20,8 +20,8 @@ def test_a_few_rounds_of_chaos(model: Path) -> None:
     seed = int(time.time())
     print(f"seed {seed}")
     rng = random.Random(seed)
-    with Lab(3, slurm=False) as lab, LabRun(lab, model, *chaos.FLAGS).hand() as run:
+    with Lab(3, slurm=False) as lab, LabRun(lab, model, *chaos.FLAGS, **chaos.ENVIRON).hand() as run:
         done = chaos.rounds(run, chaos.plan(len(KINDS), rng, KINDS), rng)
     assert {r["kind"] for r in done} == set(KINDS)
-    felt = {"both_cohorts", "during_promotion", "primary_one_process", "kill_agent"}
+    felt = {"both_cohorts", "kill_agent"}  # where nobody can take over; elsewhere not one may be lost
     assert all(r["failed"] for r in done if r["kind"] in felt), done
