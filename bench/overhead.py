@@ -23,8 +23,8 @@ from typing import Any
 
 from bench.bare import BareStack, complete
 from bench.failover import Launched, percentile
-from gms_launch.cohort import proc
 from gms_launch.engines.reference.demo_model import make
+from gms_launch.process import proc
 
 TICK = os.sysconf("SC_CLK_TCK")
 

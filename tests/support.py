@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gms_launch.cohort import proc, process
+from gms_launch.process import lifecycle, proc
 
 T = TypeVar("T")
 GMS_LAUNCH = [sys.executable, "-m", "gms_launch"]
@@ -133,7 +133,7 @@ class Deployment:
 
     def __exit__(self, *_: object) -> None:
         gms_launch("down", "--run", self.run, env=self.env)
-        assert process.kill_tagged(self.run, 10.0) == []
+        assert lifecycle.kill_tagged(self.run, 10.0) == []
 
     def cli(self, verb: str, *args: str) -> subprocess.CompletedProcess[str]:
         return gms_launch(verb, "--run", self.run, *args, env=self.env)

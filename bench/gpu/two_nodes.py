@@ -23,9 +23,9 @@ from typing import Any
 from bench.bare import complete, free_port, wait_for_text
 from bench.failover import STEPS, summary
 from bench.gpu.failover import make_model
-from gms_launch import topology
-from gms_launch.cohort import proc
 from gms_launch.gms import gpus
+from gms_launch.process import proc
+from gms_launch.run import topology
 
 RUN = "two"
 

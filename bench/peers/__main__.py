@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.failover import summary
-from gms_launch.cohort import proc
 from gms_launch.engines.reference.demo_model import make
+from gms_launch.process import proc
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
 from tests.support import complete

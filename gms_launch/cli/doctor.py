@@ -10,18 +10,18 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 
-from gms_launch import ports, topology
 from gms_launch.cli.plan import layout
-from gms_launch.cohort import listener
-from gms_launch.config import Settings
 from gms_launch.engines import installed
 from gms_launch.errors import LaunchError
 from gms_launch.gms import gpus
 from gms_launch.gms.devices import CUDA_ORDER
-from gms_launch.nodedir import LOCAL_ROOT, private_directory, user_root
-from gms_launch.plan import check_model
-from gms_launch.rundir import home
+from gms_launch.process import listener
+from gms_launch.run import ports, topology
+from gms_launch.run.nodedir import LOCAL_ROOT, private_directory, user_root
+from gms_launch.run.plan import check_model
+from gms_launch.run.rundir import home
 from gms_launch.services.base import find_binary
+from gms_launch.settings.resolve import Settings
 
 
 def main(settings: Settings, as_json: bool) -> None:

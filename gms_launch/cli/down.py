@@ -15,15 +15,15 @@ import time
 import uuid
 from dataclasses import dataclass, replace
 
-from gms_launch import rundir
-from gms_launch.cohort import proc, process, strays
+from gms_launch.cohort.records import CommandRecord
 from gms_launch.control.errand import Errand
 from gms_launch.control.keys import Keys
-from gms_launch.control.records import CommandRecord
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError
-from gms_launch.nodedir import NodeDir
 from gms_launch.observe import contact
-from gms_launch.rundir import NodeEnd, RunDir, RunFile
+from gms_launch.process import lifecycle, proc, strays
+from gms_launch.run import rundir
+from gms_launch.run.nodedir import NodeDir
+from gms_launch.run.rundir import NodeEnd, RunDir, RunFile
 from gms_launch.spool.files import trouble
 from gms_launch.spool.reading import PATIENCE
 from gms_launch.transport import Target, gms_launch, run_on, slurm
@@ -120,7 +120,7 @@ def _ended(agent: proc.ProcessId, fd: int, timeout: float) -> bool:
     A thread that waits for a home that hangs cannot be killed, and keeps the process as it was.
     """
     deadline = time.monotonic() + timeout
-    while not process.wait_gone([os.dup(fd)], POLL):
+    while not lifecycle.wait_gone([os.dup(fd)], POLL):
         if not proc.alive(agent):
             return True
         if time.monotonic() > deadline:

@@ -13,17 +13,17 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gms_launch import clock, rundir
-from gms_launch.cohort import proc, process
 from gms_launch.cohort.failover import Failover, fold
 from gms_launch.cohort.model import CohortView, Phase, primary
+from gms_launch.cohort.records import CommandRecord, CommandResult, EventRecord
 from gms_launch.control.errand import Errand
 from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
-from gms_launch.control.records import CommandRecord, CommandResult, EventRecord
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
 from gms_launch.observe import contact, history, journal
-from gms_launch.rundir import RunDir, RunFile
+from gms_launch.process import clock, lifecycle, proc
+from gms_launch.run import rundir
+from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.transport import Target, gms_launch, run_on
 
 POLL = 0.02
@@ -138,7 +138,7 @@ def kill_directly(
 
 def kill_group(pid: int, start: int) -> None:
     """`kill-group PID START`: SIGKILL the group of that very process on this node."""
-    if not process.kill_group(proc.ProcessId(pid, start)):
+    if not lifecycle.kill_group(proc.ProcessId(pid, start)):
         raise RefusedError(
             f"process group {pid} is not the recorded one (start time {start}), or it is gone: not touched"
         )

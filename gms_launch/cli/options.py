@@ -10,8 +10,9 @@ from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
 
-from gms_launch import numbers, topology
-from gms_launch.config import SETTINGS, Setting, Settings, read_toml, resolve
+from gms_launch import numbers
+from gms_launch.run import topology
+from gms_launch.settings.resolve import SETTINGS, Setting, Settings, read_toml, resolve
 
 _PANELS = {
     "run": "Run",

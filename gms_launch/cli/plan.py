@@ -10,13 +10,14 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
-from gms_launch import engines, ports, topology
-from gms_launch.config import Settings
+from gms_launch import engines
 from gms_launch.errors import UsageError
-from gms_launch.nodedir import NodeDir
-from gms_launch.plan import HIDDEN, Layout
-from gms_launch.rundir import Credentials, RunDir
-from gms_launch.topology import Topology
+from gms_launch.run import ports, topology
+from gms_launch.run.nodedir import NodeDir
+from gms_launch.run.plan import HIDDEN, Layout
+from gms_launch.run.rundir import Credentials, RunDir
+from gms_launch.run.topology import Topology
+from gms_launch.settings.resolve import Settings
 
 
 def layout(settings: Settings, place: Topology | None = None) -> Layout:

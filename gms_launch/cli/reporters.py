@@ -20,7 +20,7 @@ from gms_launch.errors import LaunchError
 
 if TYPE_CHECKING:
     from gms_launch.observe.snapshot import Snapshot
-    from gms_launch.plan import Layout
+    from gms_launch.run.plan import Layout
 
 #: What waits for a listener that does not read; what is said beyond that is said to the log only.
 BACKLOG = 1000

@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 
-from gms_launch import rundir
 from gms_launch.control.gateway import Gateway
 from gms_launch.observe import contact
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.observe.stamp import stamp
-from gms_launch.rundir import RunDir, RunFile
+from gms_launch.run import rundir
+from gms_launch.run.rundir import RunDir, RunFile
 
 #: Between two looks of --watch (seconds).
 PAUSE = 0.5

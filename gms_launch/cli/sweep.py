@@ -13,10 +13,10 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gms_launch.cohort import proc, strays
 from gms_launch.errors import LaunchError
-from gms_launch.nodedir import LOCAL_ROOT, node_name, user_root
 from gms_launch.numbers import count
+from gms_launch.process import proc, strays
+from gms_launch.run.nodedir import LOCAL_ROOT, node_name, user_root
 
 
 @dataclass

@@ -10,12 +10,12 @@ import time
 import uuid
 from urllib.parse import urlsplit
 
-from gms_launch import rundir
 from gms_launch.cli import kill_primary
-from gms_launch.control.records import CommandRecord
+from gms_launch.cohort.records import CommandRecord
 from gms_launch.errors import DeadlineError, UsageError
 from gms_launch.observe import contact, journal
-from gms_launch.rundir import RunDir, RunFile
+from gms_launch.run import rundir
+from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.services import frontend
 from gms_launch.services.base import NotReadyError
 

@@ -7,11 +7,11 @@ import io
 import json
 from pathlib import Path
 
-from gms_launch import rundir
 from gms_launch.cohort.failover import fold
 from gms_launch.errors import NoContactError, UsageError
 from gms_launch.observe import history
-from gms_launch.rundir import RunDir
+from gms_launch.run import rundir
+from gms_launch.run.rundir import RunDir
 
 #: Of an HTML page (characters).
 PAGE_WIDTH = 140

@@ -16,20 +16,21 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from gms_launch import __version__, engines, nodedir, ports, rundir, topology
+from gms_launch import __version__, engines
 from gms_launch.cli.reporters import Notify, Terminal
-from gms_launch.cohort import proc
-from gms_launch.config import SETTINGS, Settings, checked
 from gms_launch.errors import LaunchError, RefusedError, by_code
-from gms_launch.nodedir import NodeDir
 from gms_launch.observe.stamp import Formatter
-from gms_launch.plan import Layout
-from gms_launch.rundir import Credentials, RunDir, RunFile
+from gms_launch.process import proc
+from gms_launch.run import nodedir, ports, rundir, topology
+from gms_launch.run.nodedir import NodeDir
+from gms_launch.run.plan import Layout
+from gms_launch.run.rundir import Credentials, RunDir, RunFile
+from gms_launch.run.topology import Topology
+from gms_launch.settings.resolve import SETTINGS, Settings, checked
 from gms_launch.spool.writer import LogHandler, Writer
-from gms_launch.topology import Topology
 
 if TYPE_CHECKING:
-    from gms_launch.agent import Agent
+    from gms_launch.node.agent import Agent
 
 #: What the last writes to the run directory may take (seconds).
 LAST_WRITES = 3.0
@@ -116,7 +117,7 @@ def prepare(settings: Settings, place: Topology, reservation: ports.Reservation)
 
 def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[str], None]) -> Layout:
     """The layout of a node that is not the leader, completed by what the leader decided. Waits for it."""
-    from gms_launch import rendezvous
+    from gms_launch.run import rendezvous
 
     settings = layout.settings
     found = rendezvous.find_leader(layout.run_dir, settings, progress)
@@ -134,7 +135,7 @@ def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[s
 
 def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> None:
     """Be the agent until the run ends. Raises what ended it early."""
-    from gms_launch.agent import Agent
+    from gms_launch.node.agent import Agent
 
     record = run_file(layout)
     leader = layout.topology.is_leader

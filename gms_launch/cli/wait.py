@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import time
 
-from gms_launch import rundir
 from gms_launch.errors import DeadlineError, by_code
-from gms_launch.rules import RUN_ID
-from gms_launch.rundir import RunDir, RunFile
+from gms_launch.run import rundir
+from gms_launch.run.rundir import RunDir, RunFile
+from gms_launch.settings.rules import RUN_ID
 
 POLL = 0.2
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gms_launch.control.records import EventRecord
+from gms_launch.cohort.records import EventRecord
 
 #: The steps in the order they are expected, and what each means.
 STEPS: Mapping[str, str] = {

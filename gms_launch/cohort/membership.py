@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gms_launch.control.records import ModelStamp, NodeRecord
+from gms_launch.cohort.records import ModelStamp, NodeRecord
 
 #: Clocks further apart than this make timelines and leases hard to read (seconds).
 CLOCK_TOLERANCE = 5.0

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from gms_launch.control.records import CommandRecord
+from gms_launch.cohort.records import CommandRecord
 from gms_launch.errors import NoContactError
 
 log = logging.getLogger("agent")

@@ -12,9 +12,9 @@ import sys
 import time
 from types import FrameType, TracebackType
 
+from gms_launch.cohort.records import CommandRecord, CommandResult
 from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
-from gms_launch.control.records import CommandRecord, CommandResult
 from gms_launch.errors import LaunchError, NoContactError
 
 #: How long a command outlives whoever asked for it (seconds).

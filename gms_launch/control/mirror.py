@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from gms_launch.control.keys import Keys
-from gms_launch.control.records import (
+from gms_launch.cohort.records import (
     CommandRecord,
     CommandResult,
     DesiredCohort,
@@ -20,6 +19,7 @@ from gms_launch.control.records import (
     RecordError,
     RunRecord,
 )
+from gms_launch.control.keys import Keys
 
 R = TypeVar("R", bound=Record)
 

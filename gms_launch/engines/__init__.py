@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from gms_launch.cohort.model import Phase
-from gms_launch.cohort.process import Command
 from gms_launch.cohort.steps import Step
 from gms_launch.errors import UsageError
+from gms_launch.process.lifecycle import Command
 
 if TYPE_CHECKING:
-    from gms_launch.config import Settings
+    from gms_launch.settings.resolve import Settings
 
 
 @dataclass(frozen=True)

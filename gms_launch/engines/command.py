@@ -20,12 +20,12 @@ from typing import Any
 import msgspec
 
 from gms_launch.cohort.model import Phase
-from gms_launch.cohort.process import Command
 from gms_launch.cohort.steps import Step
-from gms_launch.config import Settings, read_toml
 from gms_launch.engines import RankSpec, installed
 from gms_launch.errors import UsageError
 from gms_launch.gms.devices import CUDA_ORDER
+from gms_launch.process.lifecycle import Command
+from gms_launch.settings.resolve import Settings, read_toml
 
 #: What may stand in braces. `port_NAME` are those of [ports].
 PLACEHOLDERS = (

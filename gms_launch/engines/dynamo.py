@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 
 from gms_launch.cohort.model import Phase
-from gms_launch.cohort.process import Command
 from gms_launch.cohort.steps import Step
 from gms_launch.engines import RankSpec
 from gms_launch.gms.devices import CUDA_ORDER
+from gms_launch.process.lifecycle import Command
 
 #: In the order they are written. "sleeping" became "paused" in 1.5; the failover_state lines came with 1.4.
 _PHASES: tuple[tuple[re.Pattern[str], Phase], ...] = (

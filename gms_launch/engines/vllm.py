@@ -10,10 +10,10 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from gms_launch.cohort.process import Command
-from gms_launch.config import Settings
 from gms_launch.engines import RankSpec, arguments, dynamo, installed
 from gms_launch.numbers import count
+from gms_launch.process.lifecycle import Command
+from gms_launch.settings.resolve import Settings
 
 MODULES = ("dynamo.vllm", "vllm", "gpu_memory_service")
 DISTRIBUTIONS = ("ai-dynamo", "vllm", "flashinfer-python", "gpu-memory-service")

@@ -10,7 +10,7 @@ from gms_launch.control.keys import Keys
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import NoContactError
 from gms_launch.observe import snapshot
-from gms_launch.rundir import RunDir, RunFile
+from gms_launch.run.rundir import RunDir, RunFile
 
 #: A leader's agent that renews its lease several times a second or two and has not for so long stands still (seconds).
 SILENT = 3

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+from gms_launch.cohort.records import EventRecord, RecordError
 from gms_launch.control.keys import Keys
-from gms_launch.control.records import EventRecord, RecordError
 from gms_launch.errors import NoContactError
 from gms_launch.observe import contact, journal
-from gms_launch.rundir import RunDir, RunFile
+from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.spool.reading import PATIENCE, within
 
 

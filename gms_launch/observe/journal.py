@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from gms_launch.control.records import EventRecord, RecordError
+from gms_launch.cohort.records import EventRecord, RecordError
 
 
 class Tail:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gms_launch.cohort.model import CohortView, Phase, Redundancy, cohort_phase, primary, redundancy
+from gms_launch.cohort.records import DesiredCohort, NodeRecord, RankRecord, RunState
 from gms_launch.control.mirror import Mirror
-from gms_launch.control.records import DesiredCohort, NodeRecord, RankRecord, RunState
 
 #: Version of the --json layout: raised when a field changes its meaning or goes away.
 SCHEMA = 1

@@ -12,13 +12,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gms_launch.cohort import proc
 from gms_launch.cohort.failover import STEPS, ZEROS, Failover
 from gms_launch.cohort.model import Redundancy
-from gms_launch.control.records import EventRecord
+from gms_launch.cohort.records import EventRecord
 from gms_launch.observe import progress
 from gms_launch.observe.snapshot import CohortStatus, Snapshot
 from gms_launch.observe.stamp import stamp
+from gms_launch.process import proc
 
 #: No row is longer (characters).
 PIPE_WIDTH = 10_000

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gms_launch.cohort.process import Command
 from gms_launch.errors import UsageError
+from gms_launch.process.lifecycle import Command
 
 #: A service that ran this long before it died is started again without delay (seconds).
 STABLE_AFTER = 30.0

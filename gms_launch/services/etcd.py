@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gms_launch.cohort.process import Command
 from gms_launch.errors import LaunchError
+from gms_launch.process.lifecycle import Command
 from gms_launch.services.base import NotReadyError, Service, http_get
 from gms_launch.spool import files
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 
-from gms_launch.cohort.process import Command
 from gms_launch.engines import DynamoPlane
+from gms_launch.process.lifecycle import Command
 from gms_launch.services.base import NotReadyError, Service, http_get
 
 #: For requests that move to another engine: a dead one is not avoided for 5 s, which would be all there are (1.4 and

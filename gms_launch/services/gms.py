@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gms_launch.cohort.process import Command
 from gms_launch.engines import installed
 from gms_launch.errors import UsageError
 from gms_launch.gms import probe
 from gms_launch.gms.devices import CUDA_ORDER, TAGS, Device, find_socket
+from gms_launch.process.lifecycle import Command
 from gms_launch.services.base import NotReadyError, Service
 
 

@@ -9,7 +9,7 @@ import json
 import socket
 from pathlib import Path
 
-from gms_launch.cohort.process import Command
+from gms_launch.process.lifecycle import Command
 from gms_launch.services.base import NotReadyError, Service
 from gms_launch.spool.files import write_private
 

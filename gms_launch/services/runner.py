@@ -12,10 +12,10 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from gms_launch.cohort import proc, process
-from gms_launch.cohort.process import Child
-from gms_launch.control.records import ServiceStatus
+from gms_launch.cohort.records import ServiceStatus
 from gms_launch.errors import LaunchError
+from gms_launch.process import lifecycle, proc
+from gms_launch.process.lifecycle import Child
 from gms_launch.services.base import RESTART_MAX, STABLE_AFTER, NotReadyError, Service, excerpt, restart_delay
 from gms_launch.spool.output import Output
 
@@ -86,7 +86,7 @@ class ServiceRunner:
         tag = f"{self._tag}/{self.starts}/{self._node_rank}"
         try:
             output = self._open(f"{self.service.name}.{self.starts}.log")
-            child = process.spawn(self.service.name, self.service.command, tag, output)
+            child = lifecycle.spawn(self.service.name, self.service.command, tag, output)
         except OSError as exc:
             raise ServiceError(f"{self.service.name} could not be started: {exc}") from None
         self._child, self._exited = child, asyncio.Event()
@@ -95,7 +95,7 @@ class ServiceRunner:
 
         def ended() -> None:
             loop.remove_reader(child.pidfd)
-            process.kill_group(child.id)
+            lifecycle.kill_group(child.id)
             child.reap()
             exited.set()
 
@@ -195,7 +195,7 @@ class ServiceRunner:
 
     async def _kill(self) -> None:
         if self._child is not None and not self._exited.is_set():
-            process.kill_group(self._child.id)
+            lifecycle.kill_group(self._child.id)
             await self._exited.wait()
 
     async def stop(self, grace: float = 3.0) -> None:
@@ -205,7 +205,7 @@ class ServiceRunner:
             self._keeper.cancel()
         if self._child is None or self._exited.is_set():
             return
-        process.kill_group(self._child.id, signal.SIGTERM)
+        lifecycle.kill_group(self._child.id, signal.SIGTERM)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._exited.wait(), grace)
         await self._kill()

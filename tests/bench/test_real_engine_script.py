@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import proc
+from gms_launch.process import proc
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, str(ROOT / "bench" / "gpu" / "vllm_failover.py")]

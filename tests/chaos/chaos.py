@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gms_launch.cohort import proc
 from gms_launch.control.gateway import Gateway
 from gms_launch.gms import probe
+from gms_launch.process import proc
 from tests.load import Load
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun

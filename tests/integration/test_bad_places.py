@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from gms_launch.cohort import proc
-from gms_launch.nodedir import user_root
+from gms_launch.process import proc
+from gms_launch.run.nodedir import user_root
 from tests.support import Deployment, complete, eventually, gms_launch
 
 MIB = 2**20

@@ -9,7 +9,7 @@ from pathlib import Path
 from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
 from gms_launch.observe.journal import Tail
-from gms_launch.rundir import Credentials, RunDir
+from gms_launch.run.rundir import Credentials, RunDir
 from tests.support import GMS_LAUNCH, Deployment, eventually, stopped
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import proc
 from gms_launch.control.store import Access, Etcd
+from gms_launch.process import proc
 from tests.support import GMS_LAUNCH, Deployment, eventually, gms_launch, stopped
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gms_launch.cohort import proc
+from gms_launch.process import proc
 from tests.support import Deployment, eventually, stopped
 
 Deploy = Callable[..., Deployment]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import proc, process
-from gms_launch.cohort.gates import Gates
+from gms_launch.node.gates import Gates
+from gms_launch.process import lifecycle, proc
 from tests.support import Deployment, complete, eventually
 
 
@@ -41,7 +41,7 @@ def test_the_agents_choose_who_takes_over(tmp_path: Path, model: Path) -> None:
 
         # A death from outside: the one that has been parked longest, and not before the dead one was fenced.
         (rank,) = run.cohort(shadows[-1])["ranks"]
-        assert process.kill_group(proc.ProcessId(rank["pid"], proc.identity(rank["pid"]).start))  # type: ignore[union-attr]
+        assert lifecycle.kill_group(proc.ProcessId(rank["pid"], proc.identity(rank["pid"]).start))  # type: ignore[union-attr]
         eventually(lambda: run.status()["primary"] == shadows[0], what="the next in line")
         assert run.text(timeout=30.0) == before
         fenced = next(e for e in run.events("fenced") if e["cohort_id"] == shadows[-1])
@@ -90,7 +90,7 @@ def can_lock(path: Path) -> bool:
 def test_a_gate_stays_shut_while_an_heir_has_its_descriptor(tmp_path: Path) -> None:
     path = tmp_path / "failover-0.lock"
     holder = (
-        "import subprocess, sys; from pathlib import Path; from gms_launch.cohort.gates import Gates\n"
+        "import subprocess, sys; from pathlib import Path; from gms_launch.node.gates import Gates\n"
         "fds = Gates({0: Path(sys.argv[1])}).take()\n"
         "heir = subprocess.Popen(['sleep', '60'], pass_fds=fds); print(heir.pid, flush=True); sys.stdin.read()"
     )
@@ -106,7 +106,7 @@ def test_a_gate_stays_shut_while_an_heir_has_its_descriptor(tmp_path: Path) -> N
         agent.wait()
         assert not can_lock(path), "although the process that took it is dead"
     finally:
-        process.kill_process(heir)
+        lifecycle.kill_process(heir)
         agent.communicate()
     eventually(lambda: can_lock(path))
     gates = Gates({0: path})

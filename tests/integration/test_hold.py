@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gms_launch.cohort import proc
+from gms_launch.process import proc
 from tests import no_getfd, support
 from tests.load import Load
 from tests.support import Deployment, eventually

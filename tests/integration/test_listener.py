@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from gms_launch.cohort import holds, listener
 from gms_launch.cohort.hold import Around
-from gms_launch.cohort.holds import Holds
+from gms_launch.node import holds
+from gms_launch.node.holds import Holds
+from gms_launch.process import listener
 
 LISTEN = """
 import os, socket, sys

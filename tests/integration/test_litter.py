@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import scratch
+from gms_launch.process import scratch
 from tests.support import Deployment, eventually
 
 

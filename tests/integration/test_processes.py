@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import fence, guard, proc, process, strays
-from gms_launch.cohort.proc import ProcessId
-from gms_launch.cohort.process import Command
+from gms_launch.node import fence
+from gms_launch.process import guard, lifecycle, proc, strays
+from gms_launch.process.lifecycle import Command
+from gms_launch.process.proc import ProcessId
 from gms_launch.spool.output import Output
 from tests.support import eventually
 
@@ -25,11 +26,11 @@ SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
 def run() -> Iterator[str]:
     name = "p" + uuid.uuid4().hex[:8]
     yield name
-    assert process.kill_tagged(name, 10.0) == []
+    assert lifecycle.kill_tagged(name, 10.0) == []
 
 
-def start(run: str, tmp_path: Path, argv: tuple[str, ...] = SLEEP, cohort: int = 0) -> process.Child:
-    child = process.spawn("test", Command(argv, {}), f"{run}/{cohort}/1/0", Output(tmp_path / f"{cohort}.log"))
+def start(run: str, tmp_path: Path, argv: tuple[str, ...] = SLEEP, cohort: int = 0) -> lifecycle.Child:
+    child = lifecycle.spawn("test", Command(argv, {}), f"{run}/{cohort}/1/0", Output(tmp_path / f"{cohort}.log"))
     eventually(lambda: proc.tag_of(child.pid))
     return child
 
@@ -46,7 +47,7 @@ def test_a_child_leads_its_own_session_and_carries_the_tag(run: str, tmp_path: P
 
 def test_the_environment_of_a_child_is_clean() -> None:
     base = {"GMS_LAUNCH_MODEL": "x", "GMS_LAUNCH_TAG": "old", "NATS_SERVER": "y", "PATH": "/bin"}
-    env = process.child_environment(base, Command((), {"NATS_SERVER": None, "A": "1"}), "new")
+    env = lifecycle.child_environment(base, Command((), {"NATS_SERVER": None, "A": "1"}), "new")
     assert env == {"PATH": "/bin", "A": "1", "GMS_LAUNCH_TAG": "new", "PYTHONUNBUFFERED": "1"}
 
 
@@ -79,21 +80,21 @@ def test_a_process_that_left_group_and_session_is_found_and_killed(run: str, tmp
 def test_another_process_with_the_number_is_not_touched(run: str, tmp_path: Path) -> None:
     child = start(run, tmp_path)
     impostor = ProcessId(child.pid, child.id.start - 1)
-    assert not process.kill_group(impostor)
-    assert process.kill_process(impostor) is None
+    assert not lifecycle.kill_group(impostor)
+    assert lifecycle.kill_process(impostor) is None
     assert proc.alive(child.id)
-    process.kill_group(child.id)
+    lifecycle.kill_group(child.id)
     eventually(lambda: child.ended)
     child.reap()
-    assert not process.kill_group(child.id), "a reaped pid may be anybody's by now"
+    assert not lifecycle.kill_group(child.id), "a reaped pid may be anybody's by now"
 
 
 @pytest.mark.parametrize("pid", [0, 1, -1])
 def test_group_zero_and_one_are_refused(pid: int) -> None:
     with pytest.raises(ValueError, match="refusing"):
-        process.kill_group(ProcessId(pid, 0))
+        lifecycle.kill_group(ProcessId(pid, 0))
     with pytest.raises(ValueError, match="refusing"):
-        process.kill_process(ProcessId(pid, 0))
+        lifecycle.kill_process(ProcessId(pid, 0))
 
 
 def test_neighbouring_tags_are_not_confused(run: str, tmp_path: Path) -> None:
@@ -109,11 +110,11 @@ def test_children_and_grandchildren_die_with_a_killed_agent(run: str, tmp_path: 
 import asyncio, os, subprocess, sys, time
 from pathlib import Path
 from gms_launch.cohort import process
-from gms_launch.cohort.process import Command
+from gms_launch.process.lifecycle import Command
 from gms_launch.spool.output import Output
 reader, writer = os.pipe2(os.O_CLOEXEC)
-env = process.child_environment(os.environ, Command((), {{}}), "{run}/guard/1/0")
-guard = [sys.executable, "-m", "gms_launch.cohort.guard", "{run}", "0", str(reader), "/dev/null"]
+env = lifecycle.child_environment(os.environ, Command((), {{}}), "{run}/guard/1/0")
+guard = [sys.executable, "-m", "gms_launch.process.guard", "{run}", "0", str(reader), "/dev/null"]
 subprocess.Popen(guard, pass_fds=(reader,), env=env, start_new_session=True)
 os.close(reader)
 code = '''
@@ -121,7 +122,7 @@ import subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 time.sleep(600)
 '''
-process.spawn("x", Command((sys.executable, "-c", code), {{}}), "{run}/0/1/0", Output(Path("x.log")))
+lifecycle.spawn("x", Command((sys.executable, "-c", code), {{}}), "{run}/0/1/0", Output(Path("x.log")))
 time.sleep(600)
 """
     agent = subprocess.Popen([sys.executable, "-c", agent_code])
@@ -132,7 +133,7 @@ time.sleep(600)
 
 
 def test_a_command_that_does_not_exist_says_so(run: str, tmp_path: Path) -> None:
-    child = process.spawn("x", Command(("/no/such/thing",), {}), f"{run}/0/1/0", Output(tmp_path / "x.log"))
+    child = lifecycle.spawn("x", Command(("/no/such/thing",), {}), f"{run}/0/1/0", Output(tmp_path / "x.log"))
     eventually(lambda: child.ended)
     assert child.reap().code == 1
     assert "cannot run /no/such/thing: No such file" in child.output.source.read_text()
@@ -170,7 +171,7 @@ def test_a_lock_that_a_child_of_a_dead_acquirer_keeps_is_seen_by_its_descriptor(
         assert list(found) == [keeper.identity] and not left and not proc.alive(keeper.identity)
     finally:
         opened.close()
-        process.kill_process(keeper.identity)
+        lifecycle.kill_process(keeper.identity)
     assert proc.lock_keepers([lock]) == []
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import proc
 from gms_launch.cohort.model import Phase
 from gms_launch.engines import get
+from gms_launch.process import proc
 from tests.support import Deployment, eventually
 
 START = "[GMS] Failover enabled: will use scratch KV for initialization until engine is primary"

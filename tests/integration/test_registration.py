@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gms_launch.rundir import RunDir
+from gms_launch.run.rundir import RunDir
 from tests.support import Deployment, eventually
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import process
-from gms_launch.cohort.process import Command
 from gms_launch.gms.devices import virtual_devices
+from gms_launch.process import lifecycle
+from gms_launch.process.lifecycle import Command
 from gms_launch.services import etcd, gms, nats
 from gms_launch.services.base import NotReadyError, Service, find_binary, restart_delay
 from gms_launch.services.runner import ServiceError, ServiceRunner
@@ -26,7 +26,7 @@ from tests.support import free_port
 def run() -> Iterator[str]:
     name = "s" + uuid.uuid4().hex[:8]
     yield name
-    assert process.kill_tagged(name, 10.0) == []
+    assert lifecycle.kill_tagged(name, 10.0) == []
 
 
 def output(directory: Path) -> Callable[[str], Output]:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from gms_launch.cohort import proc
+from gms_launch.process import proc
 
 HERE = Path(__file__).parent
 FREEZER = Path("/sys/fs/cgroup/freezer")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from gms_launch.cohort import proc
+from gms_launch.process import proc
 from tests.slurm.lab import Lab
 from tests.support import complete, eventually
 

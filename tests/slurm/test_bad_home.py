@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gms_launch.cohort import proc
+from gms_launch.process import proc
 from tests.integration.test_bad_places import FAULTS
 from tests.slurm.lab import Lab, sh
 from tests.slurm.support import LabRun

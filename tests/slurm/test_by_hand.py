@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import proc
+from gms_launch.process import proc
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
 from tests.support import eventually

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from gms_launch.cohort import proc
+from gms_launch.process import proc
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun, since
 from tests.support import eventually, stopped

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import proc
 from gms_launch.engines.reference import demo_model
+from gms_launch.process import proc
 from tests.slurm.lab import Lab, Node
 from tests.slurm.support import QUICK, LabRun, since
 from tests.support import eventually

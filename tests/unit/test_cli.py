@@ -153,7 +153,7 @@ def test_a_fault_that_there_is_not_is_refused(tmp_path: Path) -> None:
 
 
 def test_timeline_writes_a_page_that_has_the_failovers(tmp_path: Path) -> None:
-    from gms_launch.control.records import EventRecord
+    from gms_launch.cohort.records import EventRecord
 
     directory = tmp_path / "home" / "r1"
     directory.mkdir(parents=True)

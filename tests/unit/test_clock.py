@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 import gms_launch
-from gms_launch import clock
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.view import Sightings
+from gms_launch.process import clock
 
 ROOT = Path(gms_launch.__file__).parent
 #: Modules that may, and what for. An agent's deadlines, durations and records are not among it.
 MAY = {
-    "cohort/scratch.py": "compared with file times",
-    "clock.py": "the offset, once",
+    "process/scratch.py": "compared with file times",
+    "process/clock.py": "the offset, once",
     "control/gateway.py": "how far two machines' clocks are apart",
-    "rendezvous.py": "an end in run.json is of this start or of an earlier one",
-    "rundir.py": "how old a run.json of another machine is",
+    "run/rendezvous.py": "an end in run.json is of this start or of an earlier one",
+    "run/rundir.py": "how old a run.json of another machine is",
     "observe/views.py": "a run none of whose agents is on this machine",
     "engines/reference/metrics.py": "as upstream's metrics",
 }

@@ -30,11 +30,11 @@ from gms_launch.cohort.model import (
     move,
     redundancy,
 )
-from gms_launch.cohort.pulse import Look, Pulse
 from gms_launch.cohort.reconciler import Desire, KillRank, LocalRank, SkipRank, StartRank, decide
 from gms_launch.control import terms
 from gms_launch.engines.signals import Health, Signals
-from gms_launch.services.canary import TokenClock
+from gms_launch.node.canary import TokenClock
+from gms_launch.node.pulse import Look, Pulse
 
 POLICY = controller.Policy(
     cohorts=2, start_timeout=100, promotion_timeout=20, backoff=1, backoff_max=8, window=600, limit=3

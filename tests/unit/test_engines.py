@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gms_launch import ports, topology
 from gms_launch.cli.plan import layout
 from gms_launch.cohort.model import Phase
-from gms_launch.config import Settings, resolve
 from gms_launch.engines import arguments, get, installed, signals, vllm
 from gms_launch.engines.reference import weights
 from gms_launch.engines.reference.args import InjectedError, Knobs
@@ -20,7 +18,9 @@ from gms_launch.engines.reference.metrics import FailoverMetrics
 from gms_launch.errors import UsageError
 from gms_launch.gms.devices import choose, virtual_devices
 from gms_launch.gms.gpus import Gpu
-from gms_launch.plan import Layout
+from gms_launch.run import ports, topology
+from gms_launch.run.plan import Layout
+from gms_launch.settings.resolve import Settings, resolve
 
 RECORDED = Path(__file__).with_name("plans")
 
@@ -40,8 +40,8 @@ def normalised(text: str) -> str:
 def test_plans_are_as_recorded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change of a command, an environment or a port shows here. To record anew: delete the file and run twice."""
     monkeypatch.setenv("GMS_LAUNCH_HOME", "/home/user/.gms-launch")
-    monkeypatch.setattr("gms_launch.nodedir.user_root", lambda: Path("/dev/shm/gms-launch-1000"))
-    monkeypatch.setattr("gms_launch.plan.find_binary", lambda _s, _c, name, _p: f"/usr/bin/{name}")
+    monkeypatch.setattr("gms_launch.run.nodedir.user_root", lambda: Path("/dev/shm/gms-launch-1000"))
+    monkeypatch.setattr("gms_launch.run.plan.find_binary", lambda _s, _c, name, _p: f"/usr/bin/{name}")
     flags: dict[str, dict[str, object]] = {
         "reference": {"engine": "reference", "run_id": "r1", "model": "/models/demo"},
         "vllm-tp4": {"engine": "vllm", "run_id": "r2", "model": "/models/q", "tp": "4", "shadows": "2"},

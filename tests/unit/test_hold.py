@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gms_launch.cohort.hold import QUIET, TURNING, Act, Around, judge
-from gms_launch.cohort.listener import advertised
+from gms_launch.process.listener import advertised
 
 DEAD = Around(begun=100.0, now=100.0, promotion_timeout=20.0)
 SHADOW = replace(DEAD, candidate=True)

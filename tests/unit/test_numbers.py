@@ -6,9 +6,9 @@ import pytest
 
 from gms_launch import numbers
 from gms_launch.cli.sweep import DeadRun
-from gms_launch.config import resolve
 from gms_launch.errors import UsageError
-from gms_launch.topology import from_slurm
+from gms_launch.run.topology import from_slurm
+from gms_launch.settings.resolve import resolve
 from gms_launch.transport import ssh
 
 #: What int() or isdigit() would take, or fall over.

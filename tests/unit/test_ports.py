@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch import ports
-from gms_launch.config import resolve
 from gms_launch.errors import UsageError
+from gms_launch.run import ports
+from gms_launch.settings.resolve import resolve
 from tests.support import free_port
 
 

@@ -10,23 +10,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gms_launch import contents, engines
+from gms_launch import engines
 from gms_launch.cohort import controller, membership
 from gms_launch.cohort.model import Phase
+from gms_launch.cohort.records import DesiredCohort, GmsStatus, ModelStamp, NodeRecord, RankRecord, RunRecord, Wanted
 from gms_launch.cohort.steps import Step, by_memory, later
 from gms_launch.cohort.view import Memory, Policy
 from gms_launch.control.mirror import Mirror
-from gms_launch.control.records import (
-    DesiredCohort,
-    GmsStatus,
-    ModelStamp,
-    NodeRecord,
-    RankRecord,
-    RunRecord,
-    Wanted,
-)
 from gms_launch.observe import progress, snapshot, starts, views
 from gms_launch.observe.progress import Narrator, Teller
+from gms_launch.run import contents
 
 GIB = 1 << 30
 NODE = NodeRecord(0, "h", "127.0.0.1", "b", 1, 1, model=ModelStamp(1, 1, "d", weights=4 * GIB))

@@ -10,9 +10,7 @@ from rich.console import Console
 
 from gms_launch.cohort.failover import fold
 from gms_launch.cohort.model import Phase, Redundancy
-from gms_launch.control.keys import Keys, dynamo_lease
-from gms_launch.control.mirror import Mirror
-from gms_launch.control.records import (
+from gms_launch.cohort.records import (
     DesiredCohort,
     EventRecord,
     GmsStatus,
@@ -22,6 +20,8 @@ from gms_launch.control.records import (
     RunRecord,
     Wanted,
 )
+from gms_launch.control.keys import Keys, dynamo_lease
+from gms_launch.control.mirror import Mirror
 from gms_launch.gms.protocol import GetRuntimeStateResponse
 from gms_launch.observe import snapshot, views
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.cohort import scratch
-from gms_launch.cohort.scratch import Litter, Segment
+from gms_launch.process import scratch
+from gms_launch.process.scratch import Litter, Segment
 
 
 @pytest.fixture

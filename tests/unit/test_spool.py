@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.observe.follow import LogFollower
+from gms_launch.process.follow import LogFollower
 from gms_launch.spool import output as outputs
 from gms_launch.spool import writer as writers
 from gms_launch.spool.output import Output
@@ -177,11 +177,11 @@ ALLOWED = {
     "spool/output.py": "gives memory back; the copy goes through spool/files",
     "spool/writer.py": "rotation, in the writer's thread",
     "observe/starts.py": "what starts took: in a thread of its own, that nobody waits for",
-    "cohort/scratch.py": "removes what dead lives left, in a thread of its own that nobody waits for",
-    "rundir.py": "a start's directory, before anything runs; `down`, which tells its errors",
-    "nodedir.py": "a start's directory in memory; its removal at the end",
-    "ports.py": "a start's reservations, before anything runs",
-    "cohort/gates.py": "locks, made before anything runs",
+    "process/scratch.py": "removes what dead lives left, in a thread of its own that nobody waits for",
+    "run/rundir.py": "a start's directory, before anything runs; `down`, which tells its errors",
+    "run/nodedir.py": "a start's directory in memory; its removal at the end",
+    "run/ports.py": "a start's reservations, before anything runs",
+    "node/gates.py": "locks, made before anything runs",
     "services/nats.py": "NATS's settings, without which it cannot be started",
     "cli/sweep.py": "removes what dead runs left",
     "cli/doctor.py": "a command of its own, and its business",

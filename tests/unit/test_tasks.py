@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from gms_launch.errors import LaunchError
-from gms_launch.tasks import Tasks, until
+from gms_launch.node.tasks import Tasks, until
 
 
 def test_a_meant_error_fails_the_run_and_any_other_is_outlived_wherever_it_happens() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from gms_launch import contents, topology
 from gms_launch.cohort import membership
-from gms_launch.config import resolve
-from gms_launch.control.records import ModelStamp, NodeRecord
+from gms_launch.cohort.records import ModelStamp, NodeRecord
 from gms_launch.engines.reference import demo_model
 from gms_launch.errors import UsageError
+from gms_launch.run import contents, topology
+from gms_launch.settings.resolve import resolve
 
 #: What a task of `srun -N3 --gres=gpu:2` sees on its second node (Slurm 22.05).
 TASK = {

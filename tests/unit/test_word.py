@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from gms_launch.cohort import deputy, proc, word
-from gms_launch.cohort.deputy import Deputy, Duty, Leash
-from gms_launch.cohort.proc import ProcessId
-from gms_launch.cohort.word import Word
+from gms_launch.process import deputy, proc, word
+from gms_launch.process.deputy import Deputy, Duty, Leash
+from gms_launch.process.proc import ProcessId
+from gms_launch.process.word import Word
 from tests.support import eventually
 
 KEY = word.secret("password", "attempt")

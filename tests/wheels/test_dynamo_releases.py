@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from gms_launch.cohort.model import Phase
-from gms_launch.config import resolve
 from gms_launch.engines import signals, vllm
 from gms_launch.engines.vllm import LINES, Line
+from gms_launch.settings.resolve import resolve
 from tests.unit.test_engines import plan_of
 from tests.wheels.source import Wheel
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch import ports, topology
-from gms_launch.config import resolve
+from gms_launch.run import ports, topology
+from gms_launch.settings.resolve import resolve
 from tests.unit.test_engines import plan_of
 
 PYTHON = os.environ.get("GMS_LAUNCH_VLLM_PYTHON", "")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gms_launch.cohort.process import Command
-from gms_launch.config import Settings
 from gms_launch.engines import RankSpec, dynamo, installed
+from gms_launch.process.lifecycle import Command
+from gms_launch.settings.resolve import Settings
 
 MODULES = ("dynamo.llm", "numpy", "safetensors")
 

@@ -1,0 +1,89 @@
+"""Watch the GMS sockets of a node and its GPUs: states, how often the weights were written, who holds which memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gms_launch.cohort.records import GmsStatus, GpuHolder, GpuStatus
+from gms_launch.gms import gpus, probe
+from gms_launch.gms.devices import TAGS, Device, find_socket
+from gms_launch.numbers import count
+from gms_launch.process import proc
+
+#: The state of a socket whose server is gone or does not answer.
+DOWN = "DOWN"
+
+
+#: A server that is busy may miss a look; after so many in a row it is taken for gone. One that exits is at once.
+SILENT_LOOKS = 3
+
+
+class GmsWatch:
+    """`look` asks every socket (blocking); `status` is the last answer."""
+
+    def __init__(self, devices: list[Device], directory: Path) -> None:
+        self.devices = devices
+        self._directory = directory
+        self.gpu_uuids = frozenset(d.uuid for d in devices if not d.virtual)
+        self.status: tuple[GmsStatus, ...] = ()
+        self._silent: dict[tuple[int, str], int] = {}
+        self.gpus: tuple[GpuStatus, ...] = ()
+
+    @property
+    def sockets(self) -> list[Path]:
+        return [find_socket(self._directory, d, tag) for d in self.devices for tag in TAGS]
+
+    @property
+    def kv_sockets(self) -> list[Path]:
+        return [s for s in self.sockets if s.name.endswith("_kv_cache.sock")]
+
+    def look(self) -> None:
+        self.status = tuple(self._ask(d, tag) for d in self.devices for tag in TAGS)
+        if self.gpu_uuids:
+            self.gpus = tuple(_gpu(g) for g in gpus.look() if g.uuid in self.gpu_uuids)
+
+    def lost(self, name: str) -> None:
+        """A server (`gms-<device>[-<tag>]`) is gone: its sockets are down, without asking."""
+        device = int(name.split("-")[1])
+        self.status = tuple(
+            GmsStatus(g.device, g.uuid, g.tag, DOWN)
+            if g.device == device and (name.count("-") == 1 or name.endswith(g.tag))
+            else g
+            for g in self.status
+        )
+
+    def _ask(self, device: Device, tag: str) -> GmsStatus:
+        path, key = find_socket(self._directory, device, tag), (device.index, tag)
+        try:
+            state = probe.runtime_state(path)
+            events = probe.event_history(path)
+        except probe.ProbeError:
+            self._silent[key] = self._silent.get(key, 0) + 1
+            known = [g for g in self.status if (g.device, g.tag) == key]
+            if known and self._silent[key] < SILENT_LOOKS:
+                return known[0]
+            return GmsStatus(device.index, device.uuid, tag, DOWN)
+        self._silent[key] = 0
+        return GmsStatus(
+            device=device.index,
+            uuid=device.uuid,
+            tag=tag,
+            state=state.state,
+            committed=state.committed,
+            ro_sessions=state.ro_session_count,
+            allocations=state.allocation_count,
+            allocated_bytes=state.allocated_bytes,
+            loads=sum(e.kind == "rw_connected" for e in events),
+            layout_hash=state.memory_layout_hash,
+        )
+
+
+def _gpu(gpu: gpus.Gpu) -> GpuStatus:
+    """A GPU with its processes by name: those of ours by the front of their tag, as cohort/life or service."""
+    holders = []
+    for pid, size in gpu.processes:
+        parts = (proc.tag_of(pid) or "").split("/")
+        cohort = len(parts) == 4 and count(parts[1]) is not None
+        who = f"cohort {parts[1]}.{parts[2]}" if cohort else (parts[1:2] or ["?"])[0]
+        holders.append(GpuHolder(pid, who, size))
+    return GpuStatus(gpu.uuid, gpu.name, gpu.total, gpu.used, tuple(holders))

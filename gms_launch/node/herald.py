@@ -1,0 +1,142 @@
+"""An agent's part in the word of a life's end: says it to the other nodes, hears theirs, and keeps its guard informed.
+
+What is heard goes where etcd's word of it goes, and has the same effect. Without its socket (the port is taken, the
+network does not let such packets through) a run is as good as etcd is quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Iterable
+
+from gms_launch.cohort.model import ALIVE
+from gms_launch.cohort.records import EndedRecord, NodeRecord, PeersRecord
+from gms_launch.control.mirror import Mirror
+from gms_launch.node.rank import Rank
+from gms_launch.process import word
+from gms_launch.process.deputy import Duty, Leash
+from gms_launch.process.word import Peer, Word
+from gms_launch.run.plan import Layout
+
+log = logging.getLogger("agent")
+
+
+class Herald:
+    """One agent's. `heard` is called when the mirror knows more, `acted(life)` when the guard acted in our place."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        mirror: Mirror,
+        heard: Callable[[], None],
+        acted: Callable[[tuple[int, int]], None],
+    ) -> None:
+        self._layout, self._mirror, self._heard, self._acted = layout, mirror, heard, acted
+        self._key = word.secret(layout.credentials.admin_password, layout.attempt)
+        self._leash: Leash | None = None
+        self._retired = not layout.settings.group_kill
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._known: tuple[PeersRecord, tuple[Peer, ...]] = (PeersRecord(), ())
+        self.line: socket.socket | None = None
+
+    def open(self) -> tuple[int, int]:
+        """Make what the guard shares with us: its end of the leash, and the node's socket for words.
+
+        That is -1 where there is nobody to talk to, or it cannot be had.
+        """
+        topology, port = self._layout.topology, self._layout.ports.word
+        if topology.nnodes > 1:
+            try:
+                self.line = word.listen(topology.address, port)
+            except OSError as exc:
+                log.warning(
+                    "no direct word between nodes here (UDP port %d on %s: %s); etcd's has to do: --word-port",
+                    *(port, topology.address, exc.strerror),
+                )
+        self._theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._leash = Leash(ours)
+        return self._theirs.fileno(), self.line.fileno() if self.line is not None else -1
+
+    @property
+    def port(self) -> int:
+        """Where others reach us; 0 for nowhere."""
+        return self._layout.ports.word if self.line is not None else 0
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to listen to the others and to the guard, which has been started."""
+        assert self._leash is not None
+        self._theirs.close()
+        self._loop = loop
+        loop.add_reader(self._leash.fileno(), self._of_the_guard)
+        if self.line is not None:
+            loop.add_reader(self.line.fileno(), self._of_the_others)
+
+    def say(self, ended: EndedRecord) -> None:
+        """Tell every other node, now and a few times more."""
+        if self.line is None or self._loop is None or self._retired:
+            return
+        said = Word(ended.cohort_id, ended.incarnation, ended.node_rank)
+        for pause in word.AGAIN:
+            if pause:
+                self._loop.call_later(pause, self._say_once, said)
+            else:
+                self._say_once(said)
+
+    def _say_once(self, said: Word) -> None:
+        if self.line is not None:
+            word.say(self.line, said, self._key, self._peers())
+
+    def _peers(self) -> tuple[Peer, ...]:
+        record, peers = self._known
+        if record is not self._mirror.peers:
+            record, me = self._mirror.peers, self._layout.topology.node_rank
+            peers = tuple((address, port) for rank, address, port in record.peers if rank != me and port)
+            self._known = record, peers
+        return peers
+
+    def inform(self, ranks: Iterable[Rank]) -> None:
+        """Let the guard know what lives here now; cheap when nothing has changed."""
+        if self._leash is not None and not self._retired:
+            living = {r.life: r.child.id for r in ranks if r.child is not None and r.phase in ALIVE}
+            self._leash.tell(Duty(living, self._peers(), self._key))
+
+    def retire(self) -> None:
+        """From now on ranks end because they are to: no word of it."""
+        if self._leash is not None:
+            self._leash.tell(Duty({}))
+        self._retired = True
+
+    def close(self) -> None:
+        if self._loop is not None and self._leash is not None:
+            self._loop.remove_reader(self._leash.fileno())
+        if self._loop is not None and self.line is not None:
+            self._loop.remove_reader(self.line.fileno())
+        if self.line is not None:
+            self.line.close()
+            self.line = None
+        if self._leash is not None:
+            self._leash.close()
+            self._leash = None
+
+    def _of_the_others(self) -> None:
+        assert self.line is not None
+        for said in word.hear(self.line, self._key):
+            desired = self._mirror.desired.get(said.cohort_id)
+            if said.life in self._mirror.ended or (desired is not None and said.incarnation < desired.incarnation):
+                continue  # it is known, or long over
+            self._mirror.ended[said.life] = EndedRecord(*said.life, said.node_rank)
+            self._heard()
+
+    def _of_the_guard(self) -> None:
+        assert self._leash is not None
+        for life in self._leash.acted():
+            self._acted(life)
+
+
+def peers_of(nodes: Iterable[NodeRecord], before: PeersRecord) -> PeersRecord:
+    """Where all nodes hear; one that is lost keeps its place, for it may be a matter of the way to etcd."""
+    places = {rank: (rank, address, port) for rank, address, port in before.peers}
+    places |= {n.node_rank: (n.node_rank, n.address, n.word_port) for n in nodes}
+    return PeersRecord(tuple(places[rank] for rank in sorted(places)))

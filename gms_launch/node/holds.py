@@ -1,0 +1,248 @@
+"""Keeps the requests of a dead primary waiting until there is somebody to go to: the carrying out of `hold`.
+
+`arm` takes a second descriptor of a new primary's listening socket, `ended` begins to hold with it. Nothing here is in
+the way of a kill or of the fence: both return at once. When this process dies, the kernel closes what is held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from gms_launch.cohort import hold
+from gms_launch.cohort.hold import Act, Around
+from gms_launch.node.reporter import Reporter
+from gms_launch.process import listener
+from gms_launch.process.listener import TakeError
+
+log = logging.getLogger("agent")
+
+Life = tuple[int, int]
+
+#: Most connections that are taken out of the kernel's backlog; more of them wait in it.
+KEPT = 2048
+#: Pause before those that came back are turned away again: the first, and the longest (seconds). A frontend that has
+#: not heard of the successor yet spends one of its tries each time.
+TURN_PAUSE, TURN_PAUSE_MAX = 0.01, 0.16
+#: From the successor's registration to the end of the dead one's lease (seconds). A frontend that hears of both at once
+#: drops the dead engine before its router knows the new one, and what it is about to send is lost in between: it tries
+#: the dropped one again, as often as it may, within a millisecond.
+APART = 0.3
+#: How long a dead process may take to let go of its port, where that is bound anew (seconds).
+BIND_TRIES = 0.3
+
+
+@dataclass
+class _Held:
+    """One dead primary's socket at work."""
+
+    life: Life
+    listening: socket.socket
+    begun: float
+    waiting: list[socket.socket] = field(default_factory=list)
+    turned_away: int = 0
+    knocked: float = 0.0
+    released: float | None = None
+    ended: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def take_in(self) -> None:
+        """Take what waits out of the backlog, so that it is never full."""
+        self.waiting += listener.accept_all(self.listening, KEPT - len(self.waiting))
+        if len(self.waiting) >= KEPT:
+            asyncio.get_running_loop().remove_reader(self.listening)  # the rest stays in the backlog
+
+    def turn_away(self) -> int:
+        """Close all who wait; returns how many there were."""
+        self.take_in()
+        count = len(self.waiting)
+        for connection in self.waiting:
+            connection.close()
+        self.waiting = []
+        self.turned_away += count
+        if count:
+            self.knocked = time.monotonic()
+        return count
+
+    def close(self) -> None:
+        for connection in self.waiting:
+            connection.close()
+        self.listening.close()
+
+
+class Holds:
+    """All that is held on a node. `around` says how things stand for a dead life, `revoke` ends its leases.
+
+    `count` asks the frontend how many requests have moved and failed so far; it may block.
+    """
+
+    def __init__(
+        self,
+        on: bool,
+        report: Reporter,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        around: Callable[[Life], Around],
+        revoke: Callable[[Life], Awaitable[None]],
+        count: Callable[[], tuple[float, float] | None],
+    ) -> None:
+        self.on = on
+        self._count_now = count
+        self._moved: float | None = None
+        self._report, self._spawn, self._around, self._revoke = report, spawn, around, revoke
+        self._armed: dict[Life, socket.socket] = {}
+        self._where: dict[Life, tuple[str, int]] = {}
+        self._held: dict[Life, _Held] = {}
+        self._stopping = False
+
+    def arm(self, life: Life, pgid: int, where: tuple[str, int]) -> None:
+        """Be ready for the end of a life whose processes are in group `pgid` and that takes requests at `where`."""
+        if self.on and not self._stopping and life not in self._where:
+            self._where[life] = where
+            self._spawn(self._take(life, pgid, where))
+
+    async def _take(self, life: Life, pgid: int, where: tuple[str, int]) -> None:
+        def take() -> socket.socket:
+            return listener.take(listener.pids_of(pgid), where[1])
+
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(None, take)
+        except TakeError as exc:
+            why = f"{exc}; when it dies its port is bound instead, and requests of that moment may fail"
+            self._report.emit("hold_refused", *life, why)
+            return
+        if life in self._where and not self._stopping:
+            self._armed[life] = found
+            if not self._held:
+                self._moved = (await self._count() or (None,))[0]
+            self._report.emit("hold_armed", *life, f"{where[0]}:{where[1]}")
+        else:
+            found.close()  # it was quicker to die
+
+    def ended(self, life: Life) -> None:
+        """A life has ended: hold what it was sent, if it was sent anything, and in any case end its leases in time."""
+        where, armed = self._where.pop(life, None), self._armed.pop(life, None)
+        self._spawn(self._go_through(life, where, armed))
+
+    def news(self) -> None:
+        """Something has changed that holds are judged by."""
+        for held in self._held.values():
+            held.news.set()
+
+    def stop(self) -> None:
+        """The run is being stopped: nothing is held any more."""
+        self._stopping = True
+        for found in self._armed.values():
+            found.close()
+        self._armed, self._where = {}, {}
+        self.news()
+
+    async def _go_through(self, life: Life, where: tuple[str, int] | None, armed: socket.socket | None) -> None:
+        begun = time.monotonic()
+        judge = partial(self._judge, life, begun)
+        if judge().act is Act.CLOSE:
+            where = None  # nobody will come
+        if armed is None and where is not None:
+            armed = await self._bind(where)
+        if armed is None or where is None:
+            if armed is not None:
+                armed.close()
+            await self._revoke(life)
+            return
+        held = self._held[life] = _Held(life, armed, begun)
+        counting = asyncio.ensure_future(self._count())
+        armed.setblocking(False)  # whose own that was does not mind any more
+        try:
+            self._report.emit("held", *life, f"connections to {where[0]}:{where[1]} wait")
+            verdict = await self._wait(held, judge)
+            while verdict.act is Act.TURN_AWAY:
+                verdict = await self._turn_away(held, judge)
+                if verdict.act is Act.HOLD:  # the successor has died in its turn
+                    verdict = await self._wait(held, judge)
+            await self._end_lease(held)
+            if held.released is None:
+                count = held.turn_away()
+                self._report.emit("released", *life, f"given up: {verdict.why}", connections=count, moved=False)
+            await self._tell(held, await counting)
+        finally:
+            counting.cancel()
+            held.close()
+            del self._held[life]
+
+    async def _end_lease(self, held: _Held) -> None:
+        if not held.ended:
+            held.ended = True
+            await self._revoke(held.life)
+
+    async def _count(self) -> tuple[float, float] | None:
+        return await asyncio.get_running_loop().run_in_executor(None, self._count_now)
+
+    async def _tell(self, held: _Held, before: tuple[float, float] | None) -> None:
+        """Say what became of the requests, as far as the frontend knows; None where it does not, or was restarted."""
+        now = await self._count()
+        moved = None if now is None or self._moved is None or now[0] < self._moved else int(now[0] - self._moved)
+        lost = None if now is None or before is None or now[1] < before[1] else int(now[1] - before[1])
+        self._moved = None if now is None else now[0]
+        text = f"{held.turned_away} connections in all; moves: {_known(moved)}, requests lost: {_known(lost)}"
+        self._report.emit("hold_over", *held.life, text, connections=held.turned_away, moves=moved, lost=lost)
+
+    def _judge(self, life: Life, begun: float, held: _Held | None = None, since: float = 0.0) -> hold.Verdict:
+        around = replace(self._around(life), begun=begun, now=time.monotonic(), stopping=self._stopping)
+        if held is not None:
+            around = replace(around, successor_since=since, knocked=held.knocked)
+        else:
+            around = replace(around, successor_since=around.now)
+        return hold.judge(around)
+
+    async def _wait(self, held: _Held, judge: Callable[[], hold.Verdict]) -> hold.Verdict:
+        """Hold until there is a successor, or there will be none."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(held.listening, held.take_in)
+        try:
+            while True:
+                held.news.clear()
+                verdict = judge()
+                if verdict.act is not Act.HOLD:
+                    return verdict
+                left = None if verdict.look_at is None else max(0.0, verdict.look_at - time.monotonic())
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(held.news.wait(), left)
+        finally:
+            loop.remove_reader(held.listening)
+
+    async def _turn_away(self, held: _Held, judge: Callable[..., hold.Verdict]) -> hold.Verdict:
+        """Send everybody on, again and again until nobody comes back."""
+        count, since, pause = held.turn_away(), time.monotonic(), TURN_PAUSE
+        if held.released is None:
+            held.released = since
+            took = since - held.begun
+            text = f"{count} connections handed on after {took * 1000:.0f} ms"
+            self._report.emit("released", *held.life, text, connections=count, seconds=round(took, 6), moved=True)
+        while (verdict := judge(held=held, since=since)).act is Act.TURN_AWAY:
+            await asyncio.sleep(pause)  # no event tells that the frontends have heard; who has not comes back
+            held.turn_away()
+            if time.monotonic() - since >= APART:
+                await self._end_lease(held)
+            pause = min(2 * pause, TURN_PAUSE_MAX)
+        return verdict
+
+    async def _bind(self, where: tuple[str, int]) -> socket.socket | None:
+        """Listen where the dead one did, as soon as it lets go of its port; None if it does not."""
+        deadline = time.monotonic() + BIND_TRIES
+        while time.monotonic() < deadline:
+            try:
+                return listener.bind(*where)
+            except OSError:
+                await asyncio.sleep(0.002)
+        log.warning("port %d of a dead engine could not be bound within %g s", where[1], BIND_TRIES)
+        return None
+
+
+def _known(count: int | None) -> str:
+    return "not known" if count is None else str(count)

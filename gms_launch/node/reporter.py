@@ -1,0 +1,213 @@
+"""What an agent tells the world: its node, the run, and everything that happens.
+
+Records go to etcd through the control link; events also to the journal on the leader, from which timelines are read.
+What goes to disk goes through the writer, so that telling never fails and never waits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import deque
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from gms_launch import __version__
+from gms_launch.cohort.records import CommandRecord, EventRecord, ModelStamp, NodeRecord, RunRecord
+from gms_launch.control.mirror import Mirror
+from gms_launch.process import clock, proc
+from gms_launch.run.plan import Layout, settings_digest
+from gms_launch.spool.writer import Place, Writer
+
+if TYPE_CHECKING:
+    from gms_launch.control.link import ControlLink
+
+log = logging.getLogger("agent")
+
+#: Events that somebody should look at; everything else is as it should be.
+LEVELS = {
+    **dict.fromkeys(
+        ("left_behind", "exit", "hung", "cut_off", "lease_lost", "rolled_back", "gms_restart"), logging.WARNING
+    ),
+    **dict.fromkeys(("service_exited", "service_killed", "service_restarted"), logging.WARNING),
+    **dict.fromkeys(("unfenced", "given_up", "service_failed"), logging.ERROR),
+}
+#: Events of which the agent says the same to people, in the same log.
+SAID = frozenset({"redundancy", "stopped"})
+#: Events of this node that stay in etcd; the journal keeps all.
+EVENTS_KEPT = 1000
+
+
+class Reporter:
+    """One agent's reports. `link` is set once there is an etcd, `lease` whenever this node has one."""
+
+    def __init__(self, layout: Layout, mirror: Mirror, writer: Writer) -> None:
+        self._layout = layout
+        self._writer = writer
+        self._mirror = mirror
+        self._keys = mirror.keys
+        self._node_rank = layout.topology.node_rank
+        self._serial = 0
+        self._event_keys: deque[str] = deque()
+        self._node: NodeRecord | None = None
+        self._listed: dict[str, Any] = {}
+        self.seen: dict[int, NodeRecord] = {}
+        self.link: ControlLink | None = None
+        self.lease = 0
+        self.model = ModelStamp()
+        self.word_port = 0
+        self.started = clock.now()
+        self.errors = 0
+        self._places: dict[str, Place] = {}
+
+    def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
+        """Store a record in etcd, at once, or `later` when nobody waits for it."""
+        assert self.link is not None, "nothing is reported before there is etcd"
+        self.link.put(key, value, lease, later)
+
+    def put_once(self, key: str, value: bytes) -> None:
+        """Store a record in etcd, at once, unless somebody did."""
+        assert self.link is not None, "nothing is reported before there is etcd"
+        self.link.put_once(key, value)
+
+    def take(self, command: CommandRecord) -> bool:
+        """Take a command for this agent; False when it no longer stands. Blocks. Raises `NoContactError`."""
+        assert self.link is not None, "no command is heard before there is etcd"
+        taken = replace(command, taken=f"{self._layout.topology.host} {os.getpid()}")
+        return self.link.take(self._keys.command(command.uuid), taken.encode())
+
+    def delete(self, key: str) -> None:
+        """Take a record out of etcd."""
+        assert self.link is not None, "nothing is reported before there is etcd"
+        self.link.delete(key)
+
+    def emit(
+        self,
+        kind: str,
+        cohort_id: int = -1,
+        incarnation: int = 0,
+        detail: str = "",
+        when: float | None = None,
+        **data: Any,
+    ) -> None:
+        """Record an event that happened at `when` (Unix seconds; now when not given)."""
+        now = clock.now() if when is None else when
+        event = EventRecord(now, self._node_rank, kind, cohort_id, incarnation, detail, data)
+        self._serial += 1
+        self._to_journal(event)
+        if self.link is not None:
+            key = self._keys.event(int(now * 1e9), self._node_rank, self._serial)
+            self.link.put(key, event.encode(), later=True)
+            self._event_keys.append(key)
+            if len(self._event_keys) > EVENTS_KEPT:
+                self.link.delete(self._event_keys.popleft())
+        who = f"cohort {cohort_id}.{incarnation} " if cohort_id >= 0 else ""
+        if kind not in SAID:
+            log.log(LEVELS.get(kind, logging.INFO), "%s%s %s", who, kind, detail)
+
+    def take_event(self, event: EventRecord) -> None:
+        """Keep another node's event in the journal."""
+        if event.node_rank != self._node_rank:
+            self._to_journal(event)
+
+    def _to_journal(self, event: EventRecord) -> None:
+        if self._layout.topology.is_leader:
+            self._writer.append(self._layout.run_dir.events, event.encode() + b"\n")
+
+    def unexpected(self, what: str, error: BaseException) -> None:
+        """An error of ours, which the run outlives: logged, counted, told."""
+        self.errors += 1
+        log.error("internal error: %s", what, exc_info=error)
+        self.emit("internal_error", detail=f"{what}: {error!r}")
+
+    def places(self) -> tuple[Place, ...]:
+        """How it is with the directories that are written to; a change of it is an event."""
+        found = {p.name: p for p in self._writer.places()}
+        for name in found.keys() | self._places.keys():
+            place = found.get(name) or replace(self._places[name], state="")
+            before = self._places.get(name)
+            if place.state != (before.state if before else ""):
+                lost = f"; {place.dropped} entries and {place.dropped_bytes} bytes of logs were dropped"
+                lost = lost if place.dropped or place.dropped_bytes else ""
+                self.emit("writing", detail=f"the {name} {place.path} is {place.state or 'well again'}{lost}")
+        self._places = found
+        return tuple(found.values())
+
+    def run(self, **changes: Any) -> None:
+        """Say what everybody must agree on, with `changes` from now on; the leader's business."""
+        layout = self._layout
+        known = self._mirror.run or RunRecord(
+            run=layout.run,
+            settings_digest=settings_digest(layout.settings),
+            leader_address=layout.topology.leader_address,
+            version=__version__,
+            created=self.started,
+            nnodes=layout.topology.nnodes,
+            shadows=layout.settings.shadows,
+            frontend_url=layout.frontend_url,
+            model_name=layout.model_name,
+            attempt=layout.attempt,
+        )
+        record = replace(known, **changes)
+        self._mirror.run = record
+        self.put(self._keys.run, record.encode())
+
+    def record(self) -> NodeRecord:
+        """This node as it comes to the run."""
+        me = proc.identity(os.getpid())
+        layout = self._layout
+        return NodeRecord(
+            node_rank=self._node_rank,
+            host=layout.topology.host,
+            address=layout.topology.address,
+            boot_id=proc.boot_id(),
+            agent_pid=os.getpid(),
+            agent_start=me.start if me else 0,
+            gpus=tuple(d.uuid for d in layout.devices()),
+            version=__version__,
+            settings_digest=settings_digest(layout.settings),
+            differences=layout.differences,
+            clock_skew=layout.clock_skew,
+            model=self.model,
+            word_port=self.word_port,
+            clock=clock.OFFSET,
+        )
+
+    def lease_known(self) -> None:
+        """This node's place is taken: from now on its record is kept up to date."""
+        self._node = self.record()
+        self._mirror.nodes[self._node_rank] = self._node
+
+    def node(self, force: bool = False, **news: Any) -> None:
+        """Report this node if anything changed, or in any case. Without a lease there is nothing to report under."""
+        if self._node is None or not self.lease:
+            return
+        record = replace(self._node, **news)
+        if force or record != self._node:
+            self._node = record
+            self._mirror.nodes[self._node_rank] = record
+            self.put(self._keys.node(self._node_rank), record.encode(), self.lease)
+
+    def ranks(self) -> None:
+        """Keep the list of all nodes and ranks in the run directory, for whoever must act while etcd is away."""
+        for node in self._mirror.nodes.values():
+            self.seen[node.node_rank] = node
+        ranks = [
+            {
+                "cohort_id": r.cohort_id,
+                "incarnation": r.incarnation,
+                "node_rank": r.node_rank,
+                "phase": r.phase.value,
+                "pid": r.pid,
+                "start": r.start,
+            }
+            for _, r in sorted(self._mirror.ranks.items())
+        ]
+        nodes = [{"node_rank": n.node_rank, "host": n.host, "address": n.address} for _, n in sorted(self.seen.items())]
+        listed = {"nodes": nodes, "ranks": ranks}
+        if listed != self._listed:
+            self._listed = listed
+            text = json.dumps(listed, indent=1)
+            self._writer.replace(self._layout.run_dir.ranks_json, text)
+            self._writer.here(self._layout.node_dir.ranks_json, text)

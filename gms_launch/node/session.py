@@ -1,0 +1,279 @@
+"""An agent's membership in its run: the line to etcd, the lease, the mirror, and whether the leader is within reach.
+
+Turns what the control plane's threads report into a mirror and a few calls on the agent's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from gms_launch.cohort import membership
+from gms_launch.cohort.records import EventRecord, NodeRecord, RunRecord, RunState
+from gms_launch.control import terms
+from gms_launch.control.keys import prefix
+from gms_launch.control.mirror import Mirror
+from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
+from gms_launch.node.reporter import Reporter
+from gms_launch.run.plan import Layout
+from gms_launch.run.rundir import RunFile
+from gms_launch.spool.reading import PATIENCE, within
+
+if TYPE_CHECKING:
+    from gms_launch.control.link import ControlLink
+
+log = logging.getLogger("agent")
+
+#: How long before the lease ends a silent leader is looked for (seconds).
+LOOK_AHEAD = 1.0
+#: A leader whose machine answers and whose etcd does not: how long that may be a restart (seconds).
+REFUSED_WAIT = 30.0
+#: How often a node that is cut off looks whether the run has ended (seconds).
+END_LOOK = 3.0
+
+
+class Member(Protocol):
+    """What the session tells its agent, always on its loop."""
+
+    def control_changed(self) -> None:
+        """The mirror says something new."""
+
+    def control_resynced(self) -> None:
+        """The mirror was made anew: what runs here must be reported again."""
+
+    def instances(self, found: dict[str, bytes]) -> None:
+        """What is registered in Dynamo's discovery now, all of it: instance keys and what they hold."""
+
+    def cut_off(self, why: str) -> None:
+        """The leader cannot be reached and this node's lease is over: others go on without it."""
+
+    def give_up(self, error: LaunchError) -> None:
+        """The leader has stayed away for too long, or has ended the run."""
+
+
+class Session:
+    """One agent's session. Everything but `open` and `close` belongs on the loop."""
+
+    def __init__(self, layout: Layout, mirror: Mirror, report: Reporter, member: Member) -> None:
+        self._layout, self.mirror, self._report, self._member = layout, mirror, report, member
+        self._settings = layout.settings
+        self._loop = asyncio.get_running_loop()
+        self._link: ControlLink | None = None
+        self._renewed = asyncio.Event()
+        self._sent = 0.0
+        self.mirrored = asyncio.Event()
+        self.is_cut_off = False
+
+    # -- opening and closing, in a thread ------------------------------------------------------------------------
+
+    def open(self, record: NodeRecord) -> None:
+        """Connect to etcd, with passwords on if it is ours, and take this node's place. Blocks.
+
+        Raises `NoContactError`, and `UsageError` when another agent has this node rank.
+        """
+        from gms_launch.control.link import ControlLink
+        from gms_launch.control.store import Access
+
+        layout, keys = self._layout, self.mirror.keys
+        access = Access(layout.etcd_endpoints)
+        if layout.own_etcd:
+            access = replace(access, user="root", password=layout.credentials.admin_password)
+        link = ControlLink(access, self._post)
+        self._link = self._report.link = link
+        # A leader's etcd is young; the others have just heard from it.
+        link.connect(keys, self._settings.service_timeout if layout.topology.is_leader else 2.0)
+        if layout.topology.is_leader:
+            if layout.own_etcd:
+                self._enable_auth()
+            link.forget(keys)
+        else:
+            self._compare(link, record)
+        key = keys.node(layout.topology.node_rank)
+        self._sent = time.monotonic()
+        holder = link.claim(key, record.encode(), self._settings.lease_ttl)
+        if holder is not None:
+            other = NodeRecord.decode(holder)
+            text = (
+                f"node rank {record.node_rank} is taken by {other.host} (agent {other.agent_pid}); "
+                f"{record.host} was given the same rank"
+            )
+            link.put_now(keys.refusal(f"{record.boot_id}-{record.agent_pid}"), text.encode())
+            raise UsageError(text)
+        if layout.topology.is_leader:
+            link.listen([prefix(keys.prefix)], self._settings.lease_ttl, self, self._settings.namespace)
+        else:
+            link.listen(keys.followed(self._settings.cohorts), self._settings.lease_ttl, self)
+
+    def _compare(self, link: ControlLink, record: NodeRecord) -> None:
+        """A run that goes on takes back only a node that it would have begun with. Raises `UsageError`.
+
+        Before this node takes its place, so that a run that it does not fit is not disturbed.
+        """
+        keys, deadline = self.mirror.keys, time.monotonic() + 2 * self._settings.lease_ttl
+        value = link.get(keys.run)
+        if value is None or (run := RunRecord.decode(value)).state is not RunState.ADMITTED:
+            return  # the leader compares all nodes when all have come
+        while (leader := link.get(keys.node(0))) is None:
+            if time.monotonic() > deadline:
+                raise NoContactError("the leader's own record is not in etcd, so this node cannot be compared with it")
+            time.sleep(0.2)  # it has lost its lease, and takes a new one
+        found = membership.objections_to(record, NodeRecord.decode(leader), run.nnodes)
+        if found:
+            text = "; ".join(found)
+            link.put_now(keys.refusal(f"{record.boot_id}-{record.agent_pid}"), text.encode())
+            raise UsageError(f"{text}; run {run.run} goes on without this node until one comes that fits")
+
+    def _enable_auth(self) -> None:
+        assert self._link is not None
+        credentials = self._layout.credentials
+        users = {credentials.dynamo_user: (credentials.dynamo_password, ["v1/"])}
+        self._link.enable_auth(credentials.admin_password, users)
+
+    def close(self) -> None:
+        """Write what is left and end. Blocks for a second at most."""
+        if self._link is not None:
+            self._link.close(1.0)
+
+    def _post(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Run `call` on the loop; from any thread, also while the loop is closing."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    # -- what etcd says ------------------------------------------------------------------------------------------
+
+    def control_snapshot(self, found: dict[str, bytes]) -> None:
+        known, run = dict(self.mirror.desired), self.mirror.run
+        self.mirror.replace(found)
+        if self.mirrored.is_set():
+            if self._layout.topology.is_leader:
+                if not self.mirror.desired and self._layout.own_etcd:
+                    self._loop.run_in_executor(None, self._enable_auth)
+                # The leader's own memory is newer than a store that lost it.
+                self.mirror.desired = {**self.mirror.desired, **known}
+                for cohort_id, record in known.items():
+                    self._report.put(self.mirror.keys.cohort(cohort_id), record.encode())
+                self.mirror.run = run
+                self._report.run()
+            self._member.control_resynced()
+        self.mirrored.set()
+        self._member.control_changed()
+
+    def control_change(self, key: str, value: bytes | None) -> None:
+        # What we decide and report ourselves is known here before etcd says it, and may be newer than its echo.
+        keys, topology = self.mirror.keys, self._layout.topology
+        own_rank = key.startswith(keys.ranks) and key.endswith(f"/{topology.node_rank}")
+        own_word = topology.is_leader and (key.startswith(keys.desired) or key in (keys.run, keys.peers))
+        if own_rank or own_word:
+            return
+        if key.startswith(keys.events):
+            if value is not None:
+                self._report.take_event(EventRecord.decode(value))
+            return
+        self.mirror.apply(key, value)
+        if problem := self.mirror.problems.get(key):
+            log.warning("record %s is not readable: %s", key, problem)
+        self._member.control_changed()
+
+    def control_state(self, reason: str | None) -> None:
+        if reason is not None:
+            log.warning("etcd: %s", reason)
+
+    def instances(self, found: dict[str, bytes]) -> None:
+        self._member.instances(found)
+
+    def lease_granted(self, lease: int) -> None:
+        self._report.lease = lease
+        if self.mirrored.is_set():
+            self._member.control_resynced()
+
+    def lease_renewed(self, sent: float) -> None:
+        self._sent = max(self._sent, sent)
+        self._renewed.set()
+        if self.is_cut_off:
+            self.is_cut_off = False
+            log.warning("the leader answers again")
+            self._member.control_changed()
+
+    def lease_lost(self, reason: str) -> None:
+        log.warning("node lease lost: %s", reason)
+        self._report.emit("lease_lost", detail=reason)
+
+    # -- is the leader still there -------------------------------------------------------------------------------
+
+    async def watch_leader(self) -> None:
+        """Notice in time that this node is cut off: its lease is over and its leader cannot be reached.
+
+        A leader that refuses connections is on its feet and may be restarting etcd; one that accepts them and says
+        nothing is frozen. Both get longer.
+        """
+        ttl, wait = terms.silence(self._settings.lease_ttl), self._settings.node_wait
+        while True:
+            sent = self._sent
+            await self._silence(sent, ttl - LOOK_AHEAD)
+            if self._sent > sent:
+                continue
+            answer = await self._loop.run_in_executor(None, reach, self._layout.etcd_endpoints, LOOK_AHEAD * 0.9)
+            if await self._has_ended(f"the leader does not answer ({answer})"):
+                return
+            limit = {"refused": max(2 * ttl, REFUSED_WAIT), "silent": wait}.get(answer, ttl)
+            if time.monotonic() - self._sent < limit:
+                await self._silence(self._sent, min(limit, time.monotonic() - self._sent + LOOK_AHEAD))
+                if time.monotonic() - self._sent < limit:
+                    continue
+            where = ", ".join(self._layout.etcd_endpoints)
+            why = f"no contact with the leader ({where}: {answer}) for {limit:g} s"
+            if not self.is_cut_off:
+                self.is_cut_off = True
+                self._member.cut_off(why)
+            while self.is_cut_off and time.monotonic() < self._sent + wait:
+                await self._silence(self._sent, min(wait, time.monotonic() - self._sent + END_LOOK))
+                if self.is_cut_off and await self._has_ended(why):
+                    return
+            if self.is_cut_off:
+                self._member.give_up(DeadlineError(f"{why}, and not for {wait:g} s (node_wait) either"))
+                return
+
+    async def _has_ended(self, why: str) -> bool:
+        """Give up when run.json says that this very run has ended: the leader could tell nobody through etcd."""
+
+        def look() -> RunFile | None:
+            with contextlib.suppress(NoContactError):
+                return within(PATIENCE, self._layout.run_dir.read, None)
+            return None
+
+        run = await self._loop.run_in_executor(None, look)
+        if run is None or run.attempt != self._layout.attempt or run.ended is None:
+            return False
+        reason = f": {run.reason}" if run.reason else ""
+        self._member.give_up(by_code(run.exit_code or 1, f"{why}, and by run.json the run has ended{reason}"))
+        return True
+
+    async def _silence(self, since: float, seconds: float) -> None:
+        """Wait until `seconds` after the renewal sent at `since`, or until a newer one."""
+        self._renewed.clear()
+        if self._sent > since:
+            return
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._renewed.wait(), max(0.0, since + seconds - time.monotonic()))
+
+
+def reach(endpoints: tuple[str, ...], timeout: float) -> str:
+    """How the machine of an endpoint reacts to a connection: "silent" (it accepts), "refused" or "unreachable"."""
+    found = "unreachable"
+    for url in endpoints:
+        parts = urlsplit(url)
+        try:
+            with socket.create_connection((parts.hostname, parts.port or 80), timeout):
+                return "silent"
+        except ConnectionRefusedError:
+            found = "refused"
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,150 @@
+"""A second descriptor of a socket that another process listens on: found, checked, taken, and never accepted on early.
+
+An open socket belongs to whoever has a descriptor of it. While its owner lives, ours does nothing; when the owner dies
+the kernel does not close it, and goes on completing connections into its backlog. `pidfd_getfd` needs the right to
+trace the owner: a child of ours, or one of its children. Where that is refused (Yama's scope 2 and 3, seccomp filters)
+`bind` is what is left: the dead owner's port, with a moment between its end and ours in which connections are refused.
+Blocking, for at most some milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from gms_launch.errors import LaunchError
+from gms_launch.process import proc
+
+#: pidfd_getfd(2), the same number on all architectures; Linux 5.6.
+SYS_PIDFD_GETFD = 438
+_LISTEN = "0A"
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class TakeError(LaunchError):
+    """A listening socket could not be found or taken."""
+
+
+def advertised(instance: bytes) -> tuple[str, int] | None:
+    """Where one of Dynamo's instances takes requests: the address in its record; None when it is not on TCP."""
+    try:
+        parts = urlsplit("//" + json.loads(instance)["transport"]["tcp"])
+        return (parts.hostname, parts.port) if parts.hostname and parts.port else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def take(group: Iterable[int], port: int) -> socket.socket:
+    """A descriptor of the socket that a process of `group` (pids, the likeliest first) listens on at TCP `port`.
+
+    Closed when the owner starts a program, as all of ours are. Raises `TakeError`.
+    """
+    looked = []
+    for pid in group:
+        inodes = _listening(pid, port)
+        looked.append(pid)
+        for fd, inode in _sockets(pid):
+            if inode in inodes:
+                return _checked(_getfd(pid, fd), port, inode)
+    raise TakeError(f"none of the processes {', '.join(map(str, looked))} listens on port {port}")
+
+
+def bind(address: str, port: int) -> socket.socket:
+    """Listen where a dead process did. Raises `OSError` while something of it is left."""
+    found = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((address, port))
+        found.listen(4096)
+        found.setblocking(False)
+    except OSError:
+        found.close()
+        raise
+    return found
+
+
+def refused() -> str:
+    """Why this process may not take a descriptor of a child of its own; empty when it may."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        os.close(_getfd(child.pid, 0))
+    except TakeError as exc:
+        return str(exc)
+    finally:
+        child.communicate(b"\n")
+    return ""
+
+
+def accept_all(listener: socket.socket, limit: int) -> list[socket.socket]:
+    """Take at most `limit` of the connections that wait."""
+    found: list[socket.socket] = []
+    with contextlib.suppress(OSError):  # none is left, or no descriptor is
+        while len(found) < limit:
+            found.append(listener.accept()[0])
+    return found
+
+
+def _listening(pid: int, port: int) -> set[str]:
+    """Inodes of the sockets that listen on `port` in the network namespace of `pid`."""
+    found: set[str] = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as file:
+            next(file, None)
+            for line in file:
+                row = line.split()
+                if row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port:
+                    found.add(row[9])
+    return found
+
+
+def _sockets(pid: int) -> Iterable[tuple[int, str]]:
+    """The descriptors of a process that are sockets, with their inodes."""
+    try:
+        fds = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            name = os.readlink(f"/proc/{pid}/fd/{fd}")
+            if name.startswith("socket:["):
+                yield int(fd), name[8:-1]
+
+
+def _getfd(pid: int, fd: int) -> int:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as exc:
+        raise TakeError(f"process {pid}: {exc.strerror}") from None
+    try:
+        got = int(_libc.syscall(SYS_PIDFD_GETFD, pidfd, fd, 0))
+        if got < 0:
+            why = os.strerror(ctypes.get_errno())
+            raise TakeError(f"pidfd_getfd of descriptor {fd} of process {pid}: {why}")
+    finally:
+        os.close(pidfd)
+    return got
+
+
+def _checked(fd: int, port: int, inode: str) -> socket.socket:
+    """The descriptor as a socket, if it is the one that was meant: its number may have been given anew meanwhile."""
+    os.set_inheritable(fd, False)
+    if os.readlink(f"/proc/self/fd/{fd}") != f"socket:[{inode}]":
+        os.close(fd)
+        raise TakeError(f"the socket on port {port} was closed while it was being taken")
+    found = socket.socket(fileno=fd)
+    if not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or found.getsockname()[1] != port:
+        found.close()
+        raise TakeError(f"the socket that was taken does not listen on port {port}")
+    return found
+
+
+def pids_of(pgid: int) -> list[int]:
+    """The group's leader, and then its other members."""
+    return [pgid, *(info.pid for info in proc.group(pgid) if info.pid != pgid)]

@@ -1,0 +1,274 @@
+"""What the kernel says about processes: identity, groups, tags, descendants, lock holders.
+
+Reads /proc and nothing else. A pid alone never names a process here: `ProcessId` carries the start time, which the
+kernel sets once and which tells a process from a later one with the same number. Killing is done in `process`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gms_launch.process import clock
+
+TAG_ENV = "GMS_LAUNCH_TAG"
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process: pid, and start time in clock ticks since boot (field 22 of /proc/PID/stat)."""
+
+    pid: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Stat:
+    """The fields of /proc/PID/stat that we use."""
+
+    pid: int
+    comm: str
+    state: str
+    ppid: int
+    pgid: int
+    session: int
+    start: int
+
+    @property
+    def identity(self) -> ProcessId:
+        return ProcessId(self.pid, self.start)
+
+    @property
+    def dead(self) -> bool:
+        """True for a zombie: it runs no more and holds nothing, only its parent has not reaped it yet."""
+        return self.state in "ZX"
+
+
+def stat(pid: int) -> Stat | None:
+    """The process `pid`, or None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read().decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    # The command name may hold spaces and parentheses; the fields begin after the last one.
+    head, _, tail = text.rpartition(")")
+    fields = tail.split()
+    return Stat(
+        pid=pid,
+        comm=head.partition("(")[2],
+        state=fields[0],
+        ppid=int(fields[1]),
+        pgid=int(fields[2]),
+        session=int(fields[3]),
+        start=int(fields[19]),
+    )
+
+
+def identity(pid: int) -> ProcessId | None:
+    """`pid` with its start time, or None when there is no such process."""
+    found = stat(pid)
+    return found.identity if found else None
+
+
+def alive(who: ProcessId) -> bool:
+    """True while that very process runs (a zombie does not)."""
+    found = stat(who.pid)
+    return found is not None and found.start == who.start and not found.dead
+
+
+def pids() -> Iterator[int]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            yield int(name)
+
+
+def tag_of(pid: int) -> str | None:
+    """The value of GMS_LAUNCH_TAG that `pid` was started with; None when it has none or cannot be read."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            data = file.read()
+    except OSError:
+        return None
+    prefix = TAG_ENV.encode() + b"="
+    for entry in data.split(b"\0"):
+        if entry.startswith(prefix):
+            return entry[len(prefix) :].decode(errors="replace")
+    return None
+
+
+def command_line(pid: int) -> str:
+    """The command line with spaces between its words, or the title that a process gave itself; empty when unknown."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def owner(pid: int) -> int | None:
+    """The user id that `pid` runs as."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return None
+
+
+def same_namespace(pid: int) -> bool:
+    """True when `pid` is numbered as we number processes: another container's run is not ours to judge."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return False
+
+
+def tagged(prefix: str, uid: int | None = None, node_rank: int | None = None) -> list[tuple[Stat, str]]:
+    """Every running process of a user whose tag is `prefix` or begins with `prefix/`, with its tag.
+
+    `uid` is this user unless given: two users may well give their runs the same name. `node_rank` leaves out other
+    nodes' processes, which are here too when several nodes of a run share a machine. Reads all of /proc.
+    """
+    user = os.getuid() if uid is None else uid
+    found = []
+    for pid in pids():
+        tag = tag_of(pid)
+        if tag is None or not (tag == prefix or tag.startswith(prefix + "/")):
+            continue
+        if owner(pid) != user or (node_rank is not None and tag.rpartition("/")[2] != str(node_rank)):
+            continue
+        info = stat(pid)
+        if info is not None and not info.dead:
+            found.append((info, tag))
+    return found
+
+
+def group(pgid: int) -> list[Stat]:
+    """Every process of the group, zombies included."""
+    return [info for pid in pids() if (info := stat(pid)) is not None and info.pgid == pgid]
+
+
+def children(pid: int) -> list[int]:
+    """The direct children of `pid`, of all its threads."""
+    found: list[int] = []
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for task in tasks:
+        try:
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found.extend(int(p) for p in file.read().split())
+        except OSError:
+            continue
+    return found
+
+
+def descendants(roots: Iterable[int]) -> list[Stat]:
+    """The living descendants of `roots`, without those themselves. Reads all of /proc."""
+    below: dict[int, list[Stat]] = {}
+    for pid in pids():
+        if (info := stat(pid)) is not None:
+            below.setdefault(info.ppid, []).append(info)
+    found: dict[int, Stat] = {}
+    todo = list(roots)
+    while todo:
+        for info in below.get(todo.pop(), ()):
+            if info.pid not in found and not info.dead:
+                found[info.pid] = info
+                todo.append(info.pid)
+    return list(found.values())
+
+
+def describe(info: Stat) -> str:
+    """A process for people: pid, command and since when."""
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - info.start / os.sysconf("SC_CLK_TCK")
+    since = time.strftime("%H:%M:%S", time.localtime(clock.now() - age))
+    return f"{info.pid} ({(command_line(info.pid) or info.comm)[:60]}, since {since})"
+
+
+def lock_keepers(paths: Iterable[Path]) -> list[Stat]:
+    """Every process that has a flock on one of these files through a descriptor, whoever acquired it.
+
+    /proc/locks names the acquirer alone, also when that is dead and a child of it keeps the descriptor (and within a
+    pid namespace it is then not listed at all). Reads the descriptors of all processes that we may look into.
+    """
+    wanted: dict[tuple[int, int], str] = {}
+    for path in paths:
+        try:
+            info = os.stat(path)
+        except OSError:
+            continue
+        wanted[info.st_dev, info.st_ino] = path.name
+    names = set(wanted.values())
+    return [i for pid in pids() if wanted and _keeps(pid, names, wanted) and (i := stat(pid)) and not i.dead]
+
+
+def _keeps(pid: int, names: set[str], wanted: dict[tuple[int, int], str]) -> bool:
+    place = f"/proc/{pid}/fd/"
+    try:
+        descriptors = os.listdir(place)
+    except OSError:
+        return False
+    for fd in descriptors:
+        try:
+            # By name first: a stat may wait for ever for a file system that hangs, and the lock's does not.
+            if os.readlink(place + fd).removesuffix(" (deleted)").rpartition("/")[2] not in names:
+                continue
+            info = os.stat(place + fd)
+            if (info.st_dev, info.st_ino) not in wanted:
+                continue
+            with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+                if any(line.startswith("lock:") and " FLOCK " in line for line in file):
+                    return True
+        except OSError:
+            continue  # closed meanwhile
+    return False
+
+
+def flock_holders(path: str) -> list[int]:
+    """The pids that acquired the flock on `path`, from /proc/locks: quick, and see `lock_keepers` for what it misses.
+
+    Empty when nobody has it or the file is not there. A pid from outside this pid namespace shows as 0 and is left out.
+    """
+    try:
+        info = os.stat(path)
+    except OSError:
+        return []
+    want = (os.major(info.st_dev), os.minor(info.st_dev), info.st_ino)
+    holders = []
+    with open("/proc/locks") as file:
+        for line in file:
+            fields = line.split()
+            # "1: FLOCK ADVISORY WRITE 1234 00:1a:56 0 EOF"; a waiter has "->" in second place.
+            if len(fields) < 6 or fields[1] != "FLOCK":
+                continue
+            major, minor, inode = fields[5].split(":")
+            if (int(major, 16), int(minor, 16), int(inode)) == want and int(fields[4]) > 0:
+                holders.append(int(fields[4]))
+    return holders
+
+
+def listens(pid: int, port: int) -> bool:
+    """True when `pid` itself has a listening TCP socket on `port`, in its network namespace."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/{pid}/net/{table}") as file:
+                rows = [line.split() for line in file.readlines()[1:]]
+        except OSError:
+            continue
+        # Local address as HEX:PORT in hex, state 0A = LISTEN, inode of the socket.
+        inodes |= {r[9] for r in rows if r[3] == "0A" and int(r[1].rpartition(":")[2], 16) == port}
+    try:
+        names = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:
+        return False
+    return any(name.startswith("socket:[") and name[8:-1] in inodes for name in names)
+
+
+def boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()

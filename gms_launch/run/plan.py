@@ -1,0 +1,370 @@
+"""What will run where: every command, environment and port of a node, computed and not yet started.
+
+The agent starts what `Layout` describes, and `gms-launch plan` prints the same, so that the plan cannot differ from
+what happens. No side effects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gms_launch import engines
+from gms_launch.engines import DynamoPlane, Engine, RankSpec, installed
+from gms_launch.errors import UsageError
+from gms_launch.gms import devices
+from gms_launch.process.lifecycle import Command
+from gms_launch.run.nodedir import NodeDir
+from gms_launch.run.ports import Ports
+from gms_launch.run.rundir import Credentials, RunDir
+from gms_launch.run.topology import Topology
+from gms_launch.services import etcd, frontend, gms, nats
+from gms_launch.services.base import Service, find_binary
+from gms_launch.settings.resolve import Settings
+
+#: Files that a model's weights may be in.
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+#: NATS and the frontend may be silent for longer than etcd: nobody ends because of them.
+LATER = 4
+#: What stands for a secret in a printed plan.
+HIDDEN = "<hidden>"
+#: What huggingface.co calls a model: never two slashes, no dot in front.
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SECRET = ("PASSWORD",)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything that is decided before the first process starts.
+
+    `attempt` names this run among those of the same id; `differences` and `clock_skew` say how this node compares with
+    the leader.
+    """
+
+    run: str
+    settings: Settings
+    topology: Topology
+    ports: Ports
+    credentials: Credentials
+    run_dir: RunDir
+    node_dir: NodeDir
+    attempt: str = ""
+    differences: tuple[str, ...] = ()
+    clock_skew: float = 0.0
+
+    @property
+    def engine(self) -> Engine:
+        return engines.get(self.settings.engine, self.settings.engine_file)
+
+    @property
+    def python(self) -> str:
+        return self.settings.python or sys.executable
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.served_model_name or self.settings.model
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where engines keep what they compile, for the next life and the next run."""
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(self.settings.cache_dir or f"{base}/gms-launch").expanduser()
+
+    @property
+    def kind_of_start(self) -> str:
+        """Which earlier starts this one is compared with."""
+        s = self.settings
+        size = f"tp {s.tp} pp {s.pp} over {s.nnodes} nodes"
+        return f"{self.topology.host}: {s.engine}, {os.path.abspath(s.model)}, {size}"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.run_dir.logs / f"node{self.topology.node_rank}"
+
+    @property
+    def frontend_address(self) -> str:
+        return self.settings.frontend_host or self.topology.leader_address
+
+    @property
+    def frontend_url(self) -> str:
+        return f"http://{etcd.host(frontend.connect_address(self.frontend_address))}:{self.ports.frontend}"
+
+    @property
+    def own_etcd(self) -> bool:
+        return not self.settings.etcd_endpoints
+
+    @property
+    def etcd_endpoints(self) -> tuple[str, ...]:
+        if self.own_etcd:
+            return (f"http://{etcd.host(self.topology.leader_address)}:{self.ports.etcd}",)
+        return tuple(e.strip() for e in self.settings.etcd_endpoints.split(",") if e.strip())
+
+    @property
+    def own_nats(self) -> bool:
+        return self.settings.nats and not self.settings.nats_server
+
+    @property
+    def plane(self) -> DynamoPlane:
+        """How Dynamo's processes of this node reach the services."""
+        nats_url = ""
+        if self.settings.nats:
+            own = f"nats://{etcd.host(self.topology.leader_address)}:{self.ports.nats}"
+            nats_url = self.settings.nats_server or own
+        return DynamoPlane(
+            address=self.topology.address,
+            namespace=self.settings.namespace,
+            etcd_endpoints=self.etcd_endpoints,
+            etcd_user=self.credentials.dynamo_user if self.own_etcd else "",
+            etcd_password=self.credentials.dynamo_password if self.own_etcd else "",
+            lease_ttl=self.settings.dynamo_lease_ttl,
+            event_plane="zmq" if self.settings.event_plane == "auto" else self.settings.event_plane,
+            nats_url=nats_url,
+            nats_user=self.credentials.nats_user if self.own_nats else "",
+            nats_password=self.credentials.nats_password if self.own_nats else "",
+        )
+
+    # -- what runs ---------------------------------------------------------------------------------------------
+
+    @property
+    def gms_kind(self) -> str:
+        return gms.choose(self.settings.gms_server, self.settings.engine, self.settings.python)
+
+    @property
+    def gms_memory(self) -> str:
+        """host or cuda: whose memory GMS owns."""
+        if self.gms_kind == "upstream":
+            return "cuda"
+        if self.settings.gms_memory != "auto":
+            return self.settings.gms_memory
+        made_up = self.settings.sources.get("virtual_gpus", "Slurm") != "Slurm"
+        return "cuda" if not made_up and devices.real_devices() else "host"
+
+    def devices(self) -> list[devices.Device]:
+        if self.gms_memory == "cuda":
+            return list(devices.real_devices())
+        return devices.virtual_devices(self.settings.virtual_gpus, self.settings.virtual_gpu_mib)
+
+    def gms_services(self) -> list[Service]:
+        return gms.services(
+            self.gms_kind,
+            self.gms_memory,
+            self.python,
+            self.devices(),
+            self.node_dir.gms,
+            self.settings.gms_timeout,
+            by_nvml=self.settings.engine == "vllm",
+        )
+
+    def etcd_service(self) -> Service:
+        return etcd.service(
+            find_binary("etcd_bin", self.settings.etcd_bin, "etcd", "etcd-server"),
+            self.run,
+            self.topology.leader_address,
+            self.ports.etcd,
+            self.ports.etcd_peer,
+            self.node_dir.etcd_data,
+            self.credentials.admin_password,
+            self.settings.service_timeout,
+            self.settings.service_liveness,
+        )
+
+    @property
+    def nats_config(self) -> Path:
+        return self.node_dir.path / "nats.conf"
+
+    def nats_service(self) -> Service:
+        return nats.service(
+            find_binary("nats_bin", self.settings.nats_bin, "nats-server", "nats-server"),
+            self.nats_config,
+            self.topology.leader_address,
+            self.ports.nats,
+            self.credentials.nats_user,
+            self.credentials.nats_password,
+            self.settings.service_timeout,
+            LATER * self.settings.service_liveness,
+        )
+
+    def frontend_service(self) -> Service:
+        return frontend.service(
+            self.python,
+            self.plane,
+            self.frontend_address,
+            self.ports.frontend,
+            self.settings.migration_limit,
+            self.settings.service_timeout,
+            LATER * self.settings.service_liveness,
+        )
+
+    def lock_of(self, cohort_id: int) -> Path:
+        """The lock that a cohort waits for: one for all, or one of its own that the leader's agent holds."""
+        return self.node_dir.gate(cohort_id) if self.settings.activation == "agent" else self.node_dir.lock
+
+    @property
+    def gates(self) -> dict[int, Path]:
+        """The locks that this node's agent holds, by cohort."""
+        if self.settings.activation != "agent" or not self.topology.is_leader:
+            return {}
+        return {k: self.lock_of(k) for k in range(self.settings.cohorts)}
+
+    def rank_command(
+        self, cohort_id: int, incarnation: int, master_port: int, engine_args: tuple[str, ...] | None = None
+    ) -> Command:
+        """How this node's rank of a life is started; `engine_args` take the place of the settings' unless None."""
+        return self.engine.command(
+            RankSpec(
+                cohort_id=cohort_id,
+                incarnation=incarnation,
+                node_rank=self.topology.node_rank,
+                nnodes=self.topology.nnodes,
+                tp=self.settings.tp,
+                model=self.settings.model,
+                served_model_name=self.settings.served_model_name,
+                python=self.python,
+                leader_address=self.topology.leader_address,
+                master_port=master_port,
+                system_port=self.ports.system[cohort_id],
+                nixl_port=self.ports.nixl[cohort_id],
+                vllm_port=self.ports.vllm[cohort_id],
+                gms_dir=self.node_dir.gms,
+                lock_path=self.lock_of(cohort_id),
+                plane=self.plane,
+                engine_args=self.settings.engine_args if engine_args is None else engine_args,
+                gms_memory=self.gms_memory,
+                pp=self.settings.pp,
+                interface=self.settings.interface,
+                cache_dir=self.cache_dir,
+                scratch_dir=self.node_dir.scratch(cohort_id, incarnation),
+                extra_ports={name: numbers[cohort_id] for name, numbers in self.ports.extra.items()},
+            )
+        )
+
+    # -- checks and printing -----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `UsageError` for what would stop the run, before anything is started."""
+        check_model(self.settings)
+        for problem in self.engine.problems(self.settings):
+            raise UsageError(problem)
+        self.node_dir.check()
+        local = self.settings.world // self.settings.nnodes
+        found = len(self.devices())
+        if local > found:
+            raise UsageError(
+                f"{self._size()} over {self.settings.nnodes} nodes is {local} GPUs on each; this node has {found}"
+                + ("; see --virtual-gpus" if self.gms_memory == "host" else "")
+            )
+        if self.topology.is_leader:
+            if self.own_etcd:
+                self.etcd_service()
+            if self.own_nats:
+                self.nats_service()
+            if installed.look(self.settings.python, ("dynamo.frontend",)).missing:
+                raise UsageError(
+                    f"dynamo.frontend cannot be imported by {self.python}; pip install 'gms-launch[dynamo]'"
+                )
+
+    def _size(self) -> str:
+        """The wanted GPUs by the settings that say how many."""
+        names = [n for n in ("tp", "pp") if getattr(self.settings, n) > 1 or n == "tp"]
+        said = [f"{n} {getattr(self.settings, n)} (from {self.settings.sources.get(n, 'nnodes')})" for n in names]
+        return " times ".join(said)
+
+    def processes(self) -> list[tuple[str, Command]]:
+        """Every process of this node in the order of its start."""
+        found = [(s.name, s.command) for s in self.gms_services()]
+        if self.topology.is_leader:
+            if self.own_etcd:
+                found.append(("etcd", self.etcd_service().command))
+            if self.own_nats:
+                found.append(("nats", self.nats_service().command))
+            found.append(("frontend", self.frontend_service().command))
+        for cohort_id in range(self.settings.cohorts):
+            port = self.ports.master(cohort_id, 1)
+            name = f"cohort {cohort_id} rank {self.topology.node_rank}"
+            found.append((name, self.rank_command(cohort_id, 1, port)))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for people and tests; secrets are hidden."""
+        ports = self.ports
+        return {
+            "schema": 1,
+            "run": self.run,
+            "node_rank": self.topology.node_rank,
+            "nnodes": self.topology.nnodes,
+            "leader_address": self.topology.leader_address,
+            "engine": self.settings.engine,
+            "gms_server": self.gms_kind,
+            "gms_memory": self.gms_memory,
+            "frontend_url": self.frontend_url,
+            "run_dir": str(self.run_dir.path),
+            "node_dir": str(self.node_dir.path),
+            "ports": {
+                "frontend": ports.frontend,
+                "etcd": ports.etcd,
+                "etcd_peer": ports.etcd_peer,
+                "nats": ports.nats,
+                "master": [ports.master(k, 1) for k in range(self.settings.cohorts)],
+                "system": list(ports.system),
+                "nixl": list(ports.nixl),
+                "vllm": list(ports.vllm),
+                "word": ports.word,
+                **{name: list(numbers) for name, numbers in ports.extra.items()},
+            },
+            "processes": [
+                {"name": name, "argv": list(command.argv), "env": _public(command)}
+                for name, command in self.processes()
+            ],
+        }
+
+
+def _public(command: Command) -> dict[str, str | None]:
+    return {k: HIDDEN if v and any(s in k for s in _SECRET) else v for k, v in sorted(command.env.items())}
+
+
+def check_model(settings: Settings) -> None:
+    """Raise `UsageError` unless the model is a directory with a config."""
+    if not settings.model:
+        raise UsageError("no model was given: --model DIRECTORY (or MODEL); `gms-launch demo-model` makes a small one")
+    path = Path(settings.model)
+    if HUB_NAME.fullmatch(settings.model) and not path.exists() and settings.engine != "command":
+        raise UsageError(
+            f"model {settings.model!r}: names of the hub are not taken, since every engine would look for it by "
+            f"itself; `hf download {settings.model} --local-dir DIR` to where all nodes see it, and --model DIR"
+        )
+    if settings.engine != "command" or settings.model.startswith(("/", ".", "~")):
+        if not (path / "config.json").is_file():
+            raise UsageError(
+                f"model {settings.model!r}: {path.absolute()} is not a model directory (no config.json in it)"
+            )
+        if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
+            raise UsageError(f"model {settings.model!r}: {path.absolute()} has no weights ({', '.join(WEIGHTS)})")
+
+
+#: Settings in which the nodes of a run may differ.
+_OWN = frozenset(
+    {"node_rank", "leader_addr", "interface", "hosts", "gms_socket_dir", "etcd_bin", "nats_bin", "python"}
+    | {"virtual_gpus", "run_id", "kill_wait", "cache_dir"}
+)
+
+
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if k not in _OWN}
+
+
+def settings_digest(settings: Settings) -> str:
+    """A digest of what all nodes of a run must agree on."""
+    return hashlib.sha256(json.dumps(_shared(settings.to_json()), sort_keys=True).encode()).hexdigest()
+
+
+def settings_differences(settings: Settings, leaders: Mapping[str, Any]) -> list[str]:
+    """The settings in which this node differs from the leader's (`Settings.to_json`), for people."""
+    mine, theirs = _shared(settings.to_json()), _shared(leaders)
+    return [f"{k} is {mine[k]!r} here and {theirs[k]!r} there" for k in mine if k in theirs and mine[k] != theirs[k]]

@@ -1,0 +1,351 @@
+"""The run directory, on the shared home: what must be seen from everywhere and outlive the run.
+
+`run.json`, credentials, logs, the timeline. A run is found by its id, by SLURM_JOB_ID, or as the user's only live run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from gms_launch.errors import NoContactError, RefusedError, UsageError
+from gms_launch.process import proc
+from gms_launch.run.nodedir import END, KEPT_IN, NodeDir, user_root
+from gms_launch.settings.rules import RUN_ID
+from gms_launch.spool.files import trouble, write_private
+from gms_launch.spool.reading import PATIENCE, within
+
+
+def home() -> Path:
+    """Where runs are recorded: GMS_LAUNCH_HOME, else ~/.gms-launch."""
+    return Path(os.environ.get("GMS_LAUNCH_HOME") or Path.home() / ".gms-launch")
+
+
+def named(environ: Mapping[str, str]) -> str:
+    """The run that the environment names, under its name of today or its old one; empty when it names none."""
+    return environ.get("GMS_LAUNCH_RUN") or environ.get("GMS_LAUNCH_RUN_ID") or ""
+
+
+def slurm_run_id(environ: Mapping[str, str]) -> str:
+    """The run id of a Slurm job; empty outside of Slurm."""
+    return environ.get("SLURM_JOB_ID", "")
+
+
+def slurm_step(environ: Mapping[str, str]) -> str:
+    """job.restart.step of this process; empty outside of Slurm."""
+    job = environ.get("SLURM_JOB_ID")
+    if not job:
+        return ""
+    return f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}.{environ.get('SLURM_STEP_ID', 'batch')}"
+
+
+def shared_run_id(leader: str) -> str:
+    """The run id that agents started by hand agree on without being told: it follows from the leader they all name."""
+    return leader if RUN_ID.match(leader) else hashlib.sha256(leader.encode()).hexdigest()[:12]
+
+
+def new_run_id() -> str:
+    return time.strftime("%m%d-%H%M%S-") + secrets.token_hex(2)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Passwords of one run, made up at its start. `admin` is etcd's root; `dynamo` sees only Dynamo's keys."""
+
+    admin_password: str
+    dynamo_user: str
+    dynamo_password: str
+    nats_user: str
+    nats_password: str
+
+    @classmethod
+    def generate(cls) -> Credentials:
+        return cls(secrets.token_hex(16), "dynamo", secrets.token_hex(16), "dynamo", secrets.token_hex(16))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class NodeEnd:
+    """How a node of the run ended. `clean`: nothing of the run is alive there, proved; else `detail` says why not.
+
+    `by_agent` is False for a look without its agent, which knew what descends from it: by tag and lock only.
+    """
+
+    node_rank: int
+    host: str
+    clean: bool
+    detail: str = ""
+    by_agent: bool = True
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """What `run.json` says: enough to find the run, to join it, and to know how it ended.
+
+    `attempt` tells this run from an earlier one of the same name. `slurm` is "job.restart.step" under Slurm.
+    """
+
+    run: str
+    version: str
+    created: float
+    leader_host: str
+    leader_boot_id: str
+    agent_pid: int
+    agent_start: int
+    node_dir: str
+    etcd_endpoints: tuple[str, ...] = ()
+    etcd_auth: bool = False
+    frontend_url: str = ""
+    model_name: str = ""
+    ended: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    attempt: str = ""
+    nnodes: int = 1
+    leader_address: str = ""
+    slurm: str = ""
+    ports: Mapping[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+    reason: str = ""
+    nodes: tuple[NodeEnd, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @property
+    def local(self) -> bool:
+        """True when this is the leader's machine, and not a later boot of it."""
+        return self.leader_host == socket.gethostname() and self.leader_boot_id == proc.boot_id()
+
+    @property
+    def agent(self) -> proc.ProcessId:
+        return proc.ProcessId(self.agent_pid, self.agent_start)
+
+    @property
+    def live(self) -> bool:
+        """False when the run is known to have ended; True when it runs or cannot be judged from here."""
+        if self.ended is not None:
+            return False
+        return proc.alive(self.agent) if self.local else True
+
+    def responds(self, timeout: float = 2.0) -> bool:
+        """True when something listens at the run's etcd."""
+        for url in self.etcd_endpoints:
+            parts = urlsplit(url)
+            with contextlib.suppress(OSError), socket.create_connection((parts.hostname, parts.port or 80), timeout):
+                return True
+        return False
+
+    @property
+    def slurm_job(self) -> str:
+        return self.slurm.partition(".")[0]
+
+
+class RunDir:
+    """The shared directory of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_json = path / "run.json"
+        self.credentials_json = path / "credentials.json"
+        self.logs = path / "logs"
+        self.events = path / "events.jsonl"
+        self.agent_log = path / "logs" / "agent.log"
+        self.ranks_json = path / "ranks.json"
+
+    @classmethod
+    def of(cls, run: str) -> RunDir:
+        return cls(home() / run)
+
+    @property
+    def run(self) -> str:
+        return self.path.name
+
+    def keep(self, place: NodeDir, run: RunFile, credentials: Credentials) -> None:
+        """Copies on this node, the leader's: there a live run is found without the shared home. Raises `OSError`."""
+        write_private(place.path / KEPT_IN, str(self.path.absolute()))
+        write_private(place.path / self.credentials_json.name, credentials.to_json())
+        write_private(place.path / self.run_json.name, run.to_json())
+
+    def create(self, run: RunFile, credentials: Credentials) -> None:
+        """Make the directory of a new run, complete, and put it in its place at once.
+
+        What an earlier run of that name left is moved aside. Raises `RefusedError` when somebody else is that run, and
+        when the home takes no files.
+        """
+        fresh = RunDir(self.path.with_name(f".{self.run}.{socket.gethostname()}.{os.getpid()}"))
+        try:
+            home().mkdir(parents=True, exist_ok=True, mode=0o700)
+            shutil.rmtree(fresh.path, ignore_errors=True)
+            fresh.logs.mkdir(parents=True, mode=0o700)
+            fresh.path.chmod(0o700)
+            write_private(fresh.credentials_json, credentials.to_json())
+            fresh.write(run)
+        except OSError as exc:
+            shutil.rmtree(fresh.path, ignore_errors=True)
+            raise RefusedError(
+                f"the run directory cannot be made in {self.path.parent}, which is {trouble(exc)} ({exc.strerror}); "
+                "mend that, or name another place with GMS_LAUNCH_HOME"
+            ) from None
+        try:
+            self.refuse_live(run.slurm)
+            if self.path.exists():
+                self.path.rename(self.path.with_name(f"{self.path.name}.{time.time_ns() // 1_000_000}.old"))
+            fresh.path.rename(self.path)  # fails when another leader was quicker: theirs is not empty
+        except OSError as exc:
+            raise RefusedError(f"run {self.run} cannot be made in {self.path.parent}: {exc.strerror}") from None
+        finally:
+            shutil.rmtree(fresh.path, ignore_errors=True)
+
+    def refuse_live(self, slurm: str = "") -> None:
+        """Raise `RefusedError` when a run of this name is up, as far as can be told. `slurm` is the asker's step."""
+        previous = self.read()
+        if previous is None or not previous.live:
+            return
+        if previous.slurm and slurm and previous.slurm != slurm and previous.slurm_job == slurm.partition(".")[0]:
+            # A job that was requeued, or a later step of it: Slurm ended the earlier one.
+            if not previous.responds():
+                return
+        elif not previous.local and abs(time.time() - previous.created) > 60.0 and not previous.responds():
+            return
+        raise RefusedError(
+            f"run {self.run} is already up (agent {previous.agent_pid} on {previous.leader_host}); "
+            f"stop it with `gms-launch down --run {self.run}` or choose another --run"
+        )
+
+    def text(self, path: Path) -> str:
+        """One of the files that the leader's agent keeps in its node directory too: that copy while the agent lives,
+        since the shared home may be full, gone or hanging. Raises `OSError`."""
+        return kept(self, path.name) or path.read_text()
+
+    def read(self) -> RunFile | None:
+        """What run.json says, or what would stand there if the home had taken it. Raises `NoContactError`."""
+        end = self._end_here()
+        if end is None:
+            return self._decode(lambda: self.text(self.run_json))
+        try:
+            on_home = self._decode(lambda: within(PATIENCE, self.run_json.read_text, end))
+        except NoContactError:
+            on_home = None
+        ended = self._decode(lambda: end)
+        return on_home if on_home is not None and ended and on_home.attempt != ended.attempt else ended
+
+    @property
+    def end_unrecorded(self) -> bool:
+        """True when the run's end is known on this node only."""
+        return self._end_here() is not None
+
+    def leave_end(self, place: NodeDir, end: RunFile) -> None:
+        """Put down on this node how the run ended, since the home does not take it. Raises `OSError`."""
+        place.path.mkdir(mode=0o700, exist_ok=True)
+        write_private(place.path / KEPT_IN, str(self.path.absolute()))
+        write_private(place.path / END, end.to_json())
+
+    def _end_here(self) -> str | None:
+        place = NodeDir.of(self.run).path
+        try:
+            return (place / END).read_text() if (place / KEPT_IN).read_text() == str(self.path.absolute()) else None
+        except OSError:
+            return None
+
+    def _decode(self, text: Callable[[], str]) -> RunFile | None:
+        try:
+            data = json.loads(text())
+            known = {f.name for f in dataclasses.fields(RunFile)}
+            data = {k: v for k, v in data.items() if k in known}
+            data["etcd_endpoints"] = tuple(data["etcd_endpoints"])
+            data["nodes"] = tuple(NodeEnd(**n) for n in data.get("nodes", ()))
+            return RunFile(**data)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise NoContactError(f"{self.run_json} cannot be read: {exc.strerror}") from None
+        except (ValueError, TypeError, KeyError) as exc:
+            raise NoContactError(
+                f"{self.run_json} cannot be understood ({exc}); was it written by another version?"
+            ) from None
+
+    def write(self, run: RunFile) -> None:
+        """Raises `OSError`."""
+        write_private(self.run_json, run.to_json())
+
+    def credentials(self) -> Credentials:
+        try:
+            return Credentials(**json.loads(self.text(self.credentials_json)))
+        except OSError as exc:
+            raise NoContactError(f"{self.credentials_json} cannot be read: {exc.strerror}") from None
+
+
+def kept(directory: RunDir, name: str) -> str | None:
+    """A file of the run as its leader's agent keeps it on this node; None without a live one here."""
+    place = NodeDir.of(directory.run)
+    try:
+        if (place.path / KEPT_IN).read_text() != str(directory.path.absolute()):
+            return None
+        agent = place.agent()
+        return (place.path / name).read_text() if agent is not None and proc.alive(agent) else None
+    except OSError:
+        return None
+
+
+def find(run: str | None) -> tuple[RunDir, RunFile]:
+    """The run meant by `run`, GMS_LAUNCH_RUN, SLURM_JOB_ID or, failing these, the user's only live run.
+
+    Raises `NoContactError` when there is none and `UsageError` when several are live.
+    """
+    wanted = run or named(os.environ)
+    if wanted:
+        if not RUN_ID.match(wanted):
+            raise UsageError(f"{wanted!r} is not the name of a run")
+        directory = RunDir.of(wanted)
+        found = directory.read()
+        if found is None:
+            raise NoContactError(f"there is no run {wanted}: {directory.run_json} does not exist. {_known()}")
+        return directory, found
+    job = slurm_run_id(os.environ)
+    if job:
+        directory = RunDir.of(job)
+        found = directory.read()
+        if found is not None:
+            return directory, found
+    live = [(d, f) for d, f in all_runs() if f.live]
+    if len(live) == 1:
+        return live[0]
+    if not live:
+        raise NoContactError(f"no run is up. {_known()}")
+    raise UsageError("several runs are up, say which with --run: " + ", ".join(d.run for d, _ in live))
+
+
+def all_runs() -> list[tuple[RunDir, RunFile]]:
+    """Every recorded run, newest first. Directories that cannot be understood are left out."""
+    found = []
+    paths = {path.parent for path in home().absolute().glob("*/run.json")}
+    for note in user_root().glob(f"*/{KEPT_IN}"):
+        with contextlib.suppress(OSError):
+            paths |= {p for p in [Path(note.read_text())] if p.parent == home().absolute()}
+    for directory in map(RunDir, paths):
+        with contextlib.suppress(NoContactError):
+            run = directory.read()
+            if run is not None:
+                found.append((directory, run))
+    return sorted(found, key=lambda pair: pair[1].created, reverse=True)
+
+
+def _known() -> str:
+    names = [d.run for d, _ in all_runs()][:5]
+    if not names:
+        return f"No run is recorded in {home()}; start one with `gms-launch up`."
+    return f"Recorded in {home()}, newest first: {', '.join(names)}."
