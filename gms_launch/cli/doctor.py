@@ -21,7 +21,7 @@ from gms_launch.run.nodedir import LOCAL_ROOT, private_directory, user_root
 from gms_launch.run.plan import check_model
 from gms_launch.run.rundir import home
 from gms_launch.services.base import find_binary
-from gms_launch.settings.resolve import Settings
+from gms_launch.settings.declared import Settings
 
 
 def main(settings: Settings, as_json: bool) -> None:

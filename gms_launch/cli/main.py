@@ -12,7 +12,7 @@ import typer
 from gms_launch import __version__
 from gms_launch.cli.options import number, positive, seconds, with_settings
 from gms_launch.errors import LaunchError
-from gms_launch.settings.resolve import Settings
+from gms_launch.settings.declared import Settings
 
 app = typer.Typer(
     add_completion=False,

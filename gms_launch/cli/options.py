@@ -12,7 +12,8 @@ import typer
 
 from gms_launch import numbers
 from gms_launch.run import topology
-from gms_launch.settings.resolve import SETTINGS, Setting, Settings, read_toml, resolve
+from gms_launch.settings.declared import SETTINGS, Setting, Settings
+from gms_launch.settings.resolve import read_toml, resolve
 
 _PANELS = {
     "run": "Run",

@@ -17,7 +17,7 @@ from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import HIDDEN, Layout
 from gms_launch.run.rundir import Credentials, RunDir
 from gms_launch.run.topology import Topology
-from gms_launch.settings.resolve import Settings
+from gms_launch.settings.declared import Settings
 
 
 def layout(settings: Settings, place: Topology | None = None) -> Layout:

@@ -15,12 +15,12 @@ from gms_launch.cli import kill_primary, switch_over
 from gms_launch.cohort.model import Phase, Redundancy
 from gms_launch.cohort.records import CommandRecord
 from gms_launch.control.gateway import Gateway
-from gms_launch.engines import arguments
 from gms_launch.errors import DeadlineError, LaunchError, UsageError
 from gms_launch.observe import contact, history
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.run import rundir
 from gms_launch.run.rundir import RunDir
+from gms_launch.settings import arguments
 
 #: Pause between two looks at the run (seconds): engines take seconds to start.
 POLL = 0.2

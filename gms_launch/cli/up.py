@@ -26,7 +26,8 @@ from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import Layout
 from gms_launch.run.rundir import Credentials, RunDir, RunFile
 from gms_launch.run.topology import Topology
-from gms_launch.settings.resolve import SETTINGS, Settings, checked
+from gms_launch.settings.declared import SETTINGS, Settings
+from gms_launch.settings.resolve import checked
 from gms_launch.spool.writer import LogHandler, Writer
 
 if TYPE_CHECKING:

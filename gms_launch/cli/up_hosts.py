@@ -20,7 +20,7 @@ from gms_launch.cli import up
 from gms_launch.cli.reporters import Notify, Terminal
 from gms_launch.errors import LaunchError, NoContactError, UsageError, by_code
 from gms_launch.run import rundir, topology
-from gms_launch.settings.resolve import Settings
+from gms_launch.settings.declared import Settings
 from gms_launch.transport import gms_launch, ssh
 
 #: What a stop may take beyond kill_wait before the connections are closed under it (seconds).

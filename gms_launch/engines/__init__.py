@@ -16,7 +16,7 @@ from gms_launch.errors import UsageError
 from gms_launch.process.lifecycle import Command
 
 if TYPE_CHECKING:
-    from gms_launch.settings.resolve import Settings
+    from gms_launch.settings.declared import Settings
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from gms_launch.engines import RankSpec, installed
 from gms_launch.errors import UsageError
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.process.lifecycle import Command
-from gms_launch.settings.resolve import Settings, read_toml
+from gms_launch.settings.declared import Settings
+from gms_launch.settings.resolve import read_toml
 
 #: What may stand in braces. `port_NAME` are those of [ports].
 PLACEHOLDERS = (

@@ -10,10 +10,11 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from gms_launch.engines import RankSpec, arguments, dynamo, installed
+from gms_launch.engines import RankSpec, dynamo, installed
 from gms_launch.numbers import count
 from gms_launch.process.lifecycle import Command
-from gms_launch.settings.resolve import Settings
+from gms_launch.settings import arguments
+from gms_launch.settings.declared import Settings
 
 MODULES = ("dynamo.vllm", "vllm", "gpu_memory_service")
 DISTRIBUTIONS = ("ai-dynamo", "vllm", "flashinfer-python", "gpu-memory-service")

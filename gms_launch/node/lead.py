@@ -32,7 +32,7 @@ from gms_launch.spool.reading import within
 if TYPE_CHECKING:
     from gms_launch.node.agent import Agent
     from gms_launch.node.rank import Rank
-    from gms_launch.settings.resolve import Settings
+    from gms_launch.settings.declared import Settings
 
 #: How long the agent of a node has to begin a drill (seconds).
 DRILL_TIME = 10.0

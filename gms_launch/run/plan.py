@@ -27,7 +27,7 @@ from gms_launch.run.rundir import Credentials, RunDir
 from gms_launch.run.topology import Topology
 from gms_launch.services import etcd, frontend, gms, nats
 from gms_launch.services.base import Service, find_binary
-from gms_launch.settings.resolve import Settings
+from gms_launch.settings.declared import Settings
 
 #: Files that a model's weights may be in.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")

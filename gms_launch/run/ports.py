@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gms_launch.errors import UsageError
-from gms_launch.settings.resolve import Settings
+from gms_launch.settings.declared import Settings
 
 #: Distance between the master ports of two cohorts, as upstream staggers them.
 COHORT_STRIDE = 100

@@ -16,7 +16,7 @@ from gms_launch.errors import DeadlineError, LaunchError, NoContactError, Refuse
 from gms_launch.observe import contact
 from gms_launch.run.plan import settings_differences
 from gms_launch.run.rundir import RunDir, RunFile
-from gms_launch.settings.resolve import Settings
+from gms_launch.settings.declared import Settings
 
 POLL = 0.1
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from gms_launch.errors import UsageError
 from gms_launch.numbers import count
-from gms_launch.settings.resolve import Settings
+from gms_launch.settings.declared import Settings
 
 
 @dataclass(frozen=True)

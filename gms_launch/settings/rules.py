@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from gms_launch.engines import arguments
 from gms_launch.errors import UsageError
+from gms_launch.settings import arguments
 
 if TYPE_CHECKING:
-    from gms_launch.settings.resolve import Settings
+    from gms_launch.settings.declared import Settings
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}\Z")
 

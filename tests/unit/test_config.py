@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from gms_launch.errors import UsageError
-from gms_launch.settings.resolve import SETTINGS, Settings, read_toml, resolve
+from gms_launch.settings.declared import SETTINGS, Settings
+from gms_launch.settings.resolve import read_toml, resolve
 
 
 def resolved(environ: dict[str, str] | None = None, toml: dict[str, Any] | None = None, **flags: Any) -> Settings:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gms_launch.settings.resolve import SETTINGS
+from gms_launch.settings.declared import SETTINGS
 from tests import documents
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 
 from gms_launch.cli.plan import layout
 from gms_launch.cohort.model import Phase
-from gms_launch.engines import arguments, get, installed, signals, vllm
+from gms_launch.engines import get, installed, signals, vllm
 from gms_launch.engines.reference import weights
 from gms_launch.engines.reference.args import InjectedError, Knobs
 from gms_launch.engines.reference.compute import host
@@ -20,7 +20,9 @@ from gms_launch.gms.devices import choose, virtual_devices
 from gms_launch.gms.gpus import Gpu
 from gms_launch.run import ports, topology
 from gms_launch.run.plan import Layout
-from gms_launch.settings.resolve import Settings, resolve
+from gms_launch.settings import arguments
+from gms_launch.settings.declared import Settings
+from gms_launch.settings.resolve import resolve
 
 RECORDED = Path(__file__).with_name("plans")
 

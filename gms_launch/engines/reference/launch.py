@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gms_launch.engines import RankSpec, dynamo, installed
 from gms_launch.process.lifecycle import Command
-from gms_launch.settings.resolve import Settings
+from gms_launch.settings.declared import Settings
 
 MODULES = ("dynamo.llm", "numpy", "safetensors")
 
