@@ -26,7 +26,8 @@ from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.rundir import NodeEnd, RunDir, RunFile
 from gms_launch.spool.files import trouble
 from gms_launch.spool.reading import PATIENCE
-from gms_launch.transport import Target, gms_launch, run_on, slurm
+from gms_launch.transport import gms_launch, run_on, slurm
+from gms_launch.transport.base import Target
 
 POLL = 0.05
 

@@ -24,7 +24,8 @@ from gms_launch.observe import contact, history, journal
 from gms_launch.process import clock, lifecycle, proc
 from gms_launch.run import rundir
 from gms_launch.run.rundir import RunDir, RunFile
-from gms_launch.transport import Target, gms_launch, run_on
+from gms_launch.transport import gms_launch, run_on
+from gms_launch.transport.base import Target
 
 POLL = 0.02
 #: A journal that does not tell by then may not be written: etcd is asked, and again after so long (seconds).

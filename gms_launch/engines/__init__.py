@@ -1,126 +1,12 @@
 """Engines: how a rank is started, with which environment, and how its phase shows.
 
-One module an engine; `get` finds it. `RankSpec` is all that an engine module is told.
+One module an engine; `get` finds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-from gms_launch.cohort.model import Phase
-from gms_launch.cohort.steps import Step
+from gms_launch.engines.base import Engine
 from gms_launch.errors import UsageError
-from gms_launch.process.lifecycle import Command
-
-if TYPE_CHECKING:
-    from gms_launch.settings.declared import Settings
-
-
-@dataclass(frozen=True)
-class DynamoPlane:
-    """What every Dynamo process of a run needs to find the others. Passwords are empty where there is no login."""
-
-    address: str
-    namespace: str
-    etcd_endpoints: tuple[str, ...]
-    etcd_user: str
-    etcd_password: str
-    lease_ttl: float
-    event_plane: str
-    nats_url: str
-    nats_user: str
-    nats_password: str
-
-    def environment(self) -> dict[str, str | None]:
-        """Environment of the frontend and of leader ranks; None removes a name that the agent may carry."""
-        env: dict[str, str | None] = {
-            "DYN_DISCOVERY_BACKEND": "etcd",
-            "DYN_REQUEST_PLANE": "tcp",
-            # Explicit: releases up to 1.2 would pick NATS, and a set NATS_SERVER alone changes nothing.
-            "DYN_EVENT_PLANE": self.event_plane,
-            "DYN_NAMESPACE": self.namespace,
-            "ETCD_ENDPOINTS": ",".join(self.etcd_endpoints),
-            "ETCD_LEASE_TTL": str(round(self.lease_ttl)),
-            "ETCD_AUTH_USERNAME": self.etcd_user or None,
-            "ETCD_AUTH_PASSWORD": self.etcd_password or None,
-            # Without these Dynamo listens on the machine's default address.
-            "DYN_TCP_RPC_HOST": self.address,
-            # Called a host, and looked up as the name of an interface (1.4), whose last address is taken: on a network
-            # card that is a link-local IPv6 one, which cannot be listened on. The engines that call back to the
-            # frontend are the leader ranks, on its own node.
-            "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
-            "DYN_EVENT_PLANE_HOST": self.address,
-            # A NATS_SERVER that is not there blocks a start for two minutes: set only when NATS runs.
-            "NATS_SERVER": self.nats_url or None,
-            "NATS_AUTH_USERNAME": self.nats_user if self.nats_url else None,
-            "NATS_AUTH_PASSWORD": self.nats_password if self.nats_url else None,
-        }
-        return {k: v or None for k, v in env.items()}
-
-
-@dataclass(frozen=True)
-class RankSpec:
-    """One rank of one life of a cohort."""
-
-    cohort_id: int
-    incarnation: int
-    node_rank: int
-    nnodes: int
-    tp: int
-    model: str
-    served_model_name: str
-    python: str
-    leader_address: str
-    master_port: int
-    system_port: int
-    nixl_port: int
-    vllm_port: int
-    gms_dir: Path
-    lock_path: Path
-    plane: DynamoPlane
-    cache_dir: Path
-    scratch_dir: Path
-    engine_args: tuple[str, ...] = ()
-    gms_memory: str = "host"
-    pp: int = 1
-    interface: str = ""
-    extra_ports: Mapping[str, int] = field(default_factory=dict)
-
-
-class Engine(Protocol):
-    """What the launcher needs to know of an engine."""
-
-    @property
-    def name(self) -> str:
-        """The value of --engine."""
-
-    @property
-    def ports(self) -> Mapping[str, int]:
-        """Ports of its own: the first of each name, to which a cohort's number is added."""
-
-    def problems(self, settings: Settings) -> list[str]:
-        """What would stop this engine from starting with these settings; empty when nothing does."""
-
-    def describe(self, settings: Settings) -> str:
-        """What is installed of it, for people."""
-
-    def command(self, spec: RankSpec) -> Command:
-        """How to start the rank."""
-
-    def phase_of(self, line: str) -> Phase | None:
-        """The phase that a line of the leader rank's log announces, if it does."""
-
-    def step_of(self, line: str) -> Step | None:
-        """The step of its start that a line of the leader rank's log announces, if it does; for people only."""
-
-    def is_vital(self, command_line: str) -> bool:
-        """True for a process of a rank, by its command line, without which the engine is dead whatever else lives."""
-
-    def is_awake(self, line: str) -> bool:
-        """True for the line that says the memory is mapped and only registration is left."""
 
 
 def get(name: str, file: str = "") -> Engine:

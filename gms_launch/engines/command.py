@@ -21,7 +21,8 @@ import msgspec
 
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.steps import Step
-from gms_launch.engines import RankSpec, installed
+from gms_launch.engines import installed
+from gms_launch.engines.base import RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.process.lifecycle import Command

@@ -10,7 +10,7 @@ import re
 
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.steps import Step
-from gms_launch.engines import RankSpec
+from gms_launch.engines.base import RankSpec
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.process.lifecycle import Command
 

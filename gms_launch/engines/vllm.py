@@ -10,7 +10,8 @@ import os
 import re
 from dataclasses import dataclass, replace
 
-from gms_launch.engines import RankSpec, dynamo, installed
+from gms_launch.engines import dynamo, installed
+from gms_launch.engines.base import RankSpec
 from gms_launch.numbers import count
 from gms_launch.process.lifecycle import Command
 from gms_launch.settings import arguments

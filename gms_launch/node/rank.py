@@ -15,7 +15,8 @@ from gms_launch.cohort.model import ALIVE, Phase, move
 from gms_launch.cohort.reconciler import LocalRank
 from gms_launch.cohort.records import RankRecord
 from gms_launch.cohort.steps import Step, later
-from gms_launch.engines import Engine, signals
+from gms_launch.engines import signals
+from gms_launch.engines.base import Engine
 from gms_launch.node import fence
 from gms_launch.node.fence import Fenced
 from gms_launch.node.pulse import Look

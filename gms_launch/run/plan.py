@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gms_launch import engines
-from gms_launch.engines import DynamoPlane, Engine, RankSpec, installed
+from gms_launch.engines import installed
+from gms_launch.engines.base import DynamoPlane, Engine, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms import devices
 from gms_launch.process.lifecycle import Command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 
-from gms_launch.engines import DynamoPlane
+from gms_launch.engines.base import DynamoPlane
 from gms_launch.process.lifecycle import Command
 from gms_launch.services.base import NotReadyError, Service, http_get
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from gms_launch.errors import NoContactError
-from gms_launch.transport import Done
+from gms_launch.transport.base import Done
 
 
 def kill_wait(timeout: float = 5.0) -> float | None:

@@ -18,7 +18,7 @@ from typing import Any
 import paramiko
 
 from gms_launch.errors import NoContactError, UsageError
-from gms_launch.transport import Done
+from gms_launch.transport.base import Done
 
 SYSTEM_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts"
 # What goes wrong is raised, and said once by whoever asked; on the terminal paramiko's own lines only disturb.

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from gms_launch.engines.reference import compute as computing
-from gms_launch.engines.reference.compute import Compute, Piece, Span
+from gms_launch.engines.reference.compute.base import Compute, Piece, Span
 from gms_launch.gms import probe
 from gms_launch.gms import protocol as p
 from gms_launch.gms.backends.host import HostMapper

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gms_launch.engines import RankSpec, dynamo, installed
+from gms_launch.engines import dynamo, installed
+from gms_launch.engines.base import RankSpec
 from gms_launch.process.lifecycle import Command
 from gms_launch.settings.declared import Settings
 

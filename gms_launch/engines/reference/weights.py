@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gms_launch.engines.reference.compute import Compute, Piece, Span
+from gms_launch.engines.reference.compute.base import Compute, Piece, Span
 from gms_launch.gms.client import GmsClient
 
 #: Tensors begin at multiples of this in an allocation (bytes), as CUDA libraries like it.

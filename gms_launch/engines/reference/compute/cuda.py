@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gms_launch.engines.reference.compute import Piece, Span
+from gms_launch.engines.reference.compute.base import Piece, Span
 from gms_launch.engines.reference.compute.host import read_fully
 from gms_launch.gms.backends.cuda import CudaMapper, call
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gms_launch.engines.reference.compute import Piece, Span
+from gms_launch.engines.reference.compute.base import Piece, Span
 from gms_launch.gms.backends.host import HostMapper
 
 _BLOCK = 1 << 17
