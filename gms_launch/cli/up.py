@@ -154,7 +154,7 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
         loop = asyncio.get_running_loop()
 
         async def announce() -> None:
-            await agent.ready.wait()
+            await agent.node.ready.wait()
             reporter.ready(f"{layout.frontend_url}/v1/completions, model {layout.model_name}")
 
         if until_eof:
@@ -181,7 +181,7 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
         raise LaunchError(reason) from exc
     finally:
         if leader:
-            ends = agents[0].ends if agents else ()
+            ends = agents[0].node.ends if agents else ()
             end = replace(record, ended=time.time(), exit_code=code, reason=reason, nodes=ends)
             writer.replace(layout.run_dir.run_json, end.to_json())
         if wrong := writer.close(LAST_WRITES):
@@ -206,7 +206,7 @@ def _make_places(layout: Layout, record: RunFile) -> None:
 def _input_ended(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
     if not os.read(0, 4096):
         loop.remove_reader(0)
-        agent.interrupt("the command that started this agent is gone")
+        agent.node.interrupt("the command that started this agent is gone")
 
 
 def _watch_parent(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
@@ -218,13 +218,13 @@ def _watch_parent(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
     try:
         fd = os.pidfd_open(parent)
     except ProcessLookupError:
-        agent.interrupt("its parent is gone")
+        agent.node.interrupt("its parent is gone")
         return
 
     def gone() -> None:
         loop.remove_reader(fd)
         os.close(fd)
-        agent.interrupt(f"its parent (pid {parent}) is gone")
+        agent.node.interrupt(f"its parent (pid {parent}) is gone")
 
     loop.add_reader(fd, gone)
 

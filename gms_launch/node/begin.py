@@ -9,59 +9,55 @@ import asyncio
 import contextlib
 import os
 from functools import partial
-from typing import TYPE_CHECKING
 
 from gms_launch.cohort import membership
 from gms_launch.cohort.records import RunState
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
+from gms_launch.node.node import Node
 from gms_launch.process import strays
 from gms_launch.run import contents
 from gms_launch.services import etcd, nats
-
-if TYPE_CHECKING:
-    from gms_launch.node.agent import Agent
-
 
 #: How often is said which nodes are waited for (seconds).
 TELL_AGAIN = 30.0
 
 
-async def start(agent: Agent) -> None:
+async def start(me: Node) -> None:
     """Bring this node up to the point where cohorts can be started. Raises `LaunchError`."""
-    layout, leader = agent.layout, agent.is_leader
+    layout, leader = me.layout, me.is_leader
     nnodes = layout.topology.nnodes
-    place = f"node {agent.node_rank} of {nnodes}, " if nnodes > 1 else ""
-    agent.progress(f"run {layout.run} on {layout.topology.host}: {place}{layout.run_dir.path}")
-    await clear_node(agent)
+    place = f"node {me.node_rank} of {nnodes}, " if nnodes > 1 else ""
+    me.progress(f"run {layout.run} on {layout.topology.host}: {place}{layout.run_dir.path}")
+    await clear_node(me)
     if leader and layout.own_etcd:
-        await agent.start_service(layout.etcd_service())
+        await me.start_service(layout.etcd_service())
         if wanting := etcd.reserve(layout.node_dir.etcd_data):
-            agent.progress(f"no room could be taken for etcd's records ({wanting}): a full /dev/shm will end the run")
-    agent.report.model = await agent.loop.run_in_executor(None, contents.stamp, agent.settings.model)
+            me.progress(f"no room could be taken for etcd's records ({wanting}): a full /dev/shm will end the run")
+    me.report.model = await me.loop.run_in_executor(None, contents.stamp, me.settings.model)
     try:
-        await agent.loop.run_in_executor(None, agent.session.open, agent.report.record())
+        await me.loop.run_in_executor(None, me.session.open, me.report.record())
     except NoContactError:
         # The leader answered a moment ago. If the run has ended meanwhile, its reason is the one to give.
         run = layout.run_dir.read()
         if leader or run is None or run.ended is None:
             raise
         raise by_code(run.exit_code or 1, run.reason or "the run was stopped") from None
-    await agent.session.mirrored.wait()
-    agent.report.lease_known()
+    await me.session.mirrored.wait()
+    me.report.lease_known()
     if leader:
-        agent.report.run()
-        await _everybody(agent)
-        agent.report.ranks()
-        agent.report.run(state=RunState.ADMITTED)
+        me.report.run()
+        await _everybody(me)
+        me.report.ranks()
+        me.report.run(state=RunState.ADMITTED)
     else:
-        agent.spawn(agent.session.watch_leader())
-        if agent.mirror.run is not None and agent.mirror.run.state is RunState.ADMITTED:
-            _take_over_place(agent)
-        await _admission(agent)
-    agent.gms_epoch = agent.mirror.run.gms_epoch if agent.mirror.run else 0
+        me.spawn(me.session.watch_leader())
+        if me.mirror.run is not None and me.mirror.run.state is RunState.ADMITTED:
+            _take_over_place(me)
+        await _admission(me)
+    me.gms_epoch = me.mirror.run.gms_epoch if me.mirror.run else 0
     for service in layout.gms_services():
-        await agent.start_service(service)
-    await agent.look_at_gms()
+        await me.start_service(service)
+    await me.look_at_gms()
     if leader:
         if layout.own_nats:
             credentials = layout.credentials
@@ -73,41 +69,41 @@ async def start(agent: Agent) -> None:
                 credentials.nats_user,
                 credentials.nats_password,
             )
-            await agent.start_service(layout.nats_service())
-        await agent.start_service(layout.frontend_service())
-        agent.progress(f"frontend: {layout.frontend_url}")
-        agent.progress(f"starting {agent.settings.cohorts} cohorts of engine {agent.settings.engine}")
+            await me.start_service(layout.nats_service())
+        await me.start_service(layout.frontend_service())
+        me.progress(f"frontend: {layout.frontend_url}")
+        me.progress(f"starting {me.settings.cohorts} cohorts of engine {me.settings.engine}")
 
 
-async def clear_node(agent: Agent) -> None:
+async def clear_node(me: Node) -> None:
     """Kill what an earlier agent of this run may have left here, and remove its files.
 
     What we report as dead must be dead, and what etcd knows must be of this attempt. Raises `LaunchError`.
     """
-    spare = frozenset({os.getpid(), agent.guard_pid})
-    run, locks = agent.layout.run, agent.layout.node_dir.locks
-    clear = partial(strays.clear, run, 10.0, spare, agent.node_rank, locks)
-    _, left = await agent.loop.run_in_executor(None, clear)
+    spare = frozenset({os.getpid(), me.guard_pid})
+    run, locks = me.layout.run, me.layout.node_dir.locks
+    clear = partial(strays.clear, run, 10.0, spare, me.node_rank, locks)
+    _, left = await me.loop.run_in_executor(None, clear)
     if left:
         names = ", ".join(left.values())
         raise LaunchError(f"processes {names} that an earlier agent of run {run} left cannot be killed")
-    agent.layout.node_dir.clear()
+    me.layout.node_dir.clear()
 
 
-async def _everybody(agent: Agent) -> None:
+async def _everybody(me: Node) -> None:
     """Wait until every node has come.
 
     Raises `UsageError` when two do not fit together, `DeadlineError` when one does not come.
     """
-    nnodes, wait = agent.layout.topology.nnodes, agent.settings.node_wait
-    deadline = agent.loop.time() + wait
+    nnodes, wait = me.layout.topology.nnodes, me.settings.node_wait
+    deadline = me.loop.time() + wait
     told: list[int] = []
     again = 0.0
     while True:
-        agent.wake.clear()
-        nodes = agent.mirror.nodes
-        if agent.mirror.refusals:
-            raise UsageError(next(iter(agent.mirror.refusals.values())))
+        me.wake.clear()
+        nodes = me.mirror.nodes
+        if me.mirror.refusals:
+            raise UsageError(next(iter(me.mirror.refusals.values())))
         for node in nodes.values():
             if node.failed:
                 raise by_code(node.exit_code, f"{membership.name(node)}: {node.failed}")
@@ -116,10 +112,10 @@ async def _everybody(agent: Agent) -> None:
         absent = membership.missing(nodes, nnodes)
         if not absent:
             return
-        left = deadline - agent.loop.time()
-        if absent != told or agent.loop.time() >= again:
-            agent.progress(membership.waiting(absent, nnodes, left))
-            told, again = absent, agent.loop.time() + TELL_AGAIN
+        left = deadline - me.loop.time()
+        if absent != told or me.loop.time() >= again:
+            me.progress(membership.waiting(absent, nnodes, left))
+            told, again = absent, me.loop.time() + TELL_AGAIN
         if left <= 0:
             names = ", ".join(map(str, absent))
             raise DeadlineError(
@@ -127,30 +123,30 @@ async def _everybody(agent: Agent) -> None:
                 f"missing node ranks: {names}"
             )
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(agent.wake.wait(), min(left, again - agent.loop.time()))
+            await asyncio.wait_for(me.wake.wait(), min(left, again - me.loop.time()))
 
 
-async def _admission(agent: Agent) -> None:
+async def _admission(me: Node) -> None:
     """Wait for the leader's word on this run. Raises what it says."""
     while True:
-        agent.wake.clear()
-        run = agent.mirror.run
+        me.wake.clear()
+        run = me.mirror.run
         if run is not None and run.failed:
             raise by_code(run.exit_code, run.failed)
         if run is not None and run.state is RunState.STOPPING:
-            agent.stop("the run is being stopped")
+            me.stop("the run is being stopped")
         if run is not None and run.state is RunState.ADMITTED:
             return
-        await agent.wake.wait()
+        await me.wake.wait()
 
 
-def _take_over_place(agent: Agent) -> None:
+def _take_over_place(me: Node) -> None:
     """This run went on without us, or with an agent that is dead: its lives have no rank here any more."""
-    for cohort_id, desired in agent.mirror.desired.items():
-        agent.ranks.skip(cohort_id, desired.incarnation, "its agent was lost")
+    for cohort_id, desired in me.mirror.desired.items():
+        me.ranks.skip(cohort_id, desired.incarnation, "its agent was lost")
 
 
-def node_name(agent: Agent, node_rank: int) -> str:
+def node_name(me: Node, node_rank: int) -> str:
     """A node for people, also when it is gone."""
-    node = agent.mirror.nodes.get(node_rank) or agent.report.seen.get(node_rank)
+    node = me.mirror.nodes.get(node_rank) or me.report.seen.get(node_rank)
     return membership.name(node) if node is not None else f"node {node_rank}"

@@ -13,7 +13,7 @@ import time
 import uuid
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gms_launch.cohort import actions, controller, membership
 from gms_launch.cohort.model import ENDED, Phase
@@ -23,16 +23,14 @@ from gms_launch.errors import DeadlineError, LaunchError
 from gms_launch.node import begin, herald
 from gms_launch.node.confirm import TokenWatch
 from gms_launch.node.gms_watch import DOWN
+from gms_launch.node.node import Node
+from gms_launch.node.rank import Rank
 from gms_launch.observe import snapshot
 from gms_launch.process import clock
 from gms_launch.run import ports
 from gms_launch.services.base import excerpt, log_excerpt
+from gms_launch.settings.declared import Settings
 from gms_launch.spool.reading import within
-
-if TYPE_CHECKING:
-    from gms_launch.node.agent import Agent
-    from gms_launch.node.rank import Rank
-    from gms_launch.settings.declared import Settings
 
 #: How long the agent of a node has to begin a drill (seconds).
 DRILL_TIME = 10.0
@@ -58,40 +56,40 @@ def policy(settings: Settings) -> Policy:
     )
 
 
-def view(agent: Agent, now: float) -> View:
+def view(me: Node, now: float) -> View:
     """The run as the leader sees it `now` (monotonic seconds)."""
-    shot, nnodes = snapshot.build(agent.mirror), agent.layout.topology.nnodes
+    shot, nnodes = snapshot.build(me.mirror), me.layout.topology.nnodes
     slots = {}
     for c in shot.cohorts:
-        desired = agent.mirror.desired[c.cohort_id]
+        desired = me.mirror.desired[c.cohort_id]
         slots[c.cohort_id] = Slot(
             cohort_id=c.cohort_id,
             incarnation=c.incarnation,
             running=desired.wanted is Wanted.RUNNING,
             given_up=c.given_up,
             phase=c.phase,
-            since=agent.sightings.since(c.cohort_id, c.incarnation, c.phase, now),
+            since=me.sightings.since(c.cohort_id, c.incarnation, c.phase, now),
             exit=next((r.exit for r in c.ranks if r.exit), ""),
             leftovers=tuple(pid for r in c.ranks for pid in r.leftovers),
             generation=desired.generation,
         )
     waiting = [
         c
-        for c in agent.mirror.commands.values()
+        for c in me.mirror.commands.values()
         if c.verb in ("kill", "roll")
-        and c.uuid not in agent.mirror.results
-        and c.uuid not in agent.answered
-        and agent.claims.has(c)
+        and c.uuid not in me.mirror.results
+        and c.uuid not in me.answered
+        and me.claims.has(c)
     ]
     return View(
         slots=slots,
-        confirmed=agent.confirmed,
+        confirmed=me.confirmed,
         requests=tuple(_request(c) for c in waiting),
-        no_token=agent.no_token,
+        no_token=me.no_token,
         absent={
-            r: begin.node_name(agent, r)
-            for r in [*membership.missing(agent.mirror.nodes, nnodes), *membership.unfit(agent.mirror.nodes, nnodes)]
-            if r != agent.node_rank
+            r: begin.node_name(me, r)
+            for r in [*membership.missing(me.mirror.nodes, nnodes), *membership.unfit(me.mirror.nodes, nnodes)]
+            if r != me.node_rank
         },
         lost=shot.lost,
         gms_down=tuple(
@@ -100,8 +98,8 @@ def view(agent: Agent, now: float) -> View:
             if n.node_rank not in shot.lost and any(g.state == DOWN for g in n.gms)
         ),
         gms_restarting=any(n.gms_epoch < shot.gms_epoch for n in shot.nodes if n.node_rank not in shot.lost),
-        lock_keeper=agent.ranks.keeper,
-        hung=agent.canary.hung if agent.canary is not None else {},
+        lock_keeper=me.ranks.keeper,
+        hung=me.canary.hung if me.canary is not None else {},
         generation=shot.generation,
         rolling=shot.rolling,
     )
@@ -113,209 +111,207 @@ def _request(command: CommandRecord) -> Request:
     return KillRequest(command.uuid, command.scope, command.force, command.to)
 
 
-def tell_refusals(agent: Agent) -> None:
+def tell_refusals(me: Node) -> None:
     """Say which agents came to the run and did not fit. They ended; the run goes on as it was."""
-    for key, text in agent.mirror.refusals.items():
-        if key not in agent.answered:
-            agent.answered.add(key)
-            agent.report.emit("node_refused", detail=text)
-            agent.progress(f"an agent was refused: {text}")
+    for key, text in me.mirror.refusals.items():
+        if key not in me.answered:
+            me.answered.add(key)
+            me.report.emit("node_refused", detail=text)
+            me.progress(f"an agent was refused: {text}")
 
 
-def carry_out(agent: Agent, action: actions.Action) -> None:
+def carry_out(me: Node, action: actions.Action) -> None:
     """Do what the controller decided."""
     if isinstance(action, actions.Start):
-        _want(agent, action.cohort_id, action.incarnation, Wanted.RUNNING, action.why)
+        _want(me, action.cohort_id, action.incarnation, Wanted.RUNNING, action.why)
     elif isinstance(action, actions.Kill):
-        _want(agent, action.cohort_id, action.incarnation, Wanted.DEAD, action.why)
+        _want(me, action.cohort_id, action.incarnation, Wanted.DEAD, action.why)
     elif isinstance(action, actions.GiveUp):
-        agent.report.emit("given_up", action.cohort_id, action.incarnation, action.why)
-        agent.progress(
-            f"cohort {action.cohort_id} is given up: {action.why}{_log_of(agent, action.cohort_id)}\n  another try "
-            f"when no start has failed for {agent.settings.restart_window:g} s (restart_window)"
+        me.report.emit("given_up", action.cohort_id, action.incarnation, action.why)
+        me.progress(
+            f"cohort {action.cohort_id} is given up: {action.why}{_log_of(me, action.cohort_id)}\n  another try "
+            f"when no start has failed for {me.settings.restart_window:g} s (restart_window)"
         )
-        _want(agent, action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
+        _want(me, action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
     elif isinstance(action, actions.KillPart):
         part = f"rank:{action.node_rank}"
         drill = CommandRecord(uuid.uuid4().hex, "kill-rank", clock.now(), action.cohort_id, action.incarnation, part)
-        agent.mirror.commands[drill.uuid] = drill
-        if action.node_rank == agent.node_rank:
-            agent.claims.own(drill)
-        agent.report.put(agent.mirror.keys.command(drill.uuid), drill.encode(), agent.report.lease)
-        agent.spawn(_withdraw(agent, drill.uuid))
-        agent.wake.set()
+        me.mirror.commands[drill.uuid] = drill
+        if action.node_rank == me.node_rank:
+            me.claims.own(drill)
+        me.report.put(me.mirror.keys.command(drill.uuid), drill.encode(), me.report.lease)
+        me.spawn(_withdraw(me, drill.uuid))
+        me.wake.set()
     elif isinstance(action, actions.LoseNodes):
-        known = agent.mirror.run.lost if agent.mirror.run else ()
+        known = me.mirror.run.lost if me.mirror.run else ()
         for rank in sorted(set(action.lost) ^ set(known)):
             kind = "node_lost" if rank in action.lost else "node_back"
-            agent.report.emit(kind, detail=begin.node_name(agent, rank))
-            waits = f"is lost; {agent.settings.node_wait:g} s of node_wait left for it to come back"
-            agent.progress(f"{begin.node_name(agent, rank)} {waits if rank in action.lost else 'is back'}")
-        agent.report.run(lost=action.lost)
-        agent.wake.set()
+            me.report.emit(kind, detail=begin.node_name(me, rank))
+            waits = f"is lost; {me.settings.node_wait:g} s of node_wait left for it to come back"
+            me.progress(f"{begin.node_name(me, rank)} {waits if rank in action.lost else 'is back'}")
+        me.report.run(lost=action.lost)
+        me.wake.set()
     elif isinstance(action, actions.NewGms):
-        epoch = (agent.mirror.run.gms_epoch if agent.mirror.run else 0) + 1
-        agent.report.emit("gms_restart", detail=action.why)
-        agent.progress(f"{action.why}: starting new GMS servers on all nodes, and then the cohorts cold")
-        agent.report.run(gms_epoch=epoch)
-        agent.wake.set()
+        epoch = (me.mirror.run.gms_epoch if me.mirror.run else 0) + 1
+        me.report.emit("gms_restart", detail=action.why)
+        me.progress(f"{action.why}: starting new GMS servers on all nodes, and then the cohorts cold")
+        me.report.run(gms_epoch=epoch)
+        me.wake.set()
     elif isinstance(action, actions.Answer):
-        agent.answered.add(action.uuid)
+        me.answered.add(action.uuid)
         result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, clock.now())
-        agent.report.put(agent.mirror.keys.result(action.uuid), result.encode())
+        me.report.put(me.mirror.keys.result(action.uuid), result.encode())
     elif isinstance(action, actions.Activate):
-        agent.ranks.activate(action.cohort_id, action.incarnation)
+        me.ranks.activate(action.cohort_id, action.incarnation)
     elif isinstance(action, (actions.Roll, actions.Proved, actions.RollBack)):
-        _roll(agent, action)
+        _roll(me, action)
     else:
-        _abort(agent, action)
+        _abort(me, action)
 
 
-def _roll(agent: Agent, action: actions.Roll | actions.Proved | actions.RollBack) -> None:
+def _roll(me: Node, action: actions.Roll | actions.Proved | actions.RollBack) -> None:
     """Note with which arguments lives are started from now on."""
-    run = agent.mirror.run
+    run = me.mirror.run
     assert run is not None, "the leader says what the run is"
     if isinstance(action, actions.Roll):
         args = run.engine_args if action.engine_args is None else action.engine_args
-        agent.report.emit("roll", detail=f"generation {run.generation + 1}: {_words(agent, args)}")
-        agent.progress(f"roll: shadows are started again with {_words(agent, args)}")
-        agent.report.run(
-            engine_args=args, engine_args_before=run.engine_args, generation=run.generation + 1, rolling=True
-        )
+        me.report.emit("roll", detail=f"generation {run.generation + 1}: {_words(me, args)}")
+        me.progress(f"roll: shadows are started again with {_words(me, args)}")
+        me.report.run(engine_args=args, engine_args_before=run.engine_args, generation=run.generation + 1, rolling=True)
     elif isinstance(action, actions.Proved):
-        agent.report.emit("roll_proved", action.cohort_id, action.incarnation, f"generation {run.generation}")
-        agent.report.run(rolling=False)
+        me.report.emit("roll_proved", action.cohort_id, action.incarnation, f"generation {run.generation}")
+        me.report.run(rolling=False)
     else:
-        why = f"cohort {action.cohort_id} did not start with {_words(agent, run.engine_args)}: {action.why}"
-        agent.report.emit("rolled_back", action.cohort_id, action.incarnation, action.why)
-        agent.progress(f"rolled back: {why}{_log_of(agent, action.cohort_id)}")
-        agent.report.run(engine_args=run.engine_args_before, generation=run.generation - 1, rolling=False)
-    agent.wake.set()
+        why = f"cohort {action.cohort_id} did not start with {_words(me, run.engine_args)}: {action.why}"
+        me.report.emit("rolled_back", action.cohort_id, action.incarnation, action.why)
+        me.progress(f"rolled back: {why}{_log_of(me, action.cohort_id)}")
+        me.report.run(engine_args=run.engine_args_before, generation=run.generation - 1, rolling=False)
+    me.wake.set()
 
 
-def tell_tries(agent: Agent, memory: Memory, policy: Policy, now: float) -> None:
+def tell_tries(me: Node, memory: Memory, policy: Policy, now: float) -> None:
     """Write down which slots' starts fail, so that everybody sees what is waited for. `now` in monotonic seconds."""
-    for cohort_id, desired in agent.mirror.desired.items():
+    for cohort_id, desired in me.mirror.desired.items():
         t = controller.tries(cohort_id, memory, policy, now)
         moment = t.not_before + clock.OFFSET if t.not_before else 0.0
         record = replace(desired, failed_starts=t.failed, start_limit=t.limit, last_exit=t.last_exit, next_start=moment)
         if record != desired:
-            agent.mirror.desired[cohort_id] = record
-            agent.report.put(agent.mirror.keys.cohort(cohort_id), record.encode(), later=True)
+            me.mirror.desired[cohort_id] = record
+            me.report.put(me.mirror.keys.cohort(cohort_id), record.encode(), later=True)
 
 
-def _words(agent: Agent, args: tuple[str, ...] | None) -> str:
+def _words(me: Node, args: tuple[str, ...] | None) -> str:
     """Engine arguments for people; None are those of the settings."""
-    return shlex.join(agent.settings.engine_args if args is None else args) or "no engine arguments"
+    return shlex.join(me.settings.engine_args if args is None else args) or "no engine arguments"
 
 
-def tell_peers(agent: Agent) -> None:
+def tell_peers(me: Node) -> None:
     """Let all nodes know where each of them hears the word of a life's end."""
-    if agent.layout.topology.nnodes == 1:
+    if me.layout.topology.nnodes == 1:
         return
-    record = herald.peers_of(agent.mirror.nodes.values(), agent.mirror.peers)
-    if record != agent.mirror.peers:
-        agent.mirror.peers = record
-        agent.report.put(agent.mirror.keys.peers, record.encode())
+    record = herald.peers_of(me.mirror.nodes.values(), me.mirror.peers)
+    if record != me.mirror.peers:
+        me.mirror.peers = record
+        me.report.put(me.mirror.keys.peers, record.encode())
 
 
-async def _withdraw(agent: Agent, uuid: str) -> None:
+async def _withdraw(me: Node, uuid: str) -> None:
     """A drill that was not begun by then is not to be: its agent may have stood still, and the run has gone on."""
     await asyncio.sleep(DRILL_TIME)
-    agent.mirror.commands.pop(uuid, None)
-    agent.report.delete(agent.mirror.keys.command(uuid))
+    me.mirror.commands.pop(uuid, None)
+    me.report.delete(me.mirror.keys.command(uuid))
 
 
-def _want(agent: Agent, cohort_id: int, incarnation: int, wanted: Wanted, why: str, given_up: bool = False) -> None:
+def _want(me: Node, cohort_id: int, incarnation: int, wanted: Wanted, why: str, given_up: bool = False) -> None:
     """Write down what is wanted of a slot; ours takes effect at once, the others see it in etcd."""
-    current = agent.mirror.desired.get(cohort_id)
+    current = me.mirror.desired.get(cohort_id)
     port = current.master_port if current and current.incarnation == incarnation else 0
     if wanted is Wanted.RUNNING:
-        port = _master_port(agent, cohort_id, incarnation)
-        agent.report.delete(agent.mirror.keys.life_ended(cohort_id, incarnation - 1))  # fenced: nobody has to hear it
-    run = agent.mirror.run
+        port = _master_port(me, cohort_id, incarnation)
+        me.report.delete(me.mirror.keys.life_ended(cohort_id, incarnation - 1))  # fenced: nobody has to hear it
+    run = me.mirror.run
     args, generation = (run.engine_args, run.generation) if run is not None else (None, 0)
     if wanted is Wanted.DEAD and current is not None:
         args, generation = current.engine_args, current.generation  # of the life that ends
     record = DesiredCohort(cohort_id, incarnation, wanted, port, why, given_up, args, generation)
-    agent.mirror.desired[cohort_id] = record
+    me.mirror.desired[cohort_id] = record
     # A life that is ending anyway needs no word of ours to end.
-    rank = agent.ranks.find(cohort_id, incarnation)
+    rank = me.ranks.find(cohort_id, incarnation)
     ending = wanted is Wanted.DEAD and rank is not None and rank.phase in ENDED
-    agent.report.put(agent.mirror.keys.cohort(cohort_id), record.encode(), later=ending)
-    agent.wake.set()
+    me.report.put(me.mirror.keys.cohort(cohort_id), record.encode(), later=ending)
+    me.wake.set()
 
 
-def _master_port(agent: Agent, cohort_id: int, incarnation: int) -> int:
+def _master_port(me: Node, cohort_id: int, incarnation: int) -> int:
     """The next port of the slot's range that nobody listens on."""
-    address = agent.layout.topology.leader_address
+    address = me.layout.topology.leader_address
     steps = range(ports.INCARNATION_STEPS)
-    candidates = [agent.layout.ports.master(cohort_id, incarnation + k) for k in steps]
+    candidates = [me.layout.ports.master(cohort_id, incarnation + k) for k in steps]
     return next((p for p in candidates if ports.is_free(address, p)), candidates[0])
 
 
-def _abort(agent: Agent, action: actions.Abort) -> None:
+def _abort(me: Node, action: actions.Abort) -> None:
     """End the run, with the log of the rank that is to blame."""
     text = action.why
     if action.cohort_id >= 0:
-        text = f"cohort {action.cohort_id} did not come up: {action.why}{_log_of(agent, action.cohort_id)}"
-    agent.fail(DeadlineError(text) if action.late else LaunchError(text))
+        text = f"cohort {action.cohort_id} did not come up: {action.why}{_log_of(me, action.cohort_id)}"
+    me.fail(DeadlineError(text) if action.late else LaunchError(text))
 
 
-def _log_of(agent: Agent, cohort_id: int) -> str:
+def _log_of(me: Node, cohort_id: int) -> str:
     """Where the log is of the rank that is to blame, and what it says.
 
     The rank that died by itself, on whichever node, has the reason in its log; the others were killed for it.
     """
-    records = [r for (c, _), r in sorted(agent.mirror.ranks.items()) if c == cohort_id and r.log]
+    records = [r for (c, _), r in sorted(me.mirror.ranks.items()) if c == cohort_id and r.log]
     ended = [r for r in records if r.exit]
     first = min(ended, key=lambda r: (r.exit.startswith("killed by SIGKILL"), r.since), default=None)
     found = first or next(iter(records), None)
     if found is None:
         return ""
-    path = agent.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
-    here = agent.ranks.said(found)
+    path = me.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
+    here = me.ranks.said(found)
     # Another node's log is on the shared home, which may hang, and this is the event loop.
     lost = "  | (the home does not answer)"
     text = within(EXCERPT, partial(log_excerpt, path), lost) if here is None else excerpt(here)
     return f"\n  log: {path}\n{text}"
 
 
-async def confirm(agent: Agent, rank: Rank) -> None:
+async def confirm(me: Node, rank: Rank) -> None:
     """A promotion is done when a token comes through the frontend: a user's, or ours if nobody asks for one.
 
     Ours costs a prefill, and users wait at that very moment.
     """
     begun = time.monotonic()
-    seen = TokenWatch(agent.layout)
-    agent.no_token = ""
-    while rank.phase is Phase.ACTIVE and not agent.stopping.is_set():
-        if not await agent.loop.run_in_executor(None, seen.a_token_came):
-            agent.no_token = seen.why
+    seen = TokenWatch(me.layout)
+    me.no_token = ""
+    while rank.phase is Phase.ACTIVE and not me.stopping.is_set():
+        if not await me.loop.run_in_executor(None, seen.a_token_came):
+            me.no_token = seen.why
             # Quickly while it is about to come, then without getting in anybody's way.
             await asyncio.sleep(CONFIRM_PAUSE if time.monotonic() - begun < 2.0 else 0.2)
             continue
         if rank.phase is Phase.ACTIVE:
-            agent.confirmed = rank.life
-            before = agent.canary.token_after if agent.canary is not None else None
+            me.confirmed = rank.life
+            before = me.canary.token_after if me.canary is not None else None
             data: dict[str, Any] = {} if before is None else {"token_after": before + clock.OFFSET}
-            agent.report.emit("first_token", rank.cohort_id, rank.incarnation, **data)
-            agent.wake.set()
-            if agent.canary is not None and agent.settings.group_kill:
-                agent.spawn(_watch_tokens(agent, rank))
+            me.report.emit("first_token", rank.cohort_id, rank.incarnation, **data)
+            me.wake.set()
+            if me.canary is not None and me.settings.group_kill:
+                me.spawn(_watch_tokens(me, rank))
         return
 
 
-async def _watch_tokens(agent: Agent, rank: Rank) -> None:
+async def _watch_tokens(me: Node, rank: Rank) -> None:
     """For as long as a rank serves, see that tokens come."""
-    assert agent.canary is not None
-    watching = agent.loop.create_task(agent.canary.watch(rank.life))
-    ended = agent.loop.create_task(rank.ended.wait())
+    assert me.canary is not None
+    watching = me.loop.create_task(me.canary.watch(rank.life))
+    ended = me.loop.create_task(rank.ended.wait())
     try:
         await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)
         if watching.done():
             watching.result()
-        agent.wake.set()
+        me.wake.set()
     finally:
         watching.cancel()
         ended.cancel()

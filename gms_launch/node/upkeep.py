@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
+from gms_launch.node.node import Node
 from gms_launch.process import guard, strays
-
-if TYPE_CHECKING:
-    from gms_launch.node.agent import Agent
-    from gms_launch.spool.writer import Place
+from gms_launch.spool.writer import Place
 
 #: How often what waits for the disk is kept within bounds, and what is wrong there is told (seconds).
 WRITING = 1.0
@@ -17,28 +14,28 @@ WRITING = 1.0
 HOUSEKEEPING = 10.0
 
 
-async def keep_up(agent: Agent) -> None:
+async def keep_up(me: Node) -> None:
     """Goes on for as long as the agent does; an error of ours in one round is not the end of the rounds."""
     told: tuple[Place, ...] = ()
-    due = agent.loop.time() + HOUSEKEEPING
+    due = me.loop.time() + HOUSEKEEPING
     while True:
         await asyncio.sleep(WRITING)
         try:
-            agent.writer.tick()
-            if (places := agent.writer.places()) != told:
+            me.writer.tick()
+            if (places := me.writer.places()) != told:
                 told = places
-                agent.wake.set()
-            if not agent.ready.is_set():
+                me.wake.set()
+            if not me.ready.is_set():
                 # Somebody waits and looks on: how much is loaded, and for how long.
-                await agent.look_at_gms()
-                agent.ranks.memory_seen()
-            if agent.loop.time() >= due:
+                await me.look_at_gms()
+                me.ranks.memory_seen()
+            if me.loop.time() >= due:
                 due += HOUSEKEEPING
-                await agent.look_at_gms()
-                agent.strays = await agent.ranks.sweep()
+                await me.look_at_gms()
+                me.strays = await me.ranks.sweep()
                 # What only descent shows as ours, for the day when we are killed and nobody can tell any more.
-                untagged = await agent.loop.run_in_executor(None, strays.untagged, agent.layout.run)
-                guard.tell(agent.guard_pipe, untagged)
-                agent.ranks.fence_again()
+                untagged = await me.loop.run_in_executor(None, strays.untagged, me.layout.run)
+                guard.tell(me.guard_pipe, untagged)
+                me.ranks.fence_again()
         except Exception as exc:
-            agent.report.unexpected("upkeep", exc)
+            me.report.unexpected("upkeep", exc)
