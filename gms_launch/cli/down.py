@@ -19,9 +19,8 @@ from gms_launch.cohort.records import CommandRecord
 from gms_launch.control.errand import Errand
 from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError
-from gms_launch.observe import contact
 from gms_launch.process import lifecycle, proc, strays
-from gms_launch.run import rundir
+from gms_launch.run import contact, rundir
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.rundir import NodeEnd, RunDir, RunFile
 from gms_launch.spool.files import trouble

@@ -20,9 +20,9 @@ from gms_launch.control.errand import Errand
 from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
-from gms_launch.observe import contact, history, journal
+from gms_launch.observe import history, journal, look
 from gms_launch.process import clock, lifecycle, proc
-from gms_launch.run import rundir
+from gms_launch.run import contact, rundir
 from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.transport import gms_launch, run_on
 from gms_launch.transport.base import Target
@@ -44,7 +44,7 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
     killed: float | None = None
     try:
         door = contact.gateway(directory, found)
-        contact.read(directory, door)
+        look.read(directory, door)
     except NoContactError as exc:
         if not found.live:
             raise

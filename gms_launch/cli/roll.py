@@ -16,9 +16,9 @@ from gms_launch.cohort.model import Phase, Redundancy
 from gms_launch.cohort.records import CommandRecord
 from gms_launch.control.gateway import Gateway
 from gms_launch.errors import DeadlineError, LaunchError, UsageError
-from gms_launch.observe import contact, history
+from gms_launch.observe import history, look
 from gms_launch.observe.snapshot import Snapshot
-from gms_launch.run import rundir
+from gms_launch.run import contact, rundir
 from gms_launch.run.rundir import RunDir
 from gms_launch.settings import arguments
 
@@ -54,7 +54,7 @@ def _until_restarted(directory: RunDir, door: Gateway, patience: float, quiet: b
     """
     wanted, done, last = 0, -1, time.monotonic()
     while True:
-        _, shot = contact.read(directory, door)
+        _, shot = look.read(directory, door)
         wanted = wanted or shot.generation
         if shot.generation < wanted:
             raise LaunchError(_why_back(directory))
@@ -89,7 +89,7 @@ def _why_back(directory: RunDir) -> str:
 def _until_full(directory: RunDir, door: Gateway, patience: float) -> None:
     """Wait until the old primary's slot is parked again, with the new arguments."""
     deadline = time.monotonic() + patience
-    while contact.read(directory, door)[1].redundancy is not Redundancy.FULL:
+    while look.read(directory, door)[1].redundancy is not Redundancy.FULL:
         if time.monotonic() > deadline:
             raise DeadlineError(
                 f"the new arguments serve, and redundancy was not full again within {patience:g} s; "

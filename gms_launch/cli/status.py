@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 
 from gms_launch.control.gateway import Gateway
-from gms_launch.observe import contact
+from gms_launch.observe import look
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.observe.stamp import stamp
-from gms_launch.run import rundir
+from gms_launch.run import contact, rundir
 from gms_launch.run.rundir import RunDir, RunFile
 
 #: Between two looks of --watch (seconds).
@@ -21,7 +21,7 @@ PAUSE = 0.5
 def main(run: str | None, watch: bool, as_json: bool) -> None:
     directory, found = rundir.find(run)
     door = contact.gateway(directory, found)
-    shot = contact.look(directory, found, door)
+    shot = look.now(directory, found, door)
     if as_json and not watch:
         print(json.dumps(shot.to_json(), indent=1))
         return
@@ -45,7 +45,7 @@ def _follow(directory: RunDir, found: RunFile, door: Gateway, first: Snapshot) -
     yield first
     while True:
         time.sleep(PAUSE)  # etcd's JSON gateway has no watch that is worth its set-up here
-        shot = contact.look(directory, found, door)
+        shot = look.now(directory, found, door)
         if shot != first or bool(shot.leader_silent) != bool(first.leader_silent):
             yield (first := shot)
 
@@ -59,5 +59,5 @@ def _live(directory: RunDir, found: RunFile, door: Gateway, shot: Snapshot) -> N
     with Live(views.status(shot), refresh_per_second=4) as live:
         while True:
             time.sleep(PAUSE)
-            shot = contact.look(directory, found, door)
+            shot = look.now(directory, found, door)
             live.update(views.status(shot))

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from gms_launch.cli import kill_primary
 from gms_launch.cohort.records import CommandRecord
 from gms_launch.errors import DeadlineError, UsageError
-from gms_launch.observe import contact, journal
-from gms_launch.run import rundir
+from gms_launch.observe import journal
+from gms_launch.run import contact, rundir
 from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.services import frontend
 from gms_launch.services.base import NotReadyError

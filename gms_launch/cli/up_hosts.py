@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import FrameType
 
-from gms_launch.cli import up
+from gms_launch.cli import background
 from gms_launch.cli.reporters import Notify, Terminal
 from gms_launch.errors import LaunchError, NoContactError, UsageError, by_code
 from gms_launch.run import rundir, topology
@@ -34,7 +34,7 @@ def main(settings: Settings, detach: bool, notify_fd: int) -> None:
     if settings.tp % len(hosts) and settings.was_set("tp"):
         raise UsageError(f"tp {settings.tp} cannot be spread evenly over {len(hosts)} hosts")
     if detach:
-        up.background(settings)
+        background.start(settings)
         return
     reporter: Notify | Terminal = Notify(notify_fd) if notify_fd >= 0 else Terminal()
     try:
@@ -118,7 +118,7 @@ class Hosts:
         # In the working directory of this command where the host has it, as srun does: paths may be relative.
         here = ["sh", "-c", 'cd -- "$0" 2>/dev/null; exec "$@"', os.getcwd()]
         home = ["env", f"GMS_LAUNCH_HOME={rundir.home().absolute()}"]
-        return [*here, *home, *gms_launch("up", "--until-eof", "--notify-fd=1", *flags, *up.as_flags(own))]
+        return [*here, *home, *gms_launch("up", "--until-eof", "--notify-fd=1", *flags, *background.as_flags(own))]
 
     def _leader_addr(self) -> str:
         """How the hosts reach the first of them: as said, else by the name that leads there from here."""

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from gms_launch.cohort.model import Phase
-from gms_launch.spool.writer import Place
 
 R = TypeVar("R", bound="Record")
 
@@ -150,6 +149,18 @@ class ModelStamp(Record):
 
 
 @dataclass(frozen=True)
+class WritingStatus(Record):
+    """A directory that is written to for people. `state` is empty when all is well; the rest counts what was dropped:
+    entries, and bytes of logs."""
+
+    name: str
+    path: str
+    state: str = ""
+    dropped: int = 0
+    dropped_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class NodeRecord(Record):
     """`nodes/<rank>`, on that agent's lease.
 
@@ -184,7 +195,7 @@ class NodeRecord(Record):
     failed: str = ""
     exit_code: int = 0
     strays: tuple[str, ...] = ()
-    writing: tuple[Place, ...] = ()
+    writing: tuple[WritingStatus, ...] = ()
     internal_errors: int = 0
     model: ModelStamp = ModelStamp()
     word_port: int = 0

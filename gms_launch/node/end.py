@@ -32,7 +32,7 @@ async def shut_down(me: Node) -> None:
     begun = time.monotonic()
     me.herald.retire()
     linked = me.report.link is not None
-    me.ranks.holds.stop()
+    me.ranks.discovery.stop()
     if me.is_leader and linked:
         failure = me.failure
         me.report.run(state=RunState.STOPPING, failed=str(failure or ""), exit_code=failure.exit_code if failure else 0)

@@ -172,7 +172,7 @@ class Node:
         self.publish_node(force=True)
 
     def instances(self, found: dict[str, bytes]) -> None:
-        self.ranks.instances(found)
+        self.ranks.discovery.seen(found)
 
     def cut_off(self, why: str) -> None:
         self.progress(f"{why}: killing this node's ranks, since the others go on without them")

@@ -11,39 +11,30 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import Any
 
-from gms_launch.cohort.hold import Around
 from gms_launch.cohort.model import ALIVE, ENDED, Phase
 from gms_launch.cohort.reconciler import PEER_ENDED, Desire, LocalRank
 from gms_launch.cohort.records import EndedRecord, RankRecord
-from gms_launch.cohort.registrations import Candidate, Life, Registrations, owner
 from gms_launch.cohort.steps import by_memory
-from gms_launch.control.keys import dynamo_lease
 from gms_launch.control.mirror import Mirror
-from gms_launch.errors import LaunchError
+from gms_launch.node.discovery import Discovery
 from gms_launch.node.gates import Gates
 from gms_launch.node.gms_watch import GmsWatch
-from gms_launch.node.holds import Holds
 from gms_launch.node.pulse import Feeler, Pulse
 from gms_launch.node.rank import Rank
 from gms_launch.node.reporter import Reporter
 from gms_launch.observe.starts import Starts
 from gms_launch.process import clock, lifecycle, proc, scratch, strays
 from gms_launch.process.follow import FileWatcher
-from gms_launch.process.listener import advertised
 from gms_launch.process.proc import ProcessId, Stat
 from gms_launch.run.plan import Layout
-from gms_launch.services import frontend
 from gms_launch.spool.writer import Writer
 
 log = logging.getLogger("agent")
 
 #: A parked engine ignores SIGTERM, so it gets only this long (seconds).
 PARKED_GRACE = 0.1
-#: How long an engine that serves may be missing in discovery (seconds); to register anew takes it a moment.
-UNREGISTERED_GRACE = 2.0
 #: How long a stray that is found between failovers gets to die of SIGKILL before it is told (seconds).
 STRAY_TIMEOUT = 2.0
 
@@ -75,13 +66,7 @@ class RankSet:
         self._clearer = scratch.Clearer()
         self._skipped: dict[int, RankRecord] = {}
         self._by_slot: dict[int, Rank] = {}
-        self._registered = Registrations()
-        self._missing: dict[tuple[int, int], float] = {}
-        self._ended: set[tuple[int, int]] = set()
-        self._waking: dict[tuple[int, int], float] = {}
-        on = bool(layout.settings.migration_limit)
-        count = partial(frontend.moves, layout.frontend_address, layout.ports.frontend)
-        self.holds = Holds(on, report, spawn, self._around, self._revoke, count)
+        self.discovery = Discovery(layout, report, spawn, self._by_slot.values, self._hung)
         self.starts = Starts(layout.cache_dir / "starts.json", layout.kind_of_start)
         self.starts.load()
 
@@ -207,10 +192,7 @@ class RankSet:
         self._report.emit("kill", rank.cohort_id, rank.incarnation, reason, when=now, role=role)
 
     def fence(self, rank: Rank) -> None:
-        if rank.life not in self._ended:
-            self._ended.add(rank.life)
-            self.holds.ended(rank.life)
-            self.holds.news()  # to those that waited for this one
+        self.discovery.ended(rank.life)
         self._spawn(rank.destroy(self._gms.sockets, self._gms.gpu_uuids, self._layout.node_dir.locks))
 
     def fence_again(self) -> None:
@@ -233,36 +215,6 @@ class RankSet:
         """Collect the orphans of dead ranks. `keep` are pids of the agent's other children."""
         own = {r.child.pid for r in self._by_slot.values() if r.child is not None}
         lifecycle.reap_orphans(keep | own)
-
-    async def _revoke(self, life: Life) -> None:
-        """End a dead life's leases, so that the router forgets it now and not when they run out."""
-        for lease in self._registered.of(life):
-            link = self._report.link
-            assert link is not None
-            try:
-                await asyncio.get_running_loop().run_in_executor(None, link.revoke, lease)
-            except LaunchError as exc:
-                log.warning("lease %x of cohort %d could not be revoked: %s", lease, life[0], exc)
-            else:
-                self._report.emit("lease_revoked", *life, f"{lease:x}")
-
-    def _around(self, life: Life) -> Around:
-        """How things stand for the requests of a dead life: is there somebody to go to, or will there be?"""
-        now, settings = time.monotonic(), self._layout.settings
-        others = [r for r in self._by_slot.values() if r.life != life and r.node_rank == 0]
-        for rank in others:
-            if rank.phase in (Phase.WAKING, Phase.ACTIVE):
-                self._waking.setdefault(rank.life, now)
-        candidates = [r for r in others if r.phase in (Phase.PARKED, Phase.WAKING, Phase.ACTIVE)]
-        return Around(
-            begun=now,
-            now=now,
-            successor=any(r.phase is Phase.ACTIVE and self._registered.present(r.life) for r in others),
-            candidate=bool(candidates),
-            candidate_since=max((self._waking.get(r.life, 0.0) for r in candidates), default=0.0),
-            promotion_timeout=settings.promotion_timeout,
-            cold_start=settings.hold_cold_start,
-        )
 
     # -- seeing and telling --------------------------------------------------------------------------------------
 
@@ -292,50 +244,6 @@ class RankSet:
             self._writer.not_here(self._layout.node_dir.pgid_file(rank.cohort_id))
             self._clear_up(rank)
         self._on_event(rank, kind, detail)
-
-    def instances(self, found: dict[str, bytes]) -> None:
-        """What is registered in Dynamo's discovery now: each instance belongs to exactly one life.
-
-        The kernel names the lock's holder, also of a lock that nothing has told of yet: a log may be silent.
-        """
-        for lease in self._registered.seen([n for key in found if (n := dynamo_lease(key)) is not None]):
-            life = owner(
-                Candidate(r.life, r.phase, r.holds(self._layout.lock_of(r.cohort_id)))
-                for r in self._by_slot.values()
-                if r.node_rank == 0 and r.phase in ALIVE
-            )
-            self._registered.belongs(lease, life)
-            if life is not None and (rank := self.find(*life)) is not None:
-                rank.read_log()  # discovery may be quicker than the log
-                rank.reached(Phase.ACTIVE)
-        for key, record in found.items():
-            self._arm(dynamo_lease(key), record)
-        self.holds.news()
-        for rank in self._by_slot.values():
-            if not self._is_missing(rank):
-                self._missing.pop(rank.life, None)
-            elif rank.life not in self._missing:
-                self._missing[rank.life] = time.monotonic()
-                self._spawn(self._miss(rank, self._missing[rank.life]))
-
-    def _arm(self, lease: int | None, record: bytes) -> None:
-        """Be ready to hold the requests of the engine that an instance belongs to."""
-        life = self._registered.owner(lease) if lease is not None else None
-        rank = self.find(*life) if life is not None else None
-        where = advertised(record)
-        if rank is not None and rank.child is not None and rank.phase is Phase.ACTIVE and where is not None:
-            self.holds.arm(rank.life, rank.child.pgid, where)
-
-    def _is_missing(self, rank: Rank) -> bool:
-        """True for a rank that served, and that no frontend can find any more."""
-        return rank.phase is Phase.ACTIVE and not rank.stopping and self._registered.lost(rank.life)
-
-    async def _miss(self, rank: Rank, since: float) -> None:
-        """Take an engine for dead whose registration stays away: it may live on, and nobody asks it anything."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(rank.ended.wait(), UNREGISTERED_GRACE)
-        if self._missing.get(rank.life) == since and self._is_missing(rank) and self._layout.settings.group_kill:
-            self._hung(rank, f"hung: it lives, and has not been registered with Dynamo for {UNREGISTERED_GRACE:g} s")
 
     def _hung(self, rank: Rank, why: str) -> None:
         """A rank that lives and is to be taken for dead."""

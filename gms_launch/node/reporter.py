@@ -10,11 +10,11 @@ import json
 import logging
 import os
 from collections import deque
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from gms_launch import __version__
-from gms_launch.cohort.records import CommandRecord, EventRecord, ModelStamp, NodeRecord, RunRecord
+from gms_launch.cohort.records import CommandRecord, EventRecord, ModelStamp, NodeRecord, RunRecord, WritingStatus
 from gms_launch.control.mirror import Mirror
 from gms_launch.process import clock, proc
 from gms_launch.run.plan import Layout, settings_digest
@@ -121,7 +121,7 @@ class Reporter:
         log.error("internal error: %s", what, exc_info=error)
         self.emit("internal_error", detail=f"{what}: {error!r}")
 
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[WritingStatus, ...]:
         """How it is with the directories that are written to; a change of it is an event."""
         found = {p.name: p for p in self._writer.places()}
         for name in found.keys() | self._places.keys():
@@ -132,7 +132,7 @@ class Reporter:
                 lost = lost if place.dropped or place.dropped_bytes else ""
                 self.emit("writing", detail=f"the {name} {place.path} is {place.state or 'well again'}{lost}")
         self._places = found
-        return tuple(found.values())
+        return tuple(WritingStatus(**asdict(place)) for place in found.values())
 
     def run(self, **changes: Any) -> None:
         """Say what everybody must agree on, with `changes` from now on; the leader's business."""

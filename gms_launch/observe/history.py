@@ -7,7 +7,8 @@ from functools import partial
 from gms_launch.cohort.records import EventRecord, RecordError
 from gms_launch.control.keys import Keys
 from gms_launch.errors import NoContactError
-from gms_launch.observe import contact, journal
+from gms_launch.observe import journal
+from gms_launch.run import contact
 from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.spool.reading import PATIENCE, within
 

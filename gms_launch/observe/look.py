@@ -1,4 +1,4 @@
-"""Reach a recorded run: its etcd, its keys."""
+"""A look at a run: what its keys in etcd amount to now."""
 
 from __future__ import annotations
 
@@ -16,21 +16,6 @@ from gms_launch.run.rundir import RunDir, RunFile
 SILENT = 3
 
 
-def gateway(directory: RunDir, run: RunFile, timeout: float = 3.0) -> Gateway:
-    """The run's etcd. Raises `NoContactError` when the run has ended or has none yet."""
-    if not run.live:
-        ended = "ended" if run.ended is not None else "died: its agent is gone"
-        raise NoContactError(
-            f"run {directory.run} has {ended}; its logs are in {directory.logs}"
-            + ("" if run.ended is not None else f". `gms-launch down --run {directory.run}` cleans up")
-        )
-    if not run.etcd_endpoints:
-        raise NoContactError(f"run {directory.run} is still starting its etcd; its agent's log: {directory.agent_log}")
-    if not run.etcd_auth:
-        return Gateway(run.etcd_endpoints, timeout=timeout)
-    return Gateway(run.etcd_endpoints, "root", directory.credentials().admin_password, timeout)
-
-
 def read(directory: RunDir, door: Gateway) -> tuple[Mirror, snapshot.Snapshot]:
     """The run's keys and what they amount to. Raises `NoContactError`."""
     mirror = Mirror(directory.run)
@@ -44,7 +29,7 @@ def read(directory: RunDir, door: Gateway) -> tuple[Mirror, snapshot.Snapshot]:
     return mirror, snapshot.build(mirror)
 
 
-def look(directory: RunDir, run: RunFile, door: Gateway) -> snapshot.Snapshot:
+def now(directory: RunDir, run: RunFile, door: Gateway) -> snapshot.Snapshot:
     """The run at this moment, and whether its leader's agent still reports. Raises `NoContactError`."""
     mirror, shot = read(directory, door)
     if shot.stopping:
