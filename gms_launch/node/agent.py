@@ -137,12 +137,15 @@ class Agent:
         if self.node.session.is_cut_off:
             desired = {}  # what we know is out of date
         for action in reconciler.decide(desired, self.node.ranks.local(), ended, self.node.settings.group_kill):
-            if isinstance(action, reconciler.StartRank):
-                self.node.ranks.start(action.desire, self.node.files, self.node.loop)
-            elif isinstance(action, reconciler.SkipRank):
-                self.node.ranks.skip(action.cohort_id, action.incarnation, "it ended before it began here")
-            else:
-                self.node.ranks.kill(action.cohort_id, action.reason)
+            match action:
+                case reconciler.StartRank():
+                    self.node.ranks.start(action.desire, self.node.files, self.node.loop)
+                case reconciler.SkipRank():
+                    self.node.ranks.skip(action.cohort_id, action.incarnation, "it ended before it began here")
+                case reconciler.KillRank():
+                    self.node.ranks.kill(action.cohort_id, action.reason)
+                case _:
+                    lead.nobody_does(action)
         for command in self.node.mirror.commands.values():
             mine = command.verb == "kill-rank" and command.scope == f"rank:{self.node.node_rank}"
             if mine and self.node.claims.has(command):

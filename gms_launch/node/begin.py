@@ -60,15 +60,7 @@ async def start(me: Node) -> None:
     await me.look_at_gms()
     if leader:
         if layout.own_nats:
-            credentials = layout.credentials
-            nats.configure(
-                layout.nats_config,
-                layout.topology.leader_address,
-                layout.ports.nats,
-                layout.node_dir.path / "nats",
-                credentials.nats_user,
-                credentials.nats_password,
-            )
+            nats.configure(layout.nats_server)
             await me.start_service(layout.nats_service())
         await me.start_service(layout.frontend_service())
         me.progress(f"frontend: {layout.frontend_url}")

@@ -13,7 +13,7 @@ import time
 import uuid
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from gms_launch.cohort import actions, controller, membership
 from gms_launch.cohort.model import ENDED, Phase
@@ -122,51 +122,76 @@ def tell_refusals(me: Node) -> None:
 
 def carry_out(me: Node, action: actions.Action) -> None:
     """Do what the controller decided."""
-    if isinstance(action, actions.Start):
-        _want(me, action.cohort_id, action.incarnation, Wanted.RUNNING, action.why)
-    elif isinstance(action, actions.Kill):
-        _want(me, action.cohort_id, action.incarnation, Wanted.DEAD, action.why)
-    elif isinstance(action, actions.GiveUp):
-        me.report.emit("given_up", action.cohort_id, action.incarnation, action.why)
-        me.progress(
-            f"cohort {action.cohort_id} is given up: {action.why}{_log_of(me, action.cohort_id)}\n  another try "
-            f"when no start has failed for {me.settings.restart_window:g} s (restart_window)"
-        )
-        _want(me, action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
-    elif isinstance(action, actions.KillPart):
-        part = f"rank:{action.node_rank}"
-        drill = CommandRecord(uuid.uuid4().hex, "kill-rank", clock.now(), action.cohort_id, action.incarnation, part)
-        me.mirror.commands[drill.uuid] = drill
-        if action.node_rank == me.node_rank:
-            me.claims.own(drill)
-        me.report.put(me.mirror.keys.command(drill.uuid), drill.encode(), me.report.lease)
-        me.spawn(_withdraw(me, drill.uuid))
-        me.wake.set()
-    elif isinstance(action, actions.LoseNodes):
-        known = me.mirror.run.lost if me.mirror.run else ()
-        for rank in sorted(set(action.lost) ^ set(known)):
-            kind = "node_lost" if rank in action.lost else "node_back"
-            me.report.emit(kind, detail=begin.node_name(me, rank))
-            waits = f"is lost; {me.settings.node_wait:g} s of node_wait left for it to come back"
-            me.progress(f"{begin.node_name(me, rank)} {waits if rank in action.lost else 'is back'}")
-        me.report.run(lost=action.lost)
-        me.wake.set()
-    elif isinstance(action, actions.NewGms):
-        epoch = (me.mirror.run.gms_epoch if me.mirror.run else 0) + 1
-        me.report.emit("gms_restart", detail=action.why)
-        me.progress(f"{action.why}: starting new GMS servers on all nodes, and then the cohorts cold")
-        me.report.run(gms_epoch=epoch)
-        me.wake.set()
-    elif isinstance(action, actions.Answer):
-        me.answered.add(action.uuid)
-        result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, clock.now())
-        me.report.put(me.mirror.keys.result(action.uuid), result.encode())
-    elif isinstance(action, actions.Activate):
-        me.ranks.activate(action.cohort_id, action.incarnation)
-    elif isinstance(action, (actions.Roll, actions.Proved, actions.RollBack)):
-        _roll(me, action)
-    else:
-        _abort(me, action)
+    match action:
+        case actions.Start():
+            _want(me, action.cohort_id, action.incarnation, Wanted.RUNNING, action.why)
+        case actions.Kill():
+            _want(me, action.cohort_id, action.incarnation, Wanted.DEAD, action.why)
+        case actions.GiveUp():
+            _give_up(me, action)
+        case actions.KillPart():
+            _kill_part(me, action)
+        case actions.LoseNodes():
+            _lose_nodes(me, action)
+        case actions.NewGms():
+            _new_gms(me, action)
+        case actions.Answer():
+            me.answered.add(action.uuid)
+            result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, clock.now())
+            me.report.put(me.mirror.keys.result(action.uuid), result.encode())
+        case actions.Activate():
+            me.ranks.activate(action.cohort_id, action.incarnation)
+        case actions.Roll() | actions.Proved() | actions.RollBack():
+            _roll(me, action)
+        case actions.Abort():
+            _abort(me, action)
+        case _:
+            nobody_does(action)
+
+
+def nobody_does(action: NoReturn) -> NoReturn:
+    """For the type checker: an action that nobody carries out is an error before anything runs."""
+    raise AssertionError(f"no hand for {action!r}")
+
+
+def _give_up(me: Node, action: actions.GiveUp) -> None:
+    me.report.emit("given_up", action.cohort_id, action.incarnation, action.why)
+    me.progress(
+        f"cohort {action.cohort_id} is given up: {action.why}{_log_of(me, action.cohort_id)}\n  another try "
+        f"when no start has failed for {me.settings.restart_window:g} s (restart_window)"
+    )
+    _want(me, action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
+
+
+def _kill_part(me: Node, action: actions.KillPart) -> None:
+    """Ask the agent of one node to kill its rank: a drill."""
+    part = f"rank:{action.node_rank}"
+    drill = CommandRecord(uuid.uuid4().hex, "kill-rank", clock.now(), action.cohort_id, action.incarnation, part)
+    me.mirror.commands[drill.uuid] = drill
+    if action.node_rank == me.node_rank:
+        me.claims.own(drill)
+    me.report.put(me.mirror.keys.command(drill.uuid), drill.encode(), me.report.lease)
+    me.spawn(_withdraw(me, drill.uuid))
+    me.wake.set()
+
+
+def _lose_nodes(me: Node, action: actions.LoseNodes) -> None:
+    known = me.mirror.run.lost if me.mirror.run else ()
+    for rank in sorted(set(action.lost) ^ set(known)):
+        kind = "node_lost" if rank in action.lost else "node_back"
+        me.report.emit(kind, detail=begin.node_name(me, rank))
+        waits = f"is lost; {me.settings.node_wait:g} s of node_wait left for it to come back"
+        me.progress(f"{begin.node_name(me, rank)} {waits if rank in action.lost else 'is back'}")
+    me.report.run(lost=action.lost)
+    me.wake.set()
+
+
+def _new_gms(me: Node, action: actions.NewGms) -> None:
+    epoch = (me.mirror.run.gms_epoch if me.mirror.run else 0) + 1
+    me.report.emit("gms_restart", detail=action.why)
+    me.progress(f"{action.why}: starting new GMS servers on all nodes, and then the cohorts cold")
+    me.report.run(gms_epoch=epoch)
+    me.wake.set()
 
 
 def _roll(me: Node, action: actions.Roll | actions.Proved | actions.RollBack) -> None:

@@ -164,44 +164,42 @@ class Layout:
         )
 
     def etcd_service(self) -> Service:
-        return etcd.service(
-            find_binary("etcd_bin", self.settings.etcd_bin, "etcd", "etcd-server"),
-            self.run,
-            self.topology.leader_address,
-            self.ports.etcd,
-            self.ports.etcd_peer,
-            self.node_dir.etcd_data,
-            self.credentials.admin_password,
-            self.settings.service_timeout,
-            self.settings.service_liveness,
+        binary = find_binary("etcd_bin", self.settings.etcd_bin, "etcd", "etcd-server")
+        member = etcd.Member(
+            run=self.run,
+            address=self.topology.leader_address,
+            port=self.ports.etcd,
+            peer_port=self.ports.etcd_peer,
+            data=self.node_dir.etcd_data,
+            password=self.credentials.admin_password,
         )
+        return etcd.service(member, binary, self.settings.service_timeout, self.settings.service_liveness)
 
     @property
-    def nats_config(self) -> Path:
-        return self.node_dir.path / "nats.conf"
+    def nats_server(self) -> nats.Server:
+        return nats.Server(
+            address=self.topology.leader_address,
+            port=self.ports.nats,
+            config=self.node_dir.path / "nats.conf",
+            data=self.node_dir.path / "nats",
+            user=self.credentials.nats_user,
+            password=self.credentials.nats_password,
+        )
 
     def nats_service(self) -> Service:
-        return nats.service(
-            find_binary("nats_bin", self.settings.nats_bin, "nats-server", "nats-server"),
-            self.nats_config,
-            self.topology.leader_address,
-            self.ports.nats,
-            self.credentials.nats_user,
-            self.credentials.nats_password,
-            self.settings.service_timeout,
-            LATER * self.settings.service_liveness,
-        )
+        binary = find_binary("nats_bin", self.settings.nats_bin, "nats-server", "nats-server")
+        liveness = LATER * self.settings.service_liveness
+        return nats.service(self.nats_server, binary, self.settings.service_timeout, liveness)
 
     def frontend_service(self) -> Service:
-        return frontend.service(
-            self.python,
-            self.plane,
-            self.frontend_address,
-            self.ports.frontend,
-            self.settings.migration_limit,
-            self.settings.service_timeout,
-            LATER * self.settings.service_liveness,
+        front = frontend.Frontend(
+            address=self.frontend_address,
+            port=self.ports.frontend,
+            plane=self.plane,
+            migration_limit=self.settings.migration_limit,
         )
+        liveness = LATER * self.settings.service_liveness
+        return frontend.service(front, self.python, self.settings.service_timeout, liveness)
 
     def lock_of(self, cohort_id: int) -> Path:
         """The lock that a cohort waits for: one for all, or one of its own that the leader's agent holds."""

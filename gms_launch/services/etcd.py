@@ -6,6 +6,7 @@ Its data is in the node-local directory, so that a restarted etcd knows everythi
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from gms_launch.errors import LaunchError
@@ -19,21 +20,24 @@ RESERVED = 64 * 1024 * 1024
 TOKEN_TTL = 10 * 365 * 24 * 3600
 
 
-def service(
-    binary: str,
-    run: str,
-    address: str,
-    port: int,
-    peer_port: int,
-    data: Path,
-    password: str,
-    timeout: float,
-    liveness: float = 0.0,
-) -> Service:
-    """etcd listening on `address` only."""
-    client, peer = f"http://{host(address)}:{port}", f"http://{host(address)}:{peer_port}"
+@dataclass(frozen=True)
+class Member:
+    """The run's etcd: its name, where it listens (on that address only), where its data is, root's password."""
+
+    run: str
+    address: str
+    port: int
+    peer_port: int
+    data: Path
+    password: str
+
+
+def service(member: Member, binary: str, timeout: float, liveness: float = 0.0) -> Service:
+    """etcd, ready within `timeout` seconds and restarted when it is silent for `liveness` (0: never)."""
+    run, port, address = member.run, member.port, host(member.address)
+    client, peer = f"http://{address}:{port}", f"http://{address}:{member.peer_port}"
     argv = (
-        *(binary, "--name", run, "--data-dir", str(data)),
+        *(binary, "--name", run, "--data-dir", str(member.data)),
         *("--listen-client-urls", client, "--advertise-client-urls", client),
         *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
         *("--initial-cluster", f"{run}={peer}", "--initial-cluster-token", run),
@@ -46,10 +50,10 @@ def service(
     )
     env: dict[str, str | None] = {"ETCD_UNSUPPORTED_ARCH": None, "ETCDCTL_API": None}
     return Service(
-        *("etcd", Command(argv, env), lambda: probe(client, password), timeout),
+        *("etcd", Command(argv, env), lambda: probe(client, member.password), timeout),
         port=port,
         liveness=liveness,
-        alive=lambda: _alive(address, port, max(0.2, liveness / 4)),
+        alive=lambda: _alive(member.address, port, max(0.2, liveness / 4)),
         essential=True,  # every Dynamo process ends itself when its lease does
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+from dataclasses import dataclass
 
 from gms_launch.engines.base import DynamoPlane
 from gms_launch.process.lifecycle import Command
@@ -17,21 +18,26 @@ MOVING: dict[str, str | None] = {
 }
 
 
-def service(
-    python: str,
-    plane: DynamoPlane,
-    address: str,
-    port: int,
-    migration_limit: int,
-    timeout: float,
-    liveness: float = 0.0,
-) -> Service:
+@dataclass(frozen=True)
+class Frontend:
+    """A run's frontend: where it listens, how it finds the engines, how often it moves a request."""
+
+    address: str
+    port: int
+    plane: DynamoPlane
+    migration_limit: int
+
+
+def service(front: Frontend, python: str, timeout: float, liveness: float = 0.0) -> Service:
+    """The frontend, ready within `timeout` seconds and restarted when it is silent for `liveness` (0: never)."""
     argv = (
-        *(python, "-m", "dynamo.frontend", "--http-host", address, "--http-port", str(port)),
-        *("--namespace", plane.namespace, "--migration-limit", str(migration_limit)),
+        *(python, "-m", "dynamo.frontend", "--http-host", front.address, "--http-port", str(front.port)),
+        *("--namespace", front.plane.namespace, "--migration-limit", str(front.migration_limit)),
     )
-    command = Command(argv, plane.environment() | (MOVING if migration_limit else {}))
-    return Service("frontend", command, lambda: probe(address, port), timeout, port=port, liveness=liveness)
+    command = Command(argv, front.plane.environment() | (MOVING if front.migration_limit else {}))
+    return Service(
+        *("frontend", command, lambda: probe(front.address, front.port), timeout), port=front.port, liveness=liveness
+    )
 
 
 def connect_address(address: str) -> str:

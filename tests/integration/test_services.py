@@ -36,7 +36,8 @@ def output(directory: Path) -> Callable[[str], Output]:
 
 def etcd_service(directory: Path, timeout: float = 20.0, port: int | None = None) -> Service:
     binary = find_binary("etcd_bin", "", "etcd", "etcd-server")
-    return etcd.service(binary, "t", "127.0.0.1", port or free_port(), free_port(), directory / "e", "pw", timeout)
+    member = etcd.Member("t", "127.0.0.1", port or free_port(), free_port(), directory / "e", "pw")
+    return etcd.service(member, binary, timeout)
 
 
 def test_delays_grow_and_end() -> None:
@@ -46,10 +47,11 @@ def test_delays_grow_and_end() -> None:
 
 def test_etcd_and_nats_become_ready_and_come_back(run: str, fast_dir: Path) -> None:
     port = free_port()
-    nats.configure(fast_dir / "nats.conf", "127.0.0.1", port, fast_dir / "n", "u", "p")
+    server = nats.Server("127.0.0.1", port, fast_dir / "nats.conf", fast_dir / "n", "u", "p")
+    nats.configure(server)
     assert (fast_dir / "nats.conf").stat().st_mode & 0o077 == 0
     binary = find_binary("nats_bin", "", "nats-server", "nats-server")
-    services = [etcd_service(fast_dir), nats.service(binary, fast_dir / "nats.conf", "127.0.0.1", port, "u", "p", 10.0)]
+    services = [etcd_service(fast_dir), nats.service(server, binary, 10.0)]
 
     async def live() -> list[str]:
         seen: list[str] = []
@@ -75,20 +77,21 @@ def test_etcd_and_nats_become_ready_and_come_back(run: str, fast_dir: Path) -> N
     seen = asyncio.run(live())
     assert seen == [f"{name} {event}" for name in ("etcd", "nats") for event in ("ready", "exited", "restarted")]
     with pytest.raises(NotReadyError):
-        nats.probe("127.0.0.1", port, "u", "p")
+        nats.probe(server)
 
 
 def test_a_wrong_password_is_not_ready(run: str, fast_dir: Path) -> None:
     port = free_port()
-    nats.configure(fast_dir / "nats.conf", "127.0.0.1", port, fast_dir / "n", "u", "p")
+    server = nats.Server("127.0.0.1", port, fast_dir / "nats.conf", fast_dir / "n", "u", "p")
+    nats.configure(server)
     binary = find_binary("nats_bin", "", "nats-server", "nats-server")
 
     async def live() -> None:
-        service = nats.service(binary, fast_dir / "nats.conf", "127.0.0.1", port, "u", "p", 10.0)
+        service = nats.service(server, binary, 10.0)
         runner = ServiceRunner(service, f"{run}/nats", 0, output(fast_dir), lambda *_: None)
         await runner.start()
         with pytest.raises(NotReadyError, match="Authorization Violation"):
-            nats.probe("127.0.0.1", port, "u", "wrong")
+            nats.probe(replace(server, password="wrong"))
         await runner.stop()
 
     asyncio.run(live())

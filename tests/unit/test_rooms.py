@@ -20,15 +20,15 @@ ROOMS: Mapping[str, str] = {
     "numbers": "",
     "spool": "",  # one writer for all that is written for people, so it lies below whoever writes
     "process": "spool",
-    "gms": "process",  # usable alone
+    "gms": "",  # usable alone
     "cohort": "",  # pure: decisions and the records that they are about
     "settings": "",
     "transport": "",
     "control": "cohort",
     "engines": "cohort gms process settings",
-    "services": "cohort control engines gms process settings spool",  # etcd's readiness is a read through our own door
+    "services": "cohort control engines gms process spool",  # etcd's readiness is a read through our own door
     "run": "cohort control engines gms process services settings spool transport",  # the leader is found by its etcd
-    "observe": "cohort control run spool",
+    "observe": "cohort control process run spool",  # is an agent of this very machine
     "node": "cohort control engines gms observe process run services settings spool transport",
     "cli": "cohort control engines gms node observe process run services settings spool transport",
 }
