@@ -29,6 +29,11 @@ demo: setup
 demo-down: setup
 	$(BIN)/gms-launch down --run demo
 
+# The table of settings in docs/reference.md, from where they are declared.
+.PHONY: reference
+reference: setup
+	$(BIN)/python -m tests.reference
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -28,8 +28,8 @@ from typing import Any
 
 from bench.failover import summary
 from gms_launch.cohort.records import EndedRecord
+from gms_launch.control.client import Access, Etcd
 from gms_launch.control.keys import prefix
-from gms_launch.control.store import Access, Etcd
 from gms_launch.control.watch import Change, Watch
 from gms_launch.engines.reference.demo_model import make
 from gms_launch.process import proc

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from bench.bare import free_port
+from gms_launch.control.client import Access, Etcd
 from gms_launch.control.keys import prefix
-from gms_launch.control.store import Access, Etcd
 from gms_launch.control.watch import Watch
 
 

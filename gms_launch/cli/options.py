@@ -92,7 +92,7 @@ def with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
     hints = get_type_hints(function, include_extras=True)
     parameters = [p.replace(annotation=hints[name]) for name, p in own.items() if name != "settings"]
     for setting in SETTINGS:
-        # Text all the way: `config.parse` checks types, ranges and choices, with one kind of message.
+        # Text all the way: `resolve.parse` checks types, ranges and choices, with one kind of message.
         kind: Any = bool if setting.kind is bool else str
         parameters.append(
             inspect.Parameter(

@@ -1,6 +1,6 @@
 """Read and write etcd through its JSON gateway, with nothing but the standard library.
 
-For commands that must start quickly and ask once. The agent and everything that watches use `store`.
+For commands that must start quickly and ask once. The agent and everything that watches use `client`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from gms_launch.control import terms
-from gms_launch.control.store import Etcd, describe
+from gms_launch.control.client import Etcd, describe
 
 
 class LeaseKeeper(threading.Thread):

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from gms_launch.control import terms
+from gms_launch.control.client import Access, Etcd, KeyValue
 from gms_launch.control.keys import DYNAMO_INSTANCES, Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
-from gms_launch.control.store import Access, Etcd, KeyValue
 from gms_launch.control.watch import Change, Watch
 
 

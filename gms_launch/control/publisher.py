@@ -13,7 +13,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from gms_launch.control.store import Etcd, describe
+from gms_launch.control.client import Etcd, describe
 from gms_launch.errors import NoContactError
 
 log = logging.getLogger("agent")

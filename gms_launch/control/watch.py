@@ -14,9 +14,9 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import gms_launch.control.store as door
+import gms_launch.control.client as door
+from gms_launch.control.client import Connection, Etcd, KeyValue, describe
 from gms_launch.control.keys import Range
-from gms_launch.control.store import Connection, Etcd, KeyValue, describe
 
 etcd3 = door.etcd3
 

@@ -2,8 +2,8 @@
 
 Decisions are `reconciler.decide` for this node and, on the leader, `controller.decide` for the run; both are pure.
 The agent feeds them what it sees (exits, logs, records in etcd) and carries out what they say. It owns every process
-of the node: they are its children and die with it. How a run begins is in `gather`, how it ends in `ending`, what only
-the leader does in `leading`.
+of the node: they are its children and die with it. How a run begins is in `begin`, how it ends in `end`, what only
+the leader does in `lead`; `node` is what they share.
 
 Threads: everything here runs on the event loop in the main thread, except what is handed to an executor (probes,
 fencing) and the control plane's own threads, which only post to the loop.

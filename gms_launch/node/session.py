@@ -78,8 +78,8 @@ class Session:
 
         Raises `NoContactError`, and `UsageError` when another agent has this node rank.
         """
+        from gms_launch.control.client import Access
         from gms_launch.control.link import ControlLink
-        from gms_launch.control.store import Access
 
         layout, keys = self._layout, self.mirror.keys
         access = Access(layout.etcd_endpoints)

@@ -1,7 +1,7 @@
 """What the kernel says about processes: identity, groups, tags, descendants, lock holders.
 
 Reads /proc and nothing else. A pid alone never names a process here: `ProcessId` carries the start time, which the
-kernel sets once and which tells a process from a later one with the same number. Killing is done in `process`.
+kernel sets once and which tells a process from a later one with the same number. Killing is done in `lifecycle`.
 """
 
 from __future__ import annotations

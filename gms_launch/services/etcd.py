@@ -75,7 +75,7 @@ def reserve(data: Path) -> str:
 
 def probe(url: str, password: str) -> None:
     """A linearizable read, which needs an elected leader. Raises `NotReadyError`."""
-    from gms_launch.control.store import Access, Etcd
+    from gms_launch.control.client import Access, Etcd
 
     etcd = Etcd(Access((url,), "root", password), timeout=2.0)
     try:

@@ -1,6 +1,6 @@
 """What settings must not say together: each rule with the reason, as one message. Pure.
 
-Types, ranges and choices of a single setting are `config.parse`'s business. docs/failure-policy.md lists the rules
+Types, ranges and choices of a single setting are `resolve.parse`'s business. docs/failure-policy.md lists the rules
 between deadlines.
 """
 

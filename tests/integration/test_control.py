@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from gms_launch.control.client import Access, Etcd
 from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
-from gms_launch.control.store import Access, Etcd
 from gms_launch.control.watch import Change, Watch
 from gms_launch.errors import NoContactError
 from tests.support import EtcdServer, eventually, free_port
@@ -67,7 +67,7 @@ def standing(kind: str, value: Any) -> bool:
 def test_etcd3_leaves_no_environment_variable_and_no_public_descriptor() -> None:
     code = (
         "import os; before = dict(os.environ)\n"
-        "from gms_launch.control import store\n"
+        "from gms_launch.control import client\n"
         "assert dict(os.environ) == before\n"
         "from google.protobuf import descriptor_pool\n"
         "try: descriptor_pool.Default().FindFileByName('rpc.proto')\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.control.store import Access, Etcd
+from gms_launch.control.client import Access, Etcd
 from gms_launch.process import proc
 from tests.support import GMS_LAUNCH, Deployment, eventually, gms_launch, stopped
 

@@ -7,17 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gms_launch.settings.declared import SETTINGS
-from tests import documents
+from tests import documents, reference
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_setting_is_in_the_reference_with_its_default() -> None:
-    rows = [line for line in (ROOT / "docs/reference.md").read_text().splitlines() if line.startswith("| ")]
-    for s in SETTINGS:
-        (row,) = [r for r in rows if r.startswith(f"| {s.name} |")]
-        assert s.flag in row and s.env in row and f"| {s.default} |" in row and s.help in row, s.name
+def test_the_table_of_settings_is_what_is_declared() -> None:
+    text = reference.PAGE.read_text()
+    assert text == reference.rendered(text), "make reference"
 
 
 def test_every_test_the_failure_policy_names_exists() -> None:

@@ -27,9 +27,9 @@ ROOMS: Mapping[str, str] = {
     "control": "cohort",
     "engines": "cohort gms process settings",
     "services": "cohort control engines gms process spool",  # etcd's readiness is a read through our own door
-    "run": "cohort control engines gms process services settings spool transport",  # the leader is found by its etcd
+    "run": "cohort control engines gms process services settings spool",  # the leader is found by its etcd
     "observe": "cohort control process run spool",  # is an agent of this very machine
-    "node": "cohort control engines gms observe process run services settings spool transport",
+    "node": "cohort control engines gms observe process run services settings spool",
     "cli": "cohort control engines gms node observe process run services settings spool transport",
 }
 #: What the command line may know of decisions: what they are about, and not how they are made.

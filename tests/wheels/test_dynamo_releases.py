@@ -13,7 +13,7 @@ from gms_launch.cohort.model import Phase
 from gms_launch.engines import signals, vllm
 from gms_launch.engines.vllm import LINES, Line
 from gms_launch.settings.resolve import resolve
-from tests.unit.test_engines import plan_of
+from tests.unit.engines.test_engines import plan_of
 from tests.wheels.source import Wheel
 
 wheel = cache(Wheel)

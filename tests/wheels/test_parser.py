@@ -12,7 +12,7 @@ import pytest
 
 from gms_launch.run import ports, topology
 from gms_launch.settings.resolve import resolve
-from tests.unit.test_engines import plan_of
+from tests.unit.engines.test_engines import plan_of
 
 PYTHON = os.environ.get("GMS_LAUNCH_VLLM_PYTHON", "")
 pytestmark = [pytest.mark.skipif(not PYTHON, reason="needs vLLM: make test-vllm"), pytest.mark.timeout(600)]

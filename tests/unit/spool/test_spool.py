@@ -21,7 +21,7 @@ from gms_launch.spool.output import Output
 from gms_launch.spool.writer import KEEP_LIVES, LogHandler, Place, Writer
 from tests.support import eventually
 
-PACKAGE = Path(__file__).parents[2] / "gms_launch"
+PACKAGE = Path(__file__).parents[3] / "gms_launch"
 
 
 @pytest.fixture
