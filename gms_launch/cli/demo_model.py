@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from gms_launch.errors import UsageError
 
 
 def main(directory: Path, mib: int, seed: int) -> None:
+    there = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free >> 20
+    if mib >= free:
+        raise UsageError(f"--mib {mib}: {mib} MiB of weights, and there are {free} MiB free in {there}")
     try:
         from gms_launch.engines.reference.demo_model import make
 

@@ -14,6 +14,9 @@ from gms_launch.services.base import plain
 
 def main(component: str | None, run: str | None, follow: bool, tail: int, node: int) -> None:
     directory = find_directory(run)
+    run_file = directory.read()
+    if run_file is not None and node >= run_file.nnodes:
+        raise UsageError(f"--node {node}: run {directory.run} has {run_file.nnodes} nodes, ranks count from 0")
     logs = directory.logs / f"node{node}"
     names = {log.stem: log for log in directory.logs.glob("*.log")} | {log.stem: log for log in logs.glob("*.log")}
     if component is None:

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from gms_launch import __version__
-from gms_launch.cli.options import number, positive, seconds, with_settings
+from gms_launch.cli.options import Seconds, WithEngineArgs, number, positive, with_settings
 from gms_launch.errors import LaunchError
 from gms_launch.settings.declared import Settings
 
@@ -46,14 +46,20 @@ def _up(
     notify_fd: Annotated[int, typer.Option(hidden=True)] = -1,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
 ) -> None:
-    """Run this node's agent: GMS, services, the primary and its shadows."""
+    """Run this node's agent, with all that it keeps alive.
+
+    GMS, services, the primary and its shadows.
+    """
     from gms_launch.cli import up
 
     up.main(settings, detach, notify_fd, until_eof)
 
 
 def _plan(*, settings: Settings, json: Json = False) -> None:
-    """Print every command, environment and port of this node; start nothing."""
+    """Print what `up` would run; start nothing.
+
+    Every command, environment and port, of this node or of all.
+    """
     from gms_launch.cli import plan
 
     plan.main(settings, json)
@@ -66,9 +72,9 @@ def _doctor(*, settings: Settings, json: Json = False) -> None:
     doctor.main(settings, json)
 
 
-app.command("up")(with_settings(_up))
-app.command("plan")(with_settings(_plan))
-app.command("doctor")(with_settings(_doctor))
+app.command("up", cls=WithEngineArgs)(with_settings(_up))
+app.command("plan", cls=WithEngineArgs)(with_settings(_plan))
+app.command("doctor", cls=WithEngineArgs)(with_settings(_doctor))
 
 
 @app.command("kill-primary")
@@ -76,12 +82,13 @@ def kill_primary(
     run: Run = None,
     force: Annotated[bool, typer.Option("--force", help="also without a parked shadow: an outage follows")] = False,
     scope: Annotated[str, typer.Option("--scope", help="group, leader or rank:N (the last two for drills)")] = "group",
-    timeout: Annotated[
-        float, typer.Option("--timeout", parser=seconds, help="deadline for the promotion (seconds)")
-    ] = 60.0,
+    timeout: Annotated[float, Seconds("--timeout", help="deadline for the promotion (seconds)")] = 60.0,
     json: Json = False,
 ) -> None:
-    """Kill the whole primary cohort, wait until a shadow has served a token, print the timeline."""
+    """Kill the primary and follow the failover.
+
+    Waits until a shadow has served a token, and prints the timeline.
+    """
     from gms_launch.cli import kill_primary as verb
 
     verb.main(run, force, scope, timeout, json)
@@ -93,18 +100,21 @@ def switch_over(
     to: Annotated[Optional[str], typer.Option("--to", help="the cohort that shall take over")] = None,  # noqa: UP045
     when_idle: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--when-idle", help="wait so long for a moment without requests (seconds); else do nothing"),
+        Seconds("--when-idle", help="wait so long for a moment without requests (seconds); else do nothing"),
     ] = None,
-    timeout: Annotated[float, typer.Option("--timeout", help="deadline for the promotion (seconds)")] = 60.0,
+    timeout: Annotated[float, Seconds("--timeout", help="deadline for the promotion (seconds)")] = 60.0,
     json: Json = False,
 ) -> None:
-    """Hand over to a parked shadow on purpose; requests in flight go on there. Refused when none is parked."""
+    """Hand over to a parked shadow on purpose.
+
+    Requests in flight go on there. Refused when none is parked.
+    """
     from gms_launch.cli import switch_over as verb
 
     verb.main(run, to, when_idle, timeout, json)
 
 
-@app.command("roll")
+@app.command("roll", cls=WithEngineArgs)
 def roll(
     engine_args: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -114,11 +124,14 @@ def roll(
     shadow_only: Annotated[bool, typer.Option("--shadow-only", help="do not switch over to them")] = False,
     timeout: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--timeout", help="deadline for each shadow and for the switch-over (default: start_timeout)"),
+        Seconds("--timeout", help="deadline for each shadow and for the switch-over (default: start_timeout)"),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Start the shadows again, with other engine arguments if given, and switch over to them: no outage."""
+    """Change the engine arguments without an outage.
+
+    Starts the shadows again, with other engine arguments if given, and switches over to them.
+    """
     from gms_launch.cli import roll as verb
 
     verb.main(run, engine_args, shadow_only, timeout, json)
@@ -139,12 +152,13 @@ def status(
 @app.command("down")
 def down(
     run: Run = None,
-    timeout: Annotated[
-        float, typer.Option("--timeout", parser=seconds, help="deadline for the orderly stop (seconds)")
-    ] = 60.0,
+    timeout: Annotated[float, Seconds("--timeout", help="deadline for the orderly stop (seconds)")] = 60.0,
     here: Annotated[Optional[int], typer.Option("--here", hidden=True)] = None,  # noqa: UP045
 ) -> None:
-    """Stop a run from anywhere and prove that nothing of it is left on any node."""
+    """Stop a run and prove that nothing of it is left.
+
+    From anywhere, and on every node.
+    """
     from gms_launch.cli import down as verb
 
     if here is not None:
@@ -158,10 +172,13 @@ def wait(
     run: Run = None,
     timeout: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option("--timeout", parser=seconds, help="give up after so many seconds"),
+        Seconds("--timeout", help="give up after so many seconds"),
     ] = None,
 ) -> None:
-    """Wait until a run has ended; the exit code is the run's."""
+    """Wait until a run has ended; the exit code is the run's.
+
+    A run that is named and has not begun is waited for too.
+    """
     from gms_launch.cli import wait as verb
 
     verb.main(run, timeout)
@@ -183,10 +200,15 @@ def logs(
     ] = None,
     run: Run = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="keep printing what is added")] = False,
-    tail: Annotated[int, typer.Option("-n", "--tail", parser=number, help="lines from the end; 0 for all")] = 50,
-    node: Annotated[int, typer.Option("--node", parser=number, help="node rank")] = 0,
+    tail: Annotated[
+        int, typer.Option("-n", "--tail", parser=number, metavar="<int>", help="lines from the end; 0 for all")
+    ] = 50,
+    node: Annotated[int, typer.Option("--node", parser=number, metavar="<int>", help="node rank")] = 0,
 ) -> None:
-    """Print the log of a component; the newest life unless one is named."""
+    """Print the log of a component.
+
+    The newest life unless one is named.
+    """
     from gms_launch.cli import logs as verb
 
     verb.main(component, run, follow, tail, node)
@@ -199,7 +221,10 @@ def timeline(
     html: Annotated[Optional[Path], typer.Option("--html", help="write an HTML page")] = None,  # noqa: UP045
     events: Annotated[bool, typer.Option("--events", help="every event instead of failovers")] = False,
 ) -> None:
-    """Show every failover, step by step. Works after the run has ended too."""
+    """Show every failover, step by step.
+
+    Works after the run has ended too.
+    """
     from gms_launch.cli import timeline as verb
 
     verb.main(run, json, html, events)
@@ -210,7 +235,10 @@ def sweep(
     run: Run = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what is there")] = False,
 ) -> None:
-    """Kill what dead runs left behind on this node and remove their files. Live runs are not touched."""
+    """Clear this node of what dead runs left.
+
+    Kills their processes and removes their files. Live runs are not touched.
+    """
     from gms_launch.cli import sweep as verb
 
     verb.main(run, dry_run)
@@ -219,8 +247,12 @@ def sweep(
 @app.command("demo-model")
 def demo_model(
     directory: Annotated[Path, typer.Argument(help="where to put it")],
-    size: Annotated[int, typer.Option("--mib", parser=positive, help="size of the weights (MiB)")] = 64,
-    seed: Annotated[int, typer.Option("--seed", parser=number, help="another seed, another model")] = 1,
+    size: Annotated[
+        int, typer.Option("--mib", parser=positive, metavar="<int>", help="size of the weights (MiB)")
+    ] = 64,
+    seed: Annotated[
+        int, typer.Option("--seed", parser=number, metavar="<int>", help="another seed, another model")
+    ] = 1,
 ) -> None:
     """Make a small model for the reference engine."""
     from gms_launch.cli import demo_model as verb

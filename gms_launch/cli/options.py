@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from gms_launch import numbers
+from gms_launch.errors import UsageError
 from gms_launch.run import topology
 from gms_launch.settings.declared import SETTINGS, Setting, Settings
 from gms_launch.settings.resolve import read_toml, resolve
@@ -43,7 +47,15 @@ def _typed(read: Callable[[str], float], value: object, minimum: float) -> Any:
 
 
 def seconds(value: str) -> float:
-    return float(_typed(numbers.real, value, 0))
+    """A duration: finite, and above 0."""
+    found = float(_typed(numbers.real, value, -math.inf))
+    if found <= 0:
+        raise typer.BadParameter(f"{value} is no time to wait: give seconds above 0")
+    return found
+
+
+#: Every duration of every verb is made of this.
+Seconds = partial(typer.Option, parser=seconds, metavar="<float>")
 
 
 def number(value: str) -> int:
@@ -54,18 +66,36 @@ def positive(value: str) -> int:
     return int(_typed(numbers.whole, value, 1))
 
 
+class WithEngineArgs(TyperCommand):
+    """A verb that takes engine arguments, all of them after `--`: a word before it is a slip, and passed to no engine.
+
+    As for bad values of settings, a `UsageError` of ours says so.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        after = args[args.index("--") + 1 :] if "--" in args else []
+        rest: list[str] = super().parse_args(ctx, list(args))
+        given = ctx.params.get("engine_args") or ()
+        if len(given) > len(after):
+            raise UsageError(f"{given[0]!r} stands alone: engine arguments come after --")
+        return rest
+
+
 def _option(setting: Setting) -> Any:
     names = (
         [setting.flag, *(flag for flag, _ in setting.old)]
         if setting.kind is not bool
         else [f"{setting.flag}/--no-{setting.flag[2:]}"]
     )
-    default = setting.default if setting.default != "" else "none"
+    default = "none" if setting.default == "" else setting.default
+    if setting.name == "tp":
+        default = "a GPU on every node, or what Slurm gave"
     choices = f" [{'|'.join(setting.choices)}]" if setting.choices else ""
     recipe = f" or {setting.recipe}" if setting.recipe else ""
     return typer.Option(
         *names,
         help=f"{setting.help}{choices}  (default: {default}; {setting.env}{recipe})",
+        metavar=None if setting.kind is bool else f"<{setting.kind.__name__}>",
         rich_help_panel=_PANELS[setting.group],
         show_default=False,
     )

@@ -13,10 +13,11 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gms_launch.errors import LaunchError
+from gms_launch.errors import LaunchError, NoContactError, RefusedError, UsageError
 from gms_launch.numbers import count
 from gms_launch.process import proc, strays
 from gms_launch.run.nodedir import LOCAL_ROOT, node_name, user_root
+from gms_launch.settings.rules import RUN_ID
 
 
 @dataclass
@@ -41,7 +42,16 @@ class DeadRun:
 
 
 def main(run: str | None, dry_run: bool) -> None:
-    found = [d for d in dead_runs() if run is None or run in (d.run, d.name)]
+    dead_ones, living = look()
+    found = [d for d in dead_ones if run is None or run in (d.run, d.name)]
+    if not found and run is not None:
+        if not RUN_ID.match(run.partition("+")[0]):
+            raise UsageError(f"{run!r} is not the name of a run")
+        if any(run in (name, name.partition("+")[0]) for _, name in living):
+            raise RefusedError(
+                f"run {run} is up on this node, and only dead runs are swept; `gms-launch down --run {run}` stops it"
+            )
+        raise NoContactError(f"nothing of a run {run} is on this node")
     if not found:
         print("nothing to sweep")
     for dead in found:
@@ -61,6 +71,11 @@ def main(run: str | None, dry_run: bool) -> None:
 
 def dead_runs() -> list[DeadRun]:
     """Runs on this node without a living agent."""
+    return look()[0]
+
+
+def look() -> tuple[list[DeadRun], set[tuple[int, str]]]:
+    """The runs on this node without a living agent, and user and name of those that have one."""
     runs: dict[tuple[int, str], DeadRun] = {}
     living: set[tuple[int, str]] = set()
     for pid in proc.pids():
@@ -94,7 +109,7 @@ def dead_runs() -> list[DeadRun]:
         locks = [lock for directory in dead.directories for lock in directory.glob("failover*.lock")]
         known = {i.pid for i in dead.processes}
         dead.processes += [i for i in strays.lock_keepers(dead.run, locks, dead.uid) if i.pid not in known]
-    return found
+    return found, living
 
 
 def agent_alive(node_dir: Path) -> bool:

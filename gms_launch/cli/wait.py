@@ -6,6 +6,7 @@ For batch scripts: srun may hang for ever after a lost node, and its own exit co
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 from gms_launch.errors import DeadlineError, by_code
@@ -20,9 +21,13 @@ def main(run: str | None, timeout: float | None) -> None:
     deadline = None if timeout is None else time.monotonic() + timeout
     directory = _directory(run)
     found: RunFile | None = None
+    told = False
     while True:
         # Its last record is what there is to go by when the home is not there any more.
         found = directory.read() or found
+        if found is None and not told:
+            told = True
+            print(f"there is no run {directory.run} yet: waiting for it to begin and to end", file=sys.stderr)
         if found is not None and _over(found):
             if found.ended is None:
                 raise by_code(

@@ -135,6 +135,9 @@ def read(file: str) -> CommandEngine:
     for where, words in texts.items():
         for word in words:
             _check_placeholders(path, where, word, described.ports)
+    for name, port in described.ports.items():
+        if not 0 < port < 65536:
+            raise UsageError(f"engine file {path}: ports.{name}: {port} is no port (1 to 65535)")
     patterns = {}
     _pattern(path, "vital", described.vital)
     for name, pattern in described.phase.items():

@@ -17,9 +17,8 @@ from typing import Any
 
 from gms_launch.errors import UsageError
 from gms_launch.settings.declared import Settings
+from gms_launch.settings.rules import COHORT_STRIDE
 
-#: Distance between the master ports of two cohorts, as upstream staggers them.
-COHORT_STRIDE = 100
 #: Incarnations of a cohort take turns on this many master ports, so that one in TIME_WAIT is not met again soon.
 INCARNATION_STEPS = 50
 
@@ -93,7 +92,10 @@ def follow(
 
 
 def _extra(one: Callable[[str, int], int], first: Mapping[str, int] | None, cohorts: range) -> dict[str, Any]:
-    return {name: tuple(one(name, port + k) for k in cohorts) for name, port in (first or {}).items()}
+    return {
+        name: tuple(one(f"port {name} of the engine file", port + k) for k in cohorts)
+        for name, port in (first or {}).items()
+    }
 
 
 def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, int] | None = None) -> Ports:

@@ -50,7 +50,8 @@ def from_slurm(environ: Mapping[str, str], hands_off: bool = False) -> dict[str,
     if "SLURM_STEP_ID" not in environ:
         return _batch_shell(job, environ)
     nodes = expand(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", ""))
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or len(nodes))
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    tasks = len(nodes) if tasks is None else tasks
     counts = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     per_node = [int(n) for n in re.findall(r"([0-9]+)(?:\(x[0-9]+\))?(?:,|$)", counts)]
     if tasks > len(nodes) or max(per_node, default=1) > 1:
@@ -58,7 +59,7 @@ def from_slurm(environ: Mapping[str, str], hands_off: bool = False) -> dict[str,
             f"step {job}.{environ['SLURM_STEP_ID']} has {tasks} tasks on {len(nodes)} nodes; "
             "one agent runs on each node: srun --ntasks-per-node=1 gms-launch up"
         )
-    rank = int(environ["SLURM_NODEID"])
+    rank = _number(environ, "SLURM_NODEID") or 0
     name = environ.get("SLURMD_NODENAME")
     if rank >= len(nodes) or (name and name != nodes[rank]):
         raise UsageError(
@@ -73,13 +74,26 @@ def from_slurm(environ: Mapping[str, str], hands_off: bool = False) -> dict[str,
 
 def _batch_shell(job: str, environ: Mapping[str, str]) -> dict[str, Any]:
     """A batch script or an salloc shell: good for one node, and only on that node."""
-    nodes = int(environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or 1)
+    nodes = _number(environ, "SLURM_JOB_NUM_NODES", "SLURM_NNODES") or 1
     if nodes > 1 or "SLURMD_NODENAME" not in environ:
         raise UsageError(
             f"this shell belongs to job {job} and is not a task on its nodes; start one agent on each node with "
             "`srun --ntasks-per-node=1 gms-launch up`, or say --nnodes and --node-rank"
         )
     return _gpus(environ, 1)
+
+
+def _number(environ: Mapping[str, str], *names: str) -> int | None:
+    """The first of the variables that is set; None when none is. Raises `UsageError` for one that is no number."""
+    for name in names:
+        if text := environ.get(name):
+            if (number := count(text)) is None:
+                raise UsageError(
+                    f"{name} is {text!r}, and Slurm would have put a number there; unset it, or say --nnodes and "
+                    "--node-rank"
+                )
+            return number
+    return None
 
 
 def _gpus(environ: Mapping[str, str], nnodes: int) -> dict[str, Any]:

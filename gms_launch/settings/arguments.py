@@ -59,6 +59,17 @@ def walk(args: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield (name.replace("_", "-") if name.startswith("--") else name), value
 
 
+#: Flags whose value is a JSON object.
+JSON = ("--kv-events-config", "--kv-transfer-config", "--speculative-config")
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
 def problem(args: Sequence[str]) -> str:
     """What is wrong with the arguments, in one line; empty when nothing is."""
     for name, value in walk(args):
@@ -66,6 +77,8 @@ def problem(args: Sequence[str]) -> str:
             return f"engine argument {name}: {REFUSED[name]}"
         if name in FIXED and value != FIXED[name][0]:
             return f"engine argument {name} {value}: only {FIXED[name][0]} works here: {FIXED[name][1]}"
+        if name in JSON and not _is_object(value):
+            return f"engine argument {name} {value}: expected a JSON object"
         if name.startswith(("--data-parallel-", "-dp")) and name not in FIXED:
             return f"engine argument {name}: data parallelism does not work in shadow mode"
     return ""

@@ -8,6 +8,7 @@ looks like. What it does not do: find out who this node is (`topology`) or hand 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,19 +44,29 @@ def parse(setting: Setting, value: Any, source: str) -> Any:
             raise ValueError("a fraction is no port and no count")
         else:
             parsed = setting.kind(value)
+        if isinstance(parsed, float) and not math.isfinite(parsed):
+            raise ValueError("TOML has nan and inf")
     except (TypeError, ValueError):
         raise UsageError(f"{where}: {value!r} is not a valid {setting.kind.__name__}") from None
     if setting.choices and parsed not in setting.choices:
         raise UsageError(f"{where}: {parsed!r} is not one of {', '.join(setting.choices)}")
     if setting.minimum is not None and not parsed >= setting.minimum:
-        raise UsageError(f"{where}: {parsed} is below {setting.minimum:g}")
+        raise UsageError(f"{where}: {parsed} is below {_plain(setting.minimum)}")
     if setting.maximum is not None and not parsed <= setting.maximum:
-        raise UsageError(f"{where}: {parsed} is above {setting.maximum:g}")
+        raise UsageError(f"{where}: {parsed} is above {_plain(setting.maximum)}")
     return parsed
 
 
+def _plain(number: float) -> str:
+    """All digits of a whole number."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
 def read_toml(path: Path, table_name: str = "gms-launch", what: str = "settings file") -> dict[str, Any]:
-    """The table of that name of a TOML file if it is there, else the whole file. Raises `UsageError`, `what` it is."""
+    """The table of that name of a TOML file if it is there, else the whole file. Raises `UsageError`, `what` it is.
+
+    Also for a key that stands in both: nobody could say which is meant.
+    """
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
@@ -71,11 +82,13 @@ def read_toml(path: Path, table_name: str = "gms-launch", what: str = "settings 
     table = data.get(table_name, data)
     if not isinstance(table, dict):
         raise UsageError(f"{what} {path}: [{table_name}] is not a table")
+    if twice := [key for key in table if table is not data and key in data]:
+        raise UsageError(f"{what} {path}: {twice[0]} is at the top and in [{table_name}]; leave one out")
     return table
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)  # a poor guess leads away
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -110,6 +123,8 @@ def resolve(
             candidates.append((environ.get(s.recipe) or None, s.recipe))
         candidates.append(((toml or {}).get(s.name), toml_path))
         candidates.append(((scheduler or {}).get(s.name), "Slurm"))
+        if (toml or {}).get(s.name) is not None:
+            parse(s, (toml or {})[s.name], toml_path)  # what is wrong there is wrong, also where a flag overrides it
         for value, source in candidates:
             if value is not None:
                 values[s.name] = parse(s, value, source)

@@ -7,7 +7,9 @@ between deadlines.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from gms_launch.errors import UsageError
 from gms_launch.settings import arguments
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
     from gms_launch.settings.declared import Settings
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}\Z")
+
+
+#: A part of the names by which Dynamo's processes find each other: dots and slashes separate parts.
+NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
+#: Distance between the first ports of two cohorts, as upstream staggers them.
+COHORT_STRIDE = 100
 
 
 def longest_liveness(lease_ttl: float) -> float:
@@ -84,14 +92,53 @@ def check(s: Settings) -> None:
             f"dynamo_lease_ttl {s.dynamo_lease_ttl:g} s: every Dynamo process exits when etcd is away for longer, "
             "and restarting etcd takes up to 2 s; use 5 or more"
         )
-    fixed = [n for n in ("frontend_port", "etcd_port", "etcd_peer_port", "nats_port") if s.was_set(n)]
-    seen: dict[int, str] = {}
-    for name in fixed:
-        port = getattr(s, name)
-        if port in seen:
-            raise UsageError(f"{name} and {seen[port]} are both {port}")
-        seen[port] = name
+    if not NAMESPACE.match(s.namespace):
+        raise UsageError(f"namespace {s.namespace!r}: use letters, digits, dashes and underscores (no dots or slashes)")
+    for url in s.etcd_endpoints.split(",") if s.etcd_endpoints else ():
+        _check_url("--etcd-endpoints", url.strip(), ("http", "https"), "http://HOST:2379")
+    if s.nats_server:
+        _check_url("--nats-server", s.nats_server, ("nats", "tls", "ws", "wss"), "nats://HOST:4222")
+    _check_ports(s)
     if s.engine_file and s.engine != "command":
         raise UsageError(f"--engine-file describes the engine `command`, and --engine is {s.engine}")
     if s.engine != "command" and (wrong := arguments.problem(s.engine_args)):
         raise UsageError(wrong)
+
+
+def _check_url(flag: str, text: str, schemes: tuple[str, ...], example: str) -> None:
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # a port that is none, a bracket that is not closed
+        good = False
+    if not good or any(c.isspace() for c in text):
+        raise UsageError(f"{flag} {text!r} is no URL; expected something like {example}")
+
+
+def _ranges(s: Settings) -> Mapping[str, Iterable[int]]:
+    """Every port that follows from a setting, by the setting."""
+    single = ("frontend_port", "etcd_port", "etcd_peer_port", "nats_port", "word_port")
+    cohorts, wide = s.cohorts, COHORT_STRIDE * s.cohorts
+    return {name: range(getattr(s, name), getattr(s, name) + 1) for name in single} | {
+        "system_port": range(s.system_port, s.system_port + cohorts),
+        "nixl_port": range(s.nixl_port, s.nixl_port + cohorts),
+        "vllm_port": range(s.vllm_port, s.vllm_port + wide),
+        "master_port": range(s.master_port, s.master_port + wide),
+    }
+
+
+def _check_ports(s: Settings) -> None:
+    """Two settings that were both given, and share a port. Those that were not given are moved."""
+    seen: dict[int, str] = {}
+    for name, taken in _ranges(s).items():
+        for port in taken if s.was_set(name) else ():
+            if port in seen:
+                raise UsageError(f"{seen[port]} and {name} are both {port}{_counted(s, seen[port], name)}")
+            seen[port] = name
+
+
+def _counted(s: Settings, *names: str) -> str:
+    """Says of names that stand for several ports which these are; empty when none does."""
+    found = {name: _ranges(s)[name] for name in names}
+    said = [f"{n} is {min(r)} to {max(r)}" for n, r in found.items() if min(r) != max(r)]
+    return f" ({', '.join(said)}, with {s.cohorts} cohorts)" if said else ""

@@ -44,6 +44,9 @@ def test_a_task_of_a_step_knows_its_place() -> None:
     [
         ({"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "2(x3)"}, "6 tasks on 3 nodes"),
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2,1(x2)"}, "--ntasks-per-node=1"),
+        ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS is 'x', and Slurm would have put a number there"),
+        ({"SLURM_STEP_NUM_TASKS": "", "SLURM_NTASKS": "-1"}, "SLURM_NTASKS is '-1'"),
+        ({"SLURM_NODEID": "one"}, "SLURM_NODEID is 'one'"),
         ({"SLURMD_NODENAME": "node3"}, "calls this node node3, number 1"),
     ],
 )
@@ -55,6 +58,8 @@ def test_a_step_that_cannot_be_a_run(changes: dict[str, str], says: str) -> None
 def test_a_shell_that_is_no_task() -> None:
     batch = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURMD_NODENAME": "node1"}
     assert topology.from_slurm(batch) == {"tp": 1}, "a batch script on its only node"
+    with pytest.raises(UsageError, match="SLURM_JOB_NUM_NODES is 'two'"):
+        topology.from_slurm(batch | {"SLURM_JOB_NUM_NODES": "two"})
     for shell in (batch | {"SLURM_JOB_NUM_NODES": "2"}, {k: v for k, v in batch.items() if k != "SLURMD_NODENAME"}):
         with pytest.raises(UsageError, match="srun --ntasks-per-node=1 gms-launch up"):
             topology.from_slurm(shell)

@@ -67,6 +67,23 @@ def test_the_recipes_names() -> None:
         ({}, None, {"service_liveness": "9"}, "before a silent etcd could be back"),
         ({}, None, {"tp": "2", "pp": "3", "nnodes": "4"}, "tp 2 times pp 3 cannot be spread"),
         ({}, None, {"engine_file": "x"}, "--engine is vllm"),
+        ({}, None, {"etcd_port": "4000", "word_port": "4000"}, "etcd_port and word_port are both 4000"),
+        ({}, None, {"word_port": "8081", "system_port": "8080"}, "word_port and system_port are both 8081"),
+        (
+            {},
+            None,
+            {"system_port": "8080", "nixl_port": "8081"},
+            "system_port and nixl_port are both 8081 (system_port",
+        ),
+        ({}, None, {"vllm_port": "29400", "master_port": "29500"}, "vllm_port and master_port are both 29500"),
+        ({}, None, {"namespace": "a.b"}, "no dots or slashes"),
+        ({}, None, {"namespace": "a/b"}, "no dots or slashes"),
+        ({}, None, {"etcd_endpoints": "http://a:2379,b"}, "--etcd-endpoints 'b' is no URL"),
+        ({}, None, {"etcd_endpoints": "http://a:x"}, "is no URL"),
+        ({}, None, {"nats_server": "somewhere"}, "expected something like nats://HOST:4222"),
+        ({}, None, {"migration_limit": "4294967296"}, "above 4294967295"),
+        ({}, {"lease_ttl": float("inf")}, {}, "not a valid float"),
+        ({}, {"tp": "many"}, {"tp": "2"}, "tp (from settings file): 'many'"),
     ],
 )
 def test_what_is_refused(
@@ -93,6 +110,8 @@ def test_what_is_refused(
         (["--data-parallel-backend=ray"], "data parallelism does not work"),
         (["-dpl", "2"], "data parallelism does not work"),
         (["--disaggregation-mode", "prefill"], "only agg works here"),
+        (["--kv-events-config", "nothing"], "expected a JSON object"),
+        (["--kv_events_config=[]"], "expected a JSON object"),
         (["--no-enable-sleep-mode"], "parks by sleeping"),
     ],
 )
@@ -116,6 +135,9 @@ def test_toml(tmp_path: Path) -> None:
     assert (settings.model, settings.nats, settings.lease_ttl) == ("m", False, 7.0)
     with pytest.raises(UsageError, match="does not exist"):
         read_toml(tmp_path / "other.toml")
+    file.write_text('model = "a"\n[gms-launch]\nmodel = "m"\n')
+    with pytest.raises(UsageError, match="model is at the top and in "):
+        read_toml(file)
     file.write_text("model = ")
     with pytest.raises(UsageError, match="not valid TOML"):
         read_toml(file)
@@ -129,3 +151,10 @@ def test_a_default_gives_way_to_what_was_said_of_its_neighbour() -> None:
     assert usual.service_liveness == 3.0
     assert (usual.health_interval, usual.canary_interval, usual.restart_backoff) == (5.0, 10.0, 1.0)
     assert resolve({"health_timeout": "3", "health_interval": "1"}, {}).health_interval == 1.0
+
+
+def test_only_a_close_match_is_suggested() -> None:
+    for name, guess in ("sahdows", "shadows"), ("node_rnk", "node_rank"), ("port", ""), ("timeout", ""):
+        with pytest.raises(UsageError) as caught:
+            resolve({}, {}, {name: 1})
+        assert ("did you mean" in str(caught.value)) == bool(guess) and guess in str(caught.value)
