@@ -18,7 +18,7 @@ from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.process import listener
 from gms_launch.run import ports, topology
 from gms_launch.run.nodedir import LOCAL_ROOT, private_directory, user_root
-from gms_launch.run.plan import check_model
+from gms_launch.run.plan import check_model, no_gpu
 from gms_launch.run.rundir import home
 from gms_launch.services.base import find_binary
 from gms_launch.settings.declared import Settings
@@ -48,6 +48,11 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         except (LaunchError, OSError) as exc:
             checks.append((name, False, str(exc)))
 
+    def interpreter() -> str:
+        if why := installed.unusable(settings.python):
+            raise LaunchError(f"--python {why}")
+        return python
+
     def modules(*names: str) -> str:
         if missing := installed.look(settings.python, names).missing:
             raise LaunchError(f"{python} cannot import {', '.join(missing)}")
@@ -61,13 +66,14 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
 
     def model() -> str:
         check_model(settings)
+        layout(settings).check_memory()
         return settings.model
 
     def gms_devices() -> str:
         found = layout(settings)
         kind, devices = found.gms_kind, found.devices()
         if not devices:
-            raise LaunchError(f"no GPU is visible: {gpus.problem() or 'CUDA_VISIBLE_DEVICES leaves none'}")
+            raise LaunchError(no_gpu())
         names = ", ".join(f"{d.uuid} {d.memory >> 20} MiB" for d in devices)
         return f"{kind} server, {found.gms_memory} memory: {names}"
 
@@ -135,6 +141,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
 
     check("topology", place)
     check("model", model)
+    check("python", interpreter)
     check("engine", engine)
     check("frontend", lambda: modules("dynamo.frontend"))
     check("requests in flight", in_flight)

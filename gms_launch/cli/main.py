@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from gms_launch import __version__
-from gms_launch.cli.options import Seconds, WithEngineArgs, number, positive, with_settings
+from gms_launch.cli.options import WithEngineArgs, duration, number, positive, with_settings
 from gms_launch.errors import LaunchError
 from gms_launch.settings.declared import Settings
 
@@ -82,7 +82,7 @@ def kill_primary(
     run: Run = None,
     force: Annotated[bool, typer.Option("--force", help="also without a parked shadow: an outage follows")] = False,
     scope: Annotated[str, typer.Option("--scope", help="group, leader or rank:N (the last two for drills)")] = "group",
-    timeout: Annotated[float, Seconds("--timeout", help="deadline for the promotion (seconds)")] = 60.0,
+    timeout: Annotated[float, duration("--timeout", "deadline for the promotion (seconds)")] = 60.0,
     json: Json = False,
 ) -> None:
     """Kill the primary and follow the failover.
@@ -100,9 +100,9 @@ def switch_over(
     to: Annotated[Optional[str], typer.Option("--to", help="the cohort that shall take over")] = None,  # noqa: UP045
     when_idle: Annotated[
         Optional[float],  # noqa: UP045
-        Seconds("--when-idle", help="wait so long for a moment without requests (seconds); else do nothing"),
+        duration("--when-idle", "wait so long for a moment without requests (seconds); else do nothing"),
     ] = None,
-    timeout: Annotated[float, Seconds("--timeout", help="deadline for the promotion (seconds)")] = 60.0,
+    timeout: Annotated[float, duration("--timeout", "deadline for the promotion (seconds)")] = 60.0,
     json: Json = False,
 ) -> None:
     """Hand over to a parked shadow on purpose.
@@ -124,7 +124,7 @@ def roll(
     shadow_only: Annotated[bool, typer.Option("--shadow-only", help="do not switch over to them")] = False,
     timeout: Annotated[
         Optional[float],  # noqa: UP045
-        Seconds("--timeout", help="deadline for each shadow and for the switch-over (default: start_timeout)"),
+        duration("--timeout", "deadline for each shadow and for the switch-over (default: start_timeout)"),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -152,7 +152,7 @@ def status(
 @app.command("down")
 def down(
     run: Run = None,
-    timeout: Annotated[float, Seconds("--timeout", help="deadline for the orderly stop (seconds)")] = 60.0,
+    timeout: Annotated[float, duration("--timeout", "deadline for the orderly stop (seconds)")] = 60.0,
     here: Annotated[Optional[int], typer.Option("--here", hidden=True)] = None,  # noqa: UP045
 ) -> None:
     """Stop a run and prove that nothing of it is left.
@@ -172,7 +172,7 @@ def wait(
     run: Run = None,
     timeout: Annotated[
         Optional[float],  # noqa: UP045
-        Seconds("--timeout", help="give up after so many seconds"),
+        duration("--timeout", "give up after so many seconds"),
     ] = None,
 ) -> None:
     """Wait until a run has ended; the exit code is the run's.

@@ -6,7 +6,6 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
 
@@ -54,8 +53,9 @@ def seconds(value: str) -> float:
     return found
 
 
-#: Every duration of every verb is made of this.
-Seconds = partial(typer.Option, parser=seconds, metavar="<float>")
+def duration(name: str, meaning: str) -> Any:
+    """The option that every duration of every verb is made of."""
+    return typer.Option(name, parser=seconds, metavar="<float>", help=meaning)
 
 
 def number(value: str) -> int:
@@ -75,7 +75,7 @@ class WithEngineArgs(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         after = args[args.index("--") + 1 :] if "--" in args else []
         rest: list[str] = super().parse_args(ctx, list(args))
-        given = ctx.params.get("engine_args") or ()
+        given: Sequence[str] = ctx.params.get("engine_args") or ()
         if len(given) > len(after):
             raise UsageError(f"{given[0]!r} stands alone: engine arguments come after --")
         return rest

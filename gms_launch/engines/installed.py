@@ -21,10 +21,14 @@ TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Installed:
-    """`missing` are the modules that cannot be found, `versions` those of the distributions that are there."""
+    """`missing` are the modules that cannot be found, `versions` those of the distributions that are there.
+
+    `broken` says why the interpreter gave no answer.
+    """
 
     missing: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    broken: str = ""
 
 
 def look(python: str, modules: Sequence[str] = (), distributions: Sequence[str] = ()) -> Installed:
@@ -46,9 +50,23 @@ def _look(python: str, modules: tuple[str, ...], distributions: tuple[str, ...])
             check=True,
         )
         missing, versions = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as exc:
-        return Installed((f"a working interpreter ({python}: {exc})",))
-    return Installed(tuple(missing), versions)
+    except OSError as exc:
+        why = exc.strerror or str(exc)
+    except subprocess.TimeoutExpired:
+        why = f"no answer within {TIMEOUT:g} s"
+    except subprocess.CalledProcessError as exc:
+        why = f"it ended with code {exc.returncode}: {(exc.stderr.strip().splitlines() or ['no message'])[-1]}"
+    except ValueError:
+        why = "it does not answer as Python does"
+    else:
+        return Installed(tuple(missing), versions)
+    return Installed((f"a working interpreter ({python}: {why})",), broken=why)
+
+
+def unusable(python: str) -> str:
+    """Which interpreter does not work and why, in one line; empty when it does. Its answer is that of `gms.choose`."""
+    why = look(python, ("gpu_memory_service",)).broken if python else ""
+    return f"{python} is no interpreter that works: {why}" if why else ""
 
 
 def here(modules: Sequence[str], distributions: Sequence[str]) -> Installed:

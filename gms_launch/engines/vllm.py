@@ -82,11 +82,6 @@ class VllmEngine(dynamo.Spoken):
             found.append(
                 f"--engine vllm: Dynamo {version} has no shadow mode with scratch KV; {LINES[0].dynamo} is the first"
             )
-        if "ENGINE_ID" in os.environ:
-            found.append(
-                f"ENGINE_ID={os.environ['ENGINE_ID']} is set in the environment; every cohort gets its own number, and "
-                "exactly one of them may write the weights: unset it"
-            )
         return found
 
     def describe(self, settings: Settings) -> str:

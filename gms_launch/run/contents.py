@@ -7,10 +7,13 @@ each file, never the weights whole: a file that was changed between the samples 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import msgspec
 
 from gms_launch.cohort.records import ModelStamp
 
@@ -23,6 +26,59 @@ SMALL = 64 * 1024
 #: A safetensors header that claims more bytes than this is none.
 HEADER_MAX = 100 * 1024 * 1024
 SAMPLES, SAMPLE = 4, 4096
+
+
+class _Tensor(msgspec.Struct):
+    """What a header says of a tensor; `__metadata__` has none of it."""
+
+    data_offsets: tuple[int, int] = (0, 0)
+
+
+def problem(model: Path) -> str:
+    """Why no engine could read the model in this directory; empty when nothing shows. Blocking; reads headers only.
+
+    Raises nothing: what cannot be read is the problem.
+    """
+    config = model / "config.json"
+    try:
+        msgspec.json.decode(config.read_bytes(), type=dict[str, msgspec.Raw])
+    except msgspec.MsgspecError as exc:
+        return f"{config} is no JSON object ({exc})"
+    except OSError as exc:
+        return f"{config} cannot be read: {exc.strerror}"
+    return next(filter(None, map(_broken, sorted(model.glob("*.safetensors")))), "")
+
+
+def _broken(path: Path) -> str:
+    """What is wrong with a safetensors file, by its header and its size; empty when nothing is."""
+    try:
+        with open(path, "rb") as file:
+            size, start = os.fstat(file.fileno()).st_size, file.read(8)
+            if start == b"version ":
+                return f"{path} is a pointer of Git LFS and not the weights; `git lfs pull` fetches them"
+            length = int.from_bytes(start, "little")
+            if size < 8 or length > HEADER_MAX:
+                return f"{path} is no safetensors file: {size} bytes, and no header"
+            header = msgspec.json.decode(file.read(length), type=dict[str, _Tensor])
+    except msgspec.MsgspecError as exc:
+        if size < 8 + length:
+            return f"{path} is cut off: {size} bytes, and its header alone takes {8 + length}"
+        return f"{path}: its header cannot be read ({exc})"
+    except OSError as exc:
+        return f"{path} cannot be read: {exc.strerror}"
+    wanted = 8 + length + max((t.data_offsets[1] for t in header.values()), default=0)
+    if size != wanted:
+        return f"{path} is {'cut off' if size < wanted else 'too long'}: {size} bytes, and by its header {wanted}"
+    return ""
+
+
+def weights(model: Path) -> int:
+    """The bytes of the tensors in a directory's safetensors files."""
+    found = 0
+    for path in model.glob("*.safetensors"):
+        with contextlib.suppress(OSError):
+            found += _tensors(path, path.stat().st_size)
+    return found
 
 
 def stamp(model: str) -> ModelStamp:

@@ -20,8 +20,9 @@ from gms_launch import engines
 from gms_launch.engines import installed
 from gms_launch.engines.base import DynamoPlane, Engine, RankSpec
 from gms_launch.errors import UsageError
-from gms_launch.gms import devices
+from gms_launch.gms import devices, gpus
 from gms_launch.process.lifecycle import Command
+from gms_launch.run import contents
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.ports import Ports
 from gms_launch.run.rundir import Credentials, RunDir
@@ -248,17 +249,27 @@ class Layout:
 
     def check(self) -> None:
         """Raise `UsageError` for what would stop the run, before anything is started."""
+        if why := installed.unusable(self.settings.python):
+            raise UsageError(f"--python {why}")
+        if "ENGINE_ID" in os.environ:
+            raise UsageError(
+                f"ENGINE_ID={os.environ['ENGINE_ID']} is set in the environment; every cohort gets its own number, and "
+                "exactly one of them may write the weights: unset it"
+            )
         check_model(self.settings)
         for problem in self.engine.problems(self.settings):
             raise UsageError(problem)
         self.node_dir.check()
         local = self.settings.world // self.settings.nnodes
         found = len(self.devices())
+        if not found:
+            raise UsageError(f"GMS in cuda memory needs a GPU, and {no_gpu()}")
         if local > found:
             raise UsageError(
                 f"{self._size()} over {self.settings.nnodes} nodes is {local} GPUs on each; this node has {found}"
                 + ("; see --virtual-gpus" if self.gms_memory == "host" else "")
             )
+        self.check_memory()
         if self.topology.is_leader:
             if self.own_etcd:
                 self.etcd_service()
@@ -267,6 +278,17 @@ class Layout:
             if installed.look(self.settings.python, ("dynamo.frontend",)).missing:
                 raise UsageError(
                     f"dynamo.frontend cannot be imported by {self.python}; pip install 'gms-launch[dynamo]'"
+                )
+
+    def check_memory(self) -> None:
+        """Raise `UsageError` when a rank's part of the weights is more than a made-up device holds."""
+        s = self.settings
+        if self.gms_memory == "host" and s.engine == "reference":
+            part = contents.weights(Path(s.model)) / s.world
+            if part > s.virtual_gpu_mib * 2**20:
+                raise UsageError(
+                    f"model {s.model!r}: {part / 2**20:.0f} MiB of weights on each GPU with tp {s.tp}, and a made-up "
+                    f"device has {s.virtual_gpu_mib} MiB; raise --virtual-gpu-mib"
                 )
 
     def _size(self) -> str:
@@ -328,8 +350,13 @@ def _public(command: Command) -> dict[str, str | None]:
     return {k: HIDDEN if v and any(s in k for s in _SECRET) else v for k, v in sorted(command.env.items())}
 
 
+def no_gpu() -> str:
+    """Why there is none, for people."""
+    return f"no GPU is visible: {gpus.problem() or 'CUDA_VISIBLE_DEVICES leaves none'}"
+
+
 def check_model(settings: Settings) -> None:
-    """Raise `UsageError` unless the model is a directory with a config."""
+    """Raise `UsageError` unless the model is a directory with a config and weights that can be read."""
     if not settings.model:
         raise UsageError("no model was given: --model DIRECTORY (or MODEL); `gms-launch demo-model` makes a small one")
     path = Path(settings.model)
@@ -345,6 +372,10 @@ def check_model(settings: Settings) -> None:
             )
         if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
             raise UsageError(f"model {settings.model!r}: {path.absolute()} has no weights ({', '.join(WEIGHTS)})")
+        if why := contents.problem(path):
+            raise UsageError(f"model {settings.model!r}: {why}")
+        if settings.engine == "reference" and not (path / "tokenizer.json").is_file():
+            raise UsageError(f"model {settings.model!r}: {path.absolute()} has no tokenizer.json")
 
 
 #: Settings in which the nodes of a run may differ.

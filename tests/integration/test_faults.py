@@ -217,7 +217,7 @@ def wrong_dtype(file: Path) -> None:
     ("spoil", "says"),
     [
         (lambda d: (d / "model.safetensors").unlink(), "has no weights"),
-        (lambda d: os.truncate(d / "model.safetensors", 5000), "its weights cannot be read"),
+        (lambda d: os.truncate(d / "model.safetensors", 5000), "is cut off"),
         (lambda d: wrong_dtype(d / "model.safetensors"), "its weights cannot be read"),
         (lambda d: (d / "config.json").write_text("{"), "config.json"),
     ],

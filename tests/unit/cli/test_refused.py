@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -12,7 +14,9 @@ from typer.testing import CliRunner
 
 from gms_launch.cli.main import app
 from gms_launch.cli.options import seconds
-from gms_launch.errors import LaunchError
+from gms_launch.errors import LaunchError, UsageError
+from gms_launch.run.plan import check_model
+from gms_launch.settings.resolve import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +59,7 @@ def test_every_duration_of_every_verb_is_read_by_one_helper() -> None:
             if any(
                 t is float for t in (hint, *get_args(hint), *get_args(get_args(hint)[0] if get_args(hint) else None))
             ):
-                assert get_args(hint)[1].parser is seconds, f"{verb.name} {name}: use options.Seconds"
+                assert get_args(hint)[1].parser is seconds, f"{verb.name} {name}: use options.duration"
                 found += 1
     assert found == 6
 
@@ -109,3 +113,74 @@ def test_wait_says_what_it_waits_for() -> None:
 def test_every_summary_fits_its_line() -> None:
     text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output
     assert "..." not in text.partition("Commands:")[2], text
+
+
+def cut(file: Path, size: int) -> None:
+    os.truncate(file, size)
+
+
+def with_header(file: Path, header: bytes) -> None:
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is no JSON object"),
+        (lambda d: (d / "config.json").write_text("[]"), "config.json is no JSON object"),
+        (lambda d: cut(d / "model.safetensors", 5000), "is cut off: 5000 bytes, and by its header"),
+        (lambda d: cut(d / "model.safetensors", 100), "is cut off: 100 bytes, and its header alone takes"),
+        (lambda d: cut(d / "model.safetensors", 5), "is no safetensors file: 5 bytes"),
+        (lambda d: cut(d / "model.safetensors", 0), "is no safetensors file: 0 bytes"),
+        (lambda d: with_header(d / "model.safetensors", b"no json at all"), "its header cannot be read"),
+        (lambda d: with_header(d / "model.safetensors", b'{"a": {"data_offsets": 7}}'), "its header cannot be read"),
+        (lambda d: (d / "more.safetensors").write_bytes(b"version https://git-lfs"), "is a pointer of Git LFS"),
+    ],
+)
+def test_a_model_that_no_engine_could_read(
+    tmp_path: Path, model: Path, spoil: Callable[[Path], object], says: str
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    flags = ("--engine", "reference", "--model", str(copy))
+    assert call("plan", *flags)[0] == 0
+    spoil(copy)
+    code, text = call("up", *flags)
+    assert code == 2 and says in text and "\n" not in text, text
+    with pytest.raises(UsageError) as caught:  # what `doctor` asks for its line
+        check_model(resolve({"engine": "reference", "model": str(copy)}, {}))
+    assert str(caught.value) == text
+
+
+def test_weights_that_no_made_up_device_holds(model: Path) -> None:
+    flags = ("--engine", "reference", "--model", str(model), "--virtual-gpu-mib", "1")
+    code, text = call("up", *flags)
+    assert code == 2 and "a made-up device has 1 MiB; raise --virtual-gpu-mib" in text, text
+
+
+def test_an_interpreter_that_does_not_work(tmp_path: Path, model: Path) -> None:
+    flags = ("--engine", "reference", "--model", str(model), "--python")
+    code, text = call("up", *flags, str(tmp_path / "none"))
+    assert code == 2 and text == f"--python {tmp_path}/none is no interpreter that works: No such file or directory"
+    code, text = call("up", *flags, "/bin/false")
+    assert code == 2 and text == "--python /bin/false is no interpreter that works: it ended with code 1: no message"
+    code, text = call("up", *flags, "/bin/true")
+    assert code == 2 and text == "--python /bin/true is no interpreter that works: it does not answer as Python does"
+
+
+def test_cuda_memory_without_a_gpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gms_launch.gms import devices
+
+    monkeypatch.setattr(devices, "real_devices", tuple)
+    code, text = call("up", "--engine", "reference", "--model", str(model), "--gms-memory", "cuda")
+    assert code == 2 and "GMS in cuda memory needs a GPU, and no GPU is visible: " in text, text
+
+
+@pytest.mark.parametrize("engine", [["--engine", "reference"], []])
+def test_a_number_of_ones_own_in_the_environment(
+    model: Path, engine: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_ID", "0")
+    code, text = call("up", "--model", str(model), *engine)
+    assert code == 2 and "ENGINE_ID=0 is set in the environment" in text

@@ -112,11 +112,6 @@ def test_an_engine_that_cannot_be_imported_is_named_and_not_replaced() -> None:
         get("sglang")
 
 
-def test_an_engine_id_of_ones_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENGINE_ID", "0")
-    assert any("ENGINE_ID=0 is set" in p for p in get("vllm").problems(resolve({}, {})))
-
-
 @pytest.mark.parametrize(
     ("version", "line"),
     [("1.0.9", None), ("1.1.0", "1.1"), ("1.4.2.post1", "1.4"), ("1.6.1", "1.6"), ("1.9.0", "1.6"), ("x", None)],
