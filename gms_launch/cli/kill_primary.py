@@ -16,7 +16,7 @@ from typing import Any
 from gms_launch.cohort.failover import Failover, fold
 from gms_launch.cohort.model import CohortView, Phase, primary
 from gms_launch.cohort.records import CommandRecord, CommandResult, EventRecord
-from gms_launch.control.errand import Errand
+from gms_launch.control.errand import Errand, Known, followed
 from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
@@ -30,6 +30,8 @@ from gms_launch.transport.base import Target
 POLL = 0.02
 #: A journal that does not tell by then may not be written: etcd is asked, and again after so long (seconds).
 LATE = 1.0
+#: Where to look for what goes on without us.
+SEE = "see `gms-launch status` and `gms-launch timeline`"
 #: How long after the first token what became of the requests is waited for (seconds).
 COUNTED = 5.0
 
@@ -42,19 +44,20 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
         raise UsageError(f"--scope {scope}: the run has {found.nnodes} nodes, ranks count from 0")
     news = journal.Tail(directory.events)
     killed: float | None = None
-    try:
-        door = contact.gateway(directory, found)
-        look.read(directory, door)
-    except NoContactError as exc:
-        if not found.live:
-            raise
-        # Only before anything was asked for: a request that is still to be carried out would kill twice.
-        victim, killed = kill_directly(directory, found, scope, force, str(exc))
-    else:
-        command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
-        answer = ask(directory, door, command, timeout)
-        victim = answer.cohort_id, answer.incarnation
-    failover = follow(news, directory, found, victim, timeout)
+    with followed() as known:
+        try:
+            door = contact.gateway(directory, found)
+            look.read(directory, door)
+        except NoContactError as exc:
+            if not found.live:
+                raise
+            # Only before anything was asked for: a request that is still to be carried out would kill twice.
+            victim, killed = kill_directly(directory, found, scope, force, str(exc), known)
+        else:
+            command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
+            answer = ask(directory, door, command, timeout, known)
+            victim = answer.cohort_id, answer.incarnation
+        failover = follow(news, directory, found, victim, timeout, known)
     show(failover if killed is None else failover.killed_at(killed), as_json)
 
 
@@ -68,8 +71,10 @@ def show(failover: Failover, as_json: bool) -> None:
     views.console().print(views.failover(failover))
 
 
-def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float) -> CommandResult:
-    """Let the controller do it; returns its answer. What is not answered in time is withdrawn.
+def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float, known: Known) -> CommandResult:
+    """Let the controller do it; returns its answer, which is `known` from then on.
+
+    What is not answered in time is withdrawn.
 
     Raises `RefusedError`, `DeadlineError` and `NoContactError`.
     """
@@ -84,6 +89,8 @@ def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float
                         "see `gms-launch status` and the agent's log"
                     )
                 time.sleep(POLL)  # etcd's JSON gateway has no watch that is worth its set-up here
+            if result.ok:
+                known.text = f"the request was granted ({result.detail}) and is carried out; {SEE}"
         except NoContactError as exc:
             raise NoContactError(f"{exc}, after it was asked: {errand.withdraw()}") from None
     if not result.ok:
@@ -92,7 +99,7 @@ def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float
 
 
 def kill_directly(
-    directory: RunDir, found: RunFile, scope: str, force: bool, why: str
+    directory: RunDir, found: RunFile, scope: str, force: bool, why: str, known: Known
 ) -> tuple[tuple[int, int], float]:
     """Kill the recorded groups of the primary; returns its life, and when (Unix seconds).
 
@@ -129,6 +136,7 @@ def kill_directly(
             return str(exc)
         return "" if done.code == 0 else f"{host.host}: {done.err.strip().removeprefix('gms-launch: ')}"
 
+    known.text = f"cohort {target.cohort_id} may be killed on some nodes already, and on others not; {SEE}"
     killed = clock.now()
     with ThreadPoolExecutor(max(1, min(32, len(ranks)))) as pool:
         errors = [e for e in pool.map(kill, ranks) if e]
@@ -145,12 +153,15 @@ def kill_group(pid: int, start: int) -> None:
         )
 
 
-def follow(news: journal.Tail, directory: RunDir, found: RunFile, victim: tuple[int, int], timeout: float) -> Failover:
+def follow(
+    news: journal.Tail, directory: RunDir, found: RunFile, victim: tuple[int, int], timeout: float, known: Known
+) -> Failover:
     """Wait until the failover of `victim` has ended in a token from somebody else, and its requests were counted."""
     begun = time.monotonic()
     deadline, look = begun + timeout, begun + LATE
     events: list[EventRecord] = []
     served, served_at = None, 0.0
+    known.text = f"cohort {victim[0]} (life {victim[1]}) is being killed or is dead, as asked; no token came yet; {SEE}"
     while True:
         fresh = news.new()
         events += fresh
@@ -161,6 +172,7 @@ def follow(news: journal.Tail, directory: RunDir, found: RunFile, victim: tuple[
             if failover.victim == victim and "first_token" in failover.steps:
                 served = failover
                 served_at = served_at or time.monotonic()
+                known.text = f"done: cohort {victim[0]} (life {victim[1]}) was killed, and another one serves; {SEE}"
         if served is not None and (served.over or time.monotonic() > served_at + COUNTED):
             return served
         if time.monotonic() > deadline:

@@ -14,6 +14,7 @@ import uuid
 from gms_launch.cli import kill_primary, switch_over
 from gms_launch.cohort.model import Phase, Redundancy
 from gms_launch.cohort.records import CommandRecord
+from gms_launch.control.errand import Known, followed
 from gms_launch.control.gateway import Gateway
 from gms_launch.errors import DeadlineError, LaunchError, UsageError
 from gms_launch.observe import history, look
@@ -37,17 +38,20 @@ def main(
     begun = time.time()
     args = tuple(engine_args) if engine_args else None
     command = CommandRecord(uuid.uuid4().hex, "roll", begun, engine_args=args)
-    kill_primary.ask(directory, door, command, patience)
-    shot = _until_restarted(directory, door, patience, as_json)
-    if shadow_only:
-        if as_json:
-            print(json.dumps({"generation": shot.generation, "switched": False}))
-        return
-    switch_over.hand_over(directory, found, -1, patience, as_json)
-    _until_full(directory, door, patience)
+    with followed() as known:
+        kill_primary.ask(directory, door, command, patience, known)
+        shot = _until_restarted(directory, door, patience, as_json, known)
+        if shadow_only:
+            if as_json:
+                print(json.dumps({"generation": shot.generation, "switched": False}))
+            return
+        failover = switch_over.hand_over(directory, found, -1, patience, known)
+        known.text = f"done: generation {shot.generation} serves; the old primary's slot is started again with it"
+        kill_primary.show(failover, as_json)
+        _until_full(directory, door, patience)
 
 
-def _until_restarted(directory: RunDir, door: Gateway, patience: float, quiet: bool) -> Snapshot:
+def _until_restarted(directory: RunDir, door: Gateway, patience: float, quiet: bool, known: Known) -> Snapshot:
     """Wait until every shadow is parked with the new arguments; `patience` is for each of them.
 
     Raises `LaunchError` when the run went back to the old ones, and `DeadlineError`.
@@ -55,7 +59,14 @@ def _until_restarted(directory: RunDir, door: Gateway, patience: float, quiet: b
     wanted, done, last = 0, -1, time.monotonic()
     while True:
         _, shot = look.read(directory, door)
-        wanted = wanted or shot.generation
+        if not wanted:
+            wanted = shot.generation
+            known.text = (
+                f"generation {wanted} is under way, and goes on or back without this command: shadows are started "
+                "again with the new arguments, the primary serves with the old ones; the next failover or "
+                "`gms-launch switch-over` goes to a shadow that is parked, with the new ones if it has them by then; "
+                "see `gms-launch status`"
+            )
         if shot.generation < wanted:
             raise LaunchError(_why_back(directory))
         shadows = [c for c in shot.cohorts if c.phase is not Phase.ACTIVE]
@@ -65,6 +76,10 @@ def _until_restarted(directory: RunDir, door: Gateway, patience: float, quiet: b
             if not quiet:
                 print(f"{done} of {len(shadows)} shadows are parked with the new arguments", flush=True)
         if len(new) == len(shadows) and new and not shot.rolling:
+            known.text = (
+                f"generation {wanted} is parked in every shadow, and the primary serves with the old arguments: the "
+                "next failover or `gms-launch switch-over` uses the new ones"
+            )
             return shot
         if time.monotonic() - last > patience:
             raise DeadlineError(

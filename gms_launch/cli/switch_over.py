@@ -11,7 +11,9 @@ import uuid
 from urllib.parse import urlsplit
 
 from gms_launch.cli import kill_primary
+from gms_launch.cohort.failover import Failover
 from gms_launch.cohort.records import CommandRecord
+from gms_launch.control.errand import Known, followed
 from gms_launch.errors import DeadlineError, UsageError
 from gms_launch.observe import journal
 from gms_launch.run import contact, rundir
@@ -28,7 +30,9 @@ def main(run: str | None, to: str | None, when_idle: float | None, timeout: floa
     cohort = _cohort(to, found)
     if when_idle is not None:
         wait_idle(found, when_idle)
-    hand_over(directory, found, cohort, timeout, as_json)
+    with followed() as known:
+        failover = hand_over(directory, found, cohort, timeout, known)
+    kill_primary.show(failover, as_json)
 
 
 def _cohort(text: str | None, found: RunFile) -> int:
@@ -41,13 +45,13 @@ def _cohort(text: str | None, found: RunFile) -> int:
     return int(text)
 
 
-def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, as_json: bool) -> None:
-    """Ask for it, follow it and print it. Raises `RefusedError`, `NoContactError` and `DeadlineError`."""
+def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, known: Known) -> Failover:
+    """Ask for it and follow it. Raises `RefusedError`, `NoContactError` and `DeadlineError`."""
     command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), to=to)
     news = journal.Tail(directory.events)
-    answer = kill_primary.ask(directory, contact.gateway(directory, found), command, timeout)
-    failover = kill_primary.follow(news, directory, found, (answer.cohort_id, answer.incarnation), timeout)
-    kill_primary.show(failover, as_json)
+    answer = kill_primary.ask(directory, contact.gateway(directory, found), command, timeout, known)
+    victim = answer.cohort_id, answer.incarnation
+    return kill_primary.follow(news, directory, found, victim, timeout, known)
 
 
 def wait_idle(found: RunFile, seconds: float) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 from gms_launch.cohort.records import CommandRecord, CommandResult
@@ -71,16 +72,22 @@ class Errand:
         if not self._withdrawn:
             try:
                 in_time = self._door.delete_first_version(self._key)
-                self._withdrawn = (
-                    "the request was withdrawn, and nothing was done"
-                    if in_time
-                    else "an agent had taken the request by then and carries it out; see `gms-launch status`"
-                )
+                self._withdrawn = "the request was withdrawn, and nothing was done" if in_time else self._taken()
             except NoContactError as exc:
                 self._withdrawn = (
                     f"the request could not be withdrawn ({exc}); unless an agent has taken it, it lapses in {TTL} s"
                 )
         return self._withdrawn
+
+    def _taken(self) -> str:
+        """What is known of a command that came to an agent before it was withdrawn. Raises `NoContactError`."""
+        found = self._door.get_prefix(self._result).get(self._result)
+        if found is None:
+            return "an agent had taken the request by then and carries it out; see `gms-launch status`"
+        result = CommandResult.decode(found)
+        if not result.ok:
+            return f"the request was refused by then, and nothing was done: {result.detail}"
+        return f"the request was granted by then ({result.detail}) and is carried out; see `gms-launch status`"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
@@ -94,6 +101,31 @@ class Errand:
                     self._door.revoke(self._lease)
         finally:
             signal.signal(signal.SIGTERM, self._handler)
+
+
+class Known:
+    """What is to be said when whoever follows something is interrupted; nothing while `text` is empty."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+
+@contextlib.contextmanager
+def followed() -> Iterator[Known]:
+    """While what was asked for is followed: Ctrl-C and SIGTERM end only the following, and say what is known by then.
+
+    An `Errand` that still stands says by itself what became of it.
+    """
+    known = Known()
+    handler = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield known
+    except (KeyboardInterrupt, SystemExit):
+        if known.text:
+            print(f"gms-launch: {known.text}", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _terminated(_: int, __: FrameType | None) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
+from gms_launch.cohort.records import CommandRecord, CommandResult
+from gms_launch.control.errand import Errand
 from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
 from gms_launch.observe.journal import Tail
 from gms_launch.run.rundir import Credentials, RunDir
-from tests.support import GMS_LAUNCH, Deployment, eventually, stopped
+from tests.support import GMS_LAUNCH, Deployment, EtcdServer, eventually, stopped
 
 
 def asked(run: Deployment) -> list[str]:
@@ -63,6 +69,62 @@ def test_down_from_elsewhere_is_withdrawn_when_nobody_waits(tmp_path: Path, mode
         done = subprocess.run([*elsewhere, "down", "--run", run.run], env=run.env, timeout=60, check=False)
         assert done.returncode == 0
         assert run.run_file["exit_code"] == 0
+
+
+def test_who_is_interrupted_after_the_request_was_taken_is_told_what_is_known(tmp_path: Path, model: Path) -> None:
+    with Deployment(tmp_path, model) as run:
+
+        def begin(*words: str) -> subprocess.Popen[str]:
+            argv = [*GMS_LAUNCH, *words, "--run", run.run]
+            return subprocess.Popen(argv, env=run.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+        for k, (sig, code) in enumerate(((signal.SIGINT, 130), (signal.SIGTERM, 143))):
+            run.wait_full()
+            command = begin("roll")
+            assert command.stdout is not None
+            assert "0 of 1 shadows" in command.stdout.readline()
+            command.send_signal(sig)
+            _, told = command.communicate(timeout=20)
+            assert command.returncode == code
+            assert f"generation {k + 1} is under way" in told and "the next failover" in told
+            run.wait_full()
+            (frontend,) = [s for s in run.status()["nodes"][0]["services"] if s["name"] == "frontend"]
+            with stopped(frontend["pid"]):  # no token comes through it, so the command goes on
+                command = begin("kill-primary" if sig == signal.SIGINT else "switch-over")
+                eventually(lambda k=k: len(run.events("kill")) == 2 * k + 2, what="taken")  # type: ignore[misc]
+                eventually(lambda: not asked(run), what="and answered")
+                command.send_signal(sig)
+                _, told = command.communicate(timeout=20)
+                assert command.returncode == code
+                assert "is being killed or is dead, as asked" in told
+
+
+def test_a_command_that_was_answered_before_it_was_withdrawn_says_how(tmp_path: Path) -> None:
+    etcd, keys = EtcdServer(tmp_path).start(), Keys("r")
+    door = Gateway((etcd.url,))
+    try:
+        eventually(lambda: socket.socket().connect_ex(("127.0.0.1", etcd.port)) == 0, what="etcd answers")
+        for ok, says in ((None, "carries it out"), (True, "was granted by then (killed)"), (False, "nothing was done")):
+            command = CommandRecord(f"c{ok}", "kill", 0.0)
+            with Errand(door, keys, command) as errand:
+                door.put(keys.command(command.uuid), command.encode(), 0)
+                if ok is not None:
+                    door.put(keys.result(command.uuid), CommandResult(ok, "killed", 0, 1, 0.0).encode())
+                assert says in errand.withdraw()
+    finally:
+        door.close()
+        etcd.kill()
+
+
+def test_ctrl_c_while_the_program_is_still_loaded_ends_it_without_a_word(tmp_path: Path) -> None:
+    """A `typer` that presses it: by both ways in, of which the second is what the package declares as its command."""
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport missing\n")
+    (declared,) = re.findall(r'^gms-launch = "(.*)"$', Path("pyproject.toml").read_text(), re.M)
+    module, _, function = declared.partition(":")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for argv in (GMS_LAUNCH, [sys.executable, "-c", f"from {module} import {function} as f; f()"]):
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout + done.stderr) == (130, "")
 
 
 def test_a_journal_is_followed_line_by_line(tmp_path: Path) -> None:
