@@ -21,7 +21,7 @@ say "a small model"
 if gms-launch status --run $run >/dev/null 2>&1; then gms-launch down --run $run; fi
 
 say "gms-launch up: GMS, etcd, NATS, the frontend, a primary and a shadow"
-gms-launch up -d --run-id $run --engine reference --model "$model" --served-model-name demo
+gms-launch up -d --run $run --engine reference --model "$model" --served-model-name demo
 url=$(gms-launch status --run $run --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["frontend_url"])')
 
 say "an answer from the primary"

@@ -18,6 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "slurm").glob("*.md"))]
+#: These too, where no command line is run.
+ALL = [*PAGES, ROOT / "bench" / "gpu" / "README.md"]
 SCRIPTS = [ROOT / "slurm" / "gms-launch.sbatch", ROOT / "slurm" / "epilog.sh"]
 LANGUAGES = ("sh", "text", "toml", "python", "mermaid", "json")
 MARK = re.compile(r"<!-- (run on|run by|not run here|file): (.+?) -->")

@@ -135,6 +135,15 @@ def run_of_job(shell: Shell, command: str, job: str) -> None:
     assert shell.type(f"scancel {job}")[0] == 0
 
 
+def the_demo_is_up_and_goes(shell: Shell) -> None:
+    """What `make demo` and `make demo-down` run, but for the installation before."""
+    code, said = shell.type(f"TMPDIR=~ {ROOT / 'tests' / 'demo.sh'}", timeout=120)
+    assert code == 0 and "The deployment is running" in said, said
+    recipe = re.search(r"^demo-down:.*\n\t\$\(BIN\)/(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    assert shell.type(recipe.group(1))[0] == 0
+
+
 PAGES = sorted({t.page for t in documents.blocks() if t.language == "sh" and t.mark != "not run here"})
 
 
@@ -151,7 +160,9 @@ def test_the_blocks_of_a_page(cluster: Lab, home: Path, page: Path) -> None:
             for file in (t for t in documents.blocks() if t.page == page and t.mark == "file"):
                 (home / "checkout" / page.parent.relative_to(ROOT) / file.reason).write_text(file.text + "\n")
             for command in block.commands:
-                if command.startswith("sbatch"):
+                if command == "make demo-down":
+                    the_demo_is_up_and_goes(shell)
+                elif command.startswith("sbatch"):
                     code, said = shell.type(command)
                     assert code == 0, f"{command}: {said}"
                     run_of_job(shell, command, said.split()[-1])
@@ -202,15 +213,3 @@ def test_the_spans_of_all_pages(cluster: Lab, home: Path) -> None:
         second.type("gms-launch down", timeout=60)
         first.close()
         second.close()
-
-
-def test_the_script_behind_make_demo(cluster: Lab, home: Path) -> None:
-    shell = Shell(cluster, "node1", home, TMPDIR=str(home))
-    try:
-        code, said = shell.type(str(ROOT / "tests" / "demo.sh"), timeout=120)
-        assert code == 0 and "The deployment is running" in said, said
-        recipe = re.search(r"^demo-down:.*\n\t\$\(BIN\)/(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert recipe is not None
-        assert shell.type(recipe.group(1))[0] == 0
-    finally:
-        shell.close()

@@ -5,11 +5,20 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
+from gms_launch.cohort.failover import Failover
+from gms_launch.cohort.model import Phase
+from gms_launch.cohort.records import EventRecord, NodeRecord, RankRecord
+from gms_launch.control.mirror import Mirror
+from gms_launch.observe.snapshot import CohortStatus, build
 from tests import documents, reference
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "gms_launch"
+#: Routes of an engine, and files that a reader makes.
+NOT_OURS = {"control/sleep", "engine/sleep", "engine/control/sleep", "sample_engine.py", "test_runtime_flows.py"}
 
 
 def test_the_table_of_settings_is_what_is_declared() -> None:
@@ -34,6 +43,112 @@ def test_every_dependency_has_its_line() -> None:
     for requirement in project["dependencies"]:
         name = requirement.split(";")[0].split(">")[0].split("=")[0].strip()
         assert name in text, name
+
+
+def test_every_path_that_is_named_exists() -> None:
+    """A path is from the checkout's top, or from the package's: a room and what is in it.
+
+    A bare file is of the package, and of the room in whose row of a table it stands.
+    """
+    tops = {p.name for p in ROOT.iterdir() if p.is_dir()} | {p.name for p in PACKAGE.iterdir() if p.is_dir()}
+    files = {p.name for p in PACKAGE.rglob("*.py")}
+    seen, wrong = 0, []
+    for page in documents.ALL:
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            for path in re.findall(r"(?<![\w/<>.~$*-])([\w.-]+/[\w./-]+)", re.sub(r"\w+://\S+|\]\([^)]*\)", " ", line)):
+                path = path.rstrip(".")
+                code = path.endswith((".py", ".sh", ".md")) or f"`{path}`" in line
+                if code and path.split("/")[0] in tops and path not in NOT_OURS:
+                    seen += 1
+                    if not ((ROOT / path).exists() or (PACKAGE / path).exists()):
+                        wrong.append(f"{page.name}:{number}: {path}")
+            room = re.match(r"\| `(\w+)` \|", line)
+            for name in re.findall(r"`(\w+\.py)`", line):
+                own = (
+                    {p.name for p in (PACKAGE / room[1]).glob("*.py")}
+                    if room and (PACKAGE / room[1]).is_dir()
+                    else files
+                )
+                seen += 1
+                if name not in own and name not in NOT_OURS:
+                    wrong.append(f"{page.name}:{number}: {name}")
+    assert seen > 100 and wrong == []
+
+
+def test_every_function_the_architecture_names_exists() -> None:
+    """`Class.method` and `module.function`; what is in brackets behind it is the file."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = re.findall(r"`(?:\w+\.)*?(\w+)\.(\w+)`(?:\s\(`([\w/]+\.py)`\))?", text)
+    named = [n for n in named if n[1] not in ("py", "md", "simulate", "toml")]
+    assert len(named) >= 15
+    wrong = []
+    for owner, name, file in named:
+        places = [PACKAGE / file] if file else [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+        if owner[0].isupper():
+            found = [p for p in places if re.search(rf"^class {owner}\b", p.read_text(), re.MULTILINE)]
+        else:
+            found = [p for p in places if owner in (p.stem, p.parent.name)]
+        if not any(re.search(rf"^\s*(async )?(def|class) {name}\b", p.read_text(), re.MULTILINE) for p in found):
+            wrong.append(f"{owner}.{name} {file}")
+    assert wrong == []
+
+
+def test_every_link_leads_somewhere() -> None:
+    wrong = []
+    for page in documents.ALL:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if re.match(r"\w+:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            there = page.parent / file if file else page
+            headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE) if there.is_file() else []
+            if not there.exists() or (anchor and anchor not in map(slug, headings)):
+                wrong.append(f"{page.name}: {target}")
+    assert wrong == []
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as the usual viewers make it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+def test_no_page_has_two_headings_of_the_same_name() -> None:
+    for page in documents.ALL:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        assert len(headings) == len(set(headings)), page
+
+
+def test_every_row_of_a_table_has_the_columns_of_its_head() -> None:
+    wrong = []
+    for page in documents.ALL:
+        head = 0
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            cells = len(re.findall(r"(?<!\\)\|", re.sub(r"<!--.*?-->", "", line))) if line.startswith("|") else 0
+            head = cells if not head or not cells else head
+            if cells != head:
+                wrong.append(f"{page.name}:{number}: {cells - 1} columns, its head has {head - 1}")
+    assert wrong == []
+
+
+def test_the_documented_fields_of_status_and_timeline_are_those_that_are_printed() -> None:
+    """Both ways: every field has its row, and every row its field."""
+    rank = RankRecord(0, 0, 1, Phase.ACTIVE)
+    cohort = CohortStatus(0, 1, Phase.ACTIVE, 0.0, "primary", "", False, (rank,))
+    node = NodeRecord(0, "", "", "", 1, 1)
+    shot = replace(build(Mirror("r")), cohorts=(cohort,), nodes=(node,)).to_json()
+    shown = [*shot, *shot["cohorts"][0], *shot["cohorts"][0]["ranks"][0], *shot["nodes"][0]]
+    page = reference.PAGE.read_text()
+    part = page.split("### `status --json`")[1].split("### ")[0]
+    assert set(_rows(part)) == set(shown) - {"schema"}
+    part = page.split("### `timeline --json`")[1].split("### ")[0]
+    assert set(_rows(part)) == set(Failover(0.0, "", (0, 1)).to_json())
+    part = page.split("### `timeline --events --json`")[1].split("### ")[0]
+    assert set(_rows(part)) == {f.name for f in fields(EventRecord)}
+
+
+def _rows(part: str) -> list[str]:
+    return [name for row in re.findall(r"^\| (`.+?) \|", part, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
 
 
 def test_every_command_line_is_run_or_says_why_not() -> None:
@@ -66,6 +181,7 @@ def test_every_make_target_exists() -> None:
 def test_every_bench_takes_the_flags_that_are_given() -> None:
     lines = {c for b in documents.blocks() if b.language == "sh" for c in b.commands}
     lines |= {t.text for t in documents.spans()}
+    lines = {re.sub(r"^(\w+=\S+ )+", "", line) for line in lines}
     for line in sorted(c for c in lines if re.match(r"python3? (-m (bench|tests)\.|bench/)", c)):
         words = line.split()
         module = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
