@@ -13,7 +13,7 @@ import zlib
 from dataclasses import replace
 
 from gms_launch.cohort import activation, roll
-from gms_launch.cohort.actions import Abort, Action, Answer, GiveUp, Kill, KillPart, LoseNodes, NewGms, Start
+from gms_launch.cohort.actions import Abort, Action, Answer, GiveUp, Kill, KillPart, LoseNodes, NewGms, RollBack, Start
 from gms_launch.cohort.model import ENDED, CohortView, Phase, primary
 from gms_launch.cohort.view import KillRequest, Memory, Policy, RollRequest, Slot, Tries, View
 
@@ -38,7 +38,9 @@ def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list
         return [*actions, Abort(-1, 0, f"GMS on {where} ended while the run was coming up")], memory
     actions += (verdict := roll.judge(view, memory))
     if verdict:
-        return actions, memory  # what lives are started with is another matter now
+        # What lives are started with is another matter now; and a start that was an attempt does not use the budget up.
+        tried = {(a.cohort_id, a.incarnation) for a in verdict if isinstance(a, RollBack)}
+        return actions, replace(memory, judged=memory.judged | tried)
     if view.gms_restarting or (view.gms_down and not _serving(view)):
         return _cold(view, memory, actions)
     for cohort_id in range(policy.cohorts):

@@ -61,7 +61,7 @@ class Failover:
 
     @property
     def gap(self) -> float | None:
-        """Seconds from zero to the first token after it: so long did every stream stand still."""
+        """Seconds from zero to the first token of anybody after it: the least that a stream stood still."""
         return self.steps.get("first_token")
 
     def killed_at(self, moment: float) -> Failover:

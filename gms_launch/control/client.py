@@ -276,6 +276,16 @@ class Etcd:
         found = self.call(lambda c: list(c.get_prefix(prefix)), retry)
         return {meta.key.decode(): value for value, meta in found}
 
+    def attached(self, prefix: str, lease: int, retry: float = 8.0) -> dict[str, bytes]:
+        """What is stored under a prefix with that lease."""
+        stop = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        request = etcd3.etcdrpc.RangeRequest(key=prefix.encode(), range_end=stop.encode())
+
+        def ask(client: Any) -> Any:
+            return client.kvstub.Range(request, timeout=self.timeout, metadata=client.metadata)
+
+        return {kv.key.decode(): kv.value for kv in self.call(ask, retry).kvs if kv.lease == lease}
+
     def delete(self, key: str, retry: float = 8.0) -> bool:
         return bool(self.call(lambda c: c.delete(key), retry))
 
@@ -291,6 +301,10 @@ class Etcd:
     def grant(self, ttl: float, retry: float = 8.0) -> int:
         """A new lease of `ttl` seconds (etcd counts whole ones); returns its id."""
         return int(self.call(lambda c: c.lease(max(1, round(ttl))).id, retry))
+
+    def keep(self, lease: int, retry: float = 1.0) -> bool:
+        """Keep a lease of anybody's alive once; False when it no longer exists. Raises `NoContactError`."""
+        return self.call(lambda c: self._renewed(c, lease, self.timeout), retry)
 
     def refresh(self, lease: int, timeout: float) -> bool:
         """Keep a lease alive once, over the connection that stands; False when it no longer exists.

@@ -73,6 +73,8 @@ class Keys:
         return f"{self.refusals}{who}"
 
 
+#: Everything of Dynamo's discovery.
+DYNAMO_ROOT = "v1/"
 #: Where Dynamo registers a serving endpoint: v1/instances/<namespace>/<component>/<endpoint>/<lease in hex>.
 DYNAMO_INSTANCES = "v1/instances/"
 

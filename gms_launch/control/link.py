@@ -11,7 +11,7 @@ from typing import Protocol
 
 from gms_launch.control import terms
 from gms_launch.control.client import Access, Etcd, KeyValue
-from gms_launch.control.keys import DYNAMO_INSTANCES, Keys, Range, prefix
+from gms_launch.control.keys import DYNAMO_INSTANCES, DYNAMO_ROOT, Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
 from gms_launch.control.watch import Change, Watch
@@ -38,8 +38,11 @@ class Listener(Protocol):
     def lease_lost(self, reason: str) -> None:
         """This node's lease ran out or was taken."""
 
-    def instances(self, found: dict[str, bytes]) -> None:
-        """What is registered in Dynamo's discovery now, all of it: instance keys and what they hold."""
+    def instances(self, found: dict[str, bytes], anew: bool) -> None:
+        """What is registered in Dynamo's discovery now, all of it: instance keys and what they hold.
+
+        `anew`: it was read from a store that may have lost something meanwhile, not told as it happened.
+        """
 
 
 class ControlLink:
@@ -103,7 +106,7 @@ class ControlLink:
             instances.clear()
             instances.update((k, kv.value) for k, kv in known.items() if k.startswith(DYNAMO_INSTANCES))
             post(listener.control_snapshot, {k: kv.value for k, kv in known.items() if k not in instances})
-            post(listener.instances, dict(instances))
+            post(listener.instances, dict(instances), True)
 
         def changed(change: Change) -> None:
             if not change.key.startswith(DYNAMO_INSTANCES):
@@ -113,7 +116,7 @@ class ControlLink:
                 instances.pop(change.key, None)
             else:
                 instances[change.key] = change.value
-            post(listener.instances, dict(instances))
+            post(listener.instances, dict(instances), False)
 
         dynamo = [prefix(f"{DYNAMO_INSTANCES}{namespace}/")] if namespace is not None else []
         self._watch = Watch(
@@ -144,6 +147,21 @@ class ControlLink:
 
     def delete(self, key: str) -> None:
         self._publisher.delete(key)
+
+    def keep(self, lease: int) -> bool:
+        """Keep a lease of anybody's alive once; False when it is over. Blocks. Raises `NoContactError`."""
+        return self._etcd.keep(lease)
+
+    def registration(self, lease: int) -> dict[str, bytes]:
+        """All that an engine has stored in Dynamo's discovery under its lease. Blocks. Raises `NoContactError`."""
+        return self._etcd.attached(DYNAMO_ROOT, lease)
+
+    def put_back(self, records: Mapping[str, bytes], seconds: float) -> int:
+        """Store records that are gone, under a new lease of ours; returns it. Blocks. Raises `NoContactError`."""
+        lease = self._etcd.grant(seconds)
+        for key, value in records.items():
+            self._etcd.create(key, value, lease)
+        return lease
 
     def revoke(self, lease: int) -> bool:
         """End a lease of anybody's. Blocks."""

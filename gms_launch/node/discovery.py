@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
@@ -18,15 +17,13 @@ from gms_launch.cohort.hold import Around
 from gms_launch.cohort.model import ALIVE, Phase
 from gms_launch.cohort.registrations import Candidate, Registrations, owner
 from gms_launch.control.keys import dynamo_lease
-from gms_launch.errors import LaunchError
 from gms_launch.node.holds import Holds, Life
 from gms_launch.node.rank import Rank
 from gms_launch.node.reporter import Reporter
+from gms_launch.node.standing import Standing
 from gms_launch.process.listener import advertised
 from gms_launch.run.plan import Layout
 from gms_launch.services import frontend
-
-log = logging.getLogger("agent")
 
 #: How long an engine that serves may be missing in discovery (seconds); to register anew takes it a moment.
 UNREGISTERED_GRACE = 2.0
@@ -48,9 +45,10 @@ class Discovery:
         self._missing: dict[Life, float] = {}
         self._ended: set[Life] = set()
         self._waking: dict[Life, float] = {}
+        self._standing = Standing(lambda: report.link, layout.settings.dynamo_lease_ttl)
         count = partial(frontend.moves, layout.frontend_address, layout.ports.frontend)
         on = bool(layout.settings.migration_limit)
-        self._holds = Holds(on, report, spawn, self._around, self._revoke, count)
+        self._holds = Holds(on, report, spawn, self._around, self._keep, self._revoke, count)
 
     def ended(self, life: Life) -> None:
         """A life has ended: hold what it was asked, and end its leases in time. Once said is enough."""
@@ -66,10 +64,15 @@ class Discovery:
     def _find(self, life: Life) -> Rank | None:
         return next((r for r in self._ranks() if r.life == life), None)
 
-    def seen(self, found: dict[str, bytes]) -> None:
+    def doubted(self, life: Life) -> None:
+        """A life may hang, and nobody renews its lease then: its requests wait until that is decided."""
+        self._spawn(self._keep(life))
+
+    def seen(self, found: dict[str, bytes], anew: bool) -> None:
         """What is registered in Dynamo's discovery now: each instance belongs to exactly one life.
 
-        The kernel names the lock's holder, also of a lock that nothing has told of yet: a log may be silent.
+        `anew`: as read from a store that may have lost something, which an engine puts right by itself. The kernel
+        names the lock's holder, also of a lock that nothing has told of yet: a log may be silent.
         """
         for lease in self._registered.seen([n for key in found if (n := dynamo_lease(key)) is not None]):
             life = owner(
@@ -78,6 +81,7 @@ class Discovery:
                 if r.node_rank == 0 and r.phase in ALIVE
             )
             self._registered.belongs(lease, life)
+            self._spawn(self._standing.learn(lease))
             if life is not None and (rank := self._find(life)) is not None:
                 rank.read_log()  # discovery may be quicker than the log
                 rank.reached(Phase.ACTIVE)
@@ -89,7 +93,7 @@ class Discovery:
                 self._missing.pop(rank.life, None)
             elif rank.life not in self._missing:
                 self._missing[rank.life] = time.monotonic()
-                self._spawn(self._miss(rank, self._missing[rank.life]))
+                self._spawn(self._miss(rank, self._missing[rank.life], UNREGISTERED_GRACE if anew else 0.0))
 
     def _arm(self, lease: int | None, record: bytes) -> None:
         """Be ready to hold the requests of the engine that an instance belongs to."""
@@ -103,12 +107,16 @@ class Discovery:
         """True for a rank that served, and that no frontend can find any more."""
         return rank.phase is Phase.ACTIVE and not rank.stopping and self._registered.lost(rank.life)
 
-    async def _miss(self, rank: Rank, since: float) -> None:
-        """Take an engine for dead whose registration stays away: it may live on, and nobody asks it anything."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(rank.ended.wait(), UNREGISTERED_GRACE)
+    async def _miss(self, rank: Rank, since: float, grace: float) -> None:
+        """Take an engine for dead whose registration is gone: it may live on, and nobody asks it anything.
+
+        At once where it was seen to go: an engine that was told to end refuses what is new while it finishes the rest.
+        """
+        if grace:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(rank.ended.wait(), grace)
         if self._missing.get(rank.life) == since and self._is_missing(rank) and self._layout.settings.group_kill:
-            self._dead(rank, f"hung: it lives, and has not been registered with Dynamo for {UNREGISTERED_GRACE:g} s")
+            self._dead(rank, "hung: it lives, and is not registered with Dynamo any more")
 
     def _around(self, life: Life) -> Around:
         """How things stand for the requests of a dead life: is there somebody to go to, or will there be?"""
@@ -128,14 +136,11 @@ class Discovery:
             cold_start=settings.hold_cold_start,
         )
 
+    async def _keep(self, life: Life) -> None:
+        """Let the frontends go on knowing a life that is dead or hangs."""
+        await self._standing.keep(self._registered.of(life))
+
     async def _revoke(self, life: Life) -> None:
         """End a dead life's leases, so that the router forgets it now and not when they run out."""
-        for lease in self._registered.of(life):
-            link = self._report.link
-            assert link is not None
-            try:
-                await asyncio.get_running_loop().run_in_executor(None, link.revoke, lease)
-            except LaunchError as exc:
-                log.warning("lease %x of cohort %d could not be revoked: %s", lease, life[0], exc)
-            else:
-                self._report.emit("lease_revoked", *life, f"{lease:x}")
+        for lease in await self._standing.end(self._registered.of(life)):
+            self._report.emit("lease_revoked", *life, f"{lease:x}")

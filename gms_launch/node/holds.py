@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -26,11 +27,17 @@ log = logging.getLogger("agent")
 
 Life = tuple[int, int]
 
-#: Most connections that are taken out of the kernel's backlog; more of them wait in it.
-KEPT = 2048
+#: Most connections that are taken out of the kernel's backlog, and most of our descriptors that they may be; more of
+#: them wait in it.
+KEPT, SHARE = 2048, 0.25
 #: Pause before those that came back are turned away again: the first, and the longest (seconds). A frontend that has
 #: not heard of the successor yet spends one of its tries each time.
 TURN_PAUSE, TURN_PAUSE_MAX = 0.01, 0.16
+#: How often they are turned away before the dead one's lease has ended; the rest of them wait for that. Until then a
+#: frontend may well send a request here once more, and each time costs one of its tries.
+EARLY_TURNS = 2
+#: How often the registration of a dead engine is looked after while its requests wait (seconds).
+KEEP_EVERY = 2.0
 #: From the successor's registration to the end of the dead one's lease (seconds). A frontend that hears of both at once
 #: drops the dead engine before its router knows the new one, and what it is about to send is lost in between: it tries
 #: the dropped one again, as often as it may, within a millisecond.
@@ -55,8 +62,10 @@ class _Held:
 
     def take_in(self) -> None:
         """Take what waits out of the backlog, so that it is never full."""
-        self.waiting += listener.accept_all(self.listening, KEPT - len(self.waiting))
-        if len(self.waiting) >= KEPT:
+        room = _room() - len(self.waiting)
+        found, more = listener.accept_all(self.listening, room)
+        self.waiting += found
+        if more:
             asyncio.get_running_loop().remove_reader(self.listening)  # the rest stays in the backlog
 
     def turn_away(self) -> int:
@@ -78,7 +87,8 @@ class _Held:
 
 
 class Holds:
-    """All that is held on a node. `around` says how things stand for a dead life, `revoke` ends its leases.
+    """All that is held on a node. `around` says how things stand for a dead life; `keep` lets the frontends go on
+    knowing it, and `revoke` ends that.
 
     `count` asks the frontend how many requests have moved and failed so far; it may block.
     """
@@ -89,13 +99,15 @@ class Holds:
         report: Reporter,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         around: Callable[[Life], Around],
+        keep: Callable[[Life], Awaitable[None]],
         revoke: Callable[[Life], Awaitable[None]],
         count: Callable[[], tuple[float, float] | None],
     ) -> None:
         self.on = on
         self._count_now = count
         self._moved: float | None = None
-        self._report, self._spawn, self._around, self._revoke = report, spawn, around, revoke
+        self._report, self._spawn, self._around = report, spawn, around
+        self._keep, self._revoke = keep, revoke
         self._armed: dict[Life, socket.socket] = {}
         self._where: dict[Life, tuple[str, int]] = {}
         self._held: dict[Life, _Held] = {}
@@ -146,7 +158,8 @@ class Holds:
     async def _go_through(self, life: Life, where: tuple[str, int] | None, armed: socket.socket | None) -> None:
         begun = time.monotonic()
         judge = partial(self._judge, life, begun)
-        if judge().act is Act.CLOSE:
+        if where is not None and (verdict := judge()).act is Act.CLOSE:
+            self._report.emit("not_held", *life, verdict.why)
             where = None  # nobody will come
         if armed is None and where is not None:
             armed = await self._bind(where)
@@ -157,6 +170,7 @@ class Holds:
             return
         held = self._held[life] = _Held(life, armed, begun)
         counting = asyncio.ensure_future(self._count())
+        standing = asyncio.ensure_future(self._keep_up(held))
         armed.setblocking(False)  # whose own that was does not mind any more
         try:
             self._report.emit("held", *life, f"connections to {where[0]}:{where[1]} wait")
@@ -172,8 +186,15 @@ class Holds:
             await self._tell(held, await counting)
         finally:
             counting.cancel()
+            standing.cancel()
             held.close()
             del self._held[life]
+
+    async def _keep_up(self, held: _Held) -> None:
+        """While requests wait, the frontends must know where: the dead engine renews nothing, and may have left."""
+        while not held.ended:
+            await self._keep(held.life)
+            await asyncio.sleep(KEEP_EVERY)
 
     async def _end_lease(self, held: _Held) -> None:
         if not held.ended:
@@ -224,12 +245,15 @@ class Holds:
             took = since - held.begun
             text = f"{count} connections handed on after {took * 1000:.0f} ms"
             self._report.emit("released", *held.life, text, connections=count, seconds=round(took, 6), moved=True)
+        turns = 0
         while (verdict := judge(held=held, since=since)).act is Act.TURN_AWAY:
+            if turns >= EARLY_TURNS and not held.ended:
+                await asyncio.sleep(max(0.0, since + APART - time.monotonic()))
+                await self._end_lease(held)
+                pause = TURN_PAUSE
             await asyncio.sleep(pause)  # no event tells that the frontends have heard; who has not comes back
             held.turn_away()
-            if time.monotonic() - since >= APART:
-                await self._end_lease(held)
-            pause = min(2 * pause, TURN_PAUSE_MAX)
+            turns, pause = turns + 1, min(2 * pause, TURN_PAUSE_MAX)
         return verdict
 
     async def _bind(self, where: tuple[str, int]) -> socket.socket | None:
@@ -242,6 +266,11 @@ class Holds:
                 await asyncio.sleep(0.002)
         log.warning("port %d of a dead engine could not be bound within %g s", where[1], BIND_TRIES)
         return None
+
+
+def _room() -> int:
+    """How many connections may be kept."""
+    return min(KEPT, int(SHARE * resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
 
 
 def _known(count: int | None) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -39,6 +40,9 @@ from gms_launch.spool.output import Output
 from gms_launch.spool.writer import Writer
 
 log = logging.getLogger("agent")
+
+#: How many descriptors an agent wants to be allowed.
+DESCRIPTORS = 65536
 
 
 class Node:
@@ -100,6 +104,7 @@ class Node:
     def set_up(self) -> None:
         """Make the guard and what else must be there before anything is started. Raises `LaunchError`."""
         self.loop = asyncio.get_running_loop()
+        _raise_limit()
         self.tasks.watch(self.loop)
         if not lifecycle.become_subreaper():
             self.progress("this process had children before it became an agent: strays are found by tag and lock alone")
@@ -171,8 +176,8 @@ class Node:
         self.ranks.publish_all()
         self.publish_node(force=True)
 
-    def instances(self, found: dict[str, bytes]) -> None:
-        self.ranks.discovery.seen(found)
+    def instances(self, found: dict[str, bytes], anew: bool) -> None:
+        self.ranks.discovery.seen(found, anew)
 
     def cut_off(self, why: str) -> None:
         self.progress(f"{why}: killing this node's ranks, since the others go on without them")
@@ -221,3 +226,10 @@ class Node:
     async def look_at_gms(self) -> None:
         await self.loop.run_in_executor(None, self.gms.look)
         self.wake.set()
+
+
+def _raise_limit() -> None:
+    """More descriptors than the usual 1,024, where they may be had: held requests are connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, DESCRIPTORS)), hard))

@@ -50,6 +50,11 @@ class Pulse:
     silent_since: float | None = None
     stopped_since: float | None = None
 
+    @property
+    def doubtful(self) -> bool:
+        """True while a rank does badly and is not yet taken for dead."""
+        return self.stopped_since is not None or self.silent_since is not None
+
     def judge(self, look: Look, now: float) -> str:
         """Why the rank is to be taken for dead; empty while it is not.
 

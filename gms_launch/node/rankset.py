@@ -145,6 +145,8 @@ class RankSet:
                 rank.watch_parts(look.vital, loop)
             rank.felt(look)
             why = pulse.judge(look, time.monotonic())
+            if pulse.doubtful and rank.phase is Phase.ACTIVE:
+                self.discovery.doubted(rank.life)
             if why and rank.phase in ALIVE and not rank.local().gone and settings.group_kill:
                 self._hung(rank, why)
                 return

@@ -184,8 +184,10 @@ def requests(found: Failover) -> str:
         return ""
     moved = "an unknown number of" if found.moved is None else str(found.moved)
     lost = "not known" if found.lost is None else str(found.lost)
-    gap = "" if found.gap is None else f"; longest gap {found.gap * 1000:.0f} ms"
-    return f"requests: {found.held} connections held, {moved} moves to another engine, lost: {lost}{gap}"
+    gap = "" if found.gap is None else f"; the next token after {found.gap * 1000:.0f} ms"
+    return (
+        f"requests: {found.held} connections held, {moved} moves to another engine, lost, by the frontend: {lost}{gap}"
+    )
 
 
 def events(found: Sequence[EventRecord]) -> RenderableType:

@@ -82,13 +82,17 @@ def refused() -> str:
     return ""
 
 
-def accept_all(listener: socket.socket, limit: int) -> list[socket.socket]:
-    """Take at most `limit` of the connections that wait."""
+def accept_all(listener: socket.socket, limit: int) -> tuple[list[socket.socket], bool]:
+    """Take at most `limit` of the connections that wait; and whether there may be more that cannot be taken now."""
     found: list[socket.socket] = []
-    with contextlib.suppress(OSError):  # none is left, or no descriptor is
+    try:
         while len(found) < limit:
             found.append(listener.accept()[0])
-    return found
+    except BlockingIOError:
+        return found, False
+    except OSError:  # no descriptor is left
+        return found, True
+    return found, True
 
 
 def _listening(pid: int, port: int) -> set[str]:

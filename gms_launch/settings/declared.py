@@ -122,7 +122,7 @@ class Settings:
     nats_server: str = setting("", "use this NATS (URL) instead of starting one", "services", recipe="NATS_SERVER")
     frontend_host: str = setting("", "address the frontend listens on; the leader's when empty", "services")
     migration_limit: int = setting(
-        10, "how often a request may move; 0: it ends with its engine", "services", minimum=0, maximum=2**32 - 1
+        50, "how often a request may move; 0: it ends with its engine", "services", minimum=0, maximum=2**32 - 1
     )
     frontend_port: int = port(8000, "HTTP port of the frontend", recipe="FRONTEND_PORT")
     etcd_port: int = port(2379, "etcd client port")

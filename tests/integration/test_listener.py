@@ -80,7 +80,8 @@ def test_nobody_is_refused_when_the_owner_dies(owner: Owner) -> None:
         owner.kill()
         with socket.create_connection(("127.0.0.1", owner.port), 5) as waiting:
             assert not select.select([waiting], [], [], 0.05)[0], "it waits"
-            (got,) = listener.accept_all(taken, 10)
+            ((got,), more) = listener.accept_all(taken, 10)
+            assert not more
             got.close()
             assert closed(waiting)
     with pytest.raises(ConnectionRefusedError):
@@ -113,6 +114,7 @@ class Stage:
     def __init__(self) -> None:
         self.around = Around(0.0, 0.0, candidate=True)
         self.events: list[tuple[str, str]] = []
+        self.kept: list[tuple[int, int]] = []
         self.revoked: list[tuple[int, int]] = []
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -122,11 +124,14 @@ class Stage:
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self.tasks.append(asyncio.get_running_loop().create_task(work))
 
+    async def keep(self, life: tuple[int, int]) -> None:
+        self.kept.append(life)
+
     async def revoke(self, life: tuple[int, int]) -> None:
         self.revoked.append(life)
 
     def make(self) -> Holds:
-        return Holds(True, self, self.spawn, lambda _: self.around, self.revoke, lambda: None)  # type: ignore[arg-type]
+        return Holds(True, self, self.spawn, lambda _: self.around, self.keep, self.revoke, lambda: None)  # type: ignore[arg-type]
 
     async def until(self, look: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 20
@@ -164,6 +169,7 @@ def test_more_than_a_backlog_waits_and_all_are_sent_on(monkeypatch: pytest.Monke
         waiting = await asyncio.gather(*(connect(owner.port) for _ in range(100)))
         waiting += [await connect(owner.port) for _ in range(5)]  # in the backlog: there is room for them again
         assert stage.kinds() == ["hold_armed", "held"] and not stage.revoked
+        assert stage.kept == [(0, 1)], "the frontends know it as long as somebody waits"
         stage.around = Around(0.0, 0.0, candidate=True, successor=True)
         made.news()
         await stage.until(lambda: "released" in stage.kinds())

@@ -138,3 +138,4 @@ def test_a_start_that_fails_brings_the_old_arguments_back(phase: Phase) -> None:
     back = view(ACTIVE, phase, PARKED, generation=0, generations=(0, 1, 0))
     found, _ = controller.decide(back, memory, LOCK, 20.0)
     assert all(isinstance(a, Start) for a in found)
+    assert controller.tries(1, memory, LOCK, 20.0).failed == 0, "an attempt does not use the budget up"
