@@ -87,7 +87,7 @@ class RunRecord(Record):
 
 @dataclass(frozen=True)
 class ServiceStatus(Record):
-    """A service or GMS server of a node. `state` is starting, ready, restarting or failed."""
+    """A service, GMS server or the guard of a node. `state` is starting, ready, restarting or failed."""
 
     name: str
     state: str

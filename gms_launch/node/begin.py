@@ -72,7 +72,7 @@ async def clear_node(me: Node) -> None:
 
     What we report as dead must be dead, and what etcd knows must be of this attempt. Raises `LaunchError`.
     """
-    spare = frozenset({os.getpid(), me.guard_pid})
+    spare = frozenset({os.getpid(), me.guard.pid})
     run, locks = me.layout.run, me.layout.node_dir.locks
     clear = partial(strays.clear, run, 10.0, spare, me.node_rank, locks)
     _, left = await me.loop.run_in_executor(None, clear)

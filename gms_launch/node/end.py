@@ -137,7 +137,7 @@ async def _until(me: Node, done: Callable[[], bool], deadline: float) -> None:
 
 async def _clear(me: Node, left: str) -> None:
     """The last process of ours, the guard, and the files, which tell of something to be swept while they are there."""
-    await me.dismiss_guard()
+    await me.guard.dismiss()
     await me.ranks.cleared(LAST_STEPS)
     if not left:
         me.layout.node_dir.remove()
@@ -146,11 +146,13 @@ async def _clear(me: Node, left: str) -> None:
 async def _leftovers(me: Node) -> str:
     """Kill what is still on this node, etcd and the guard aside: by descent, tag and lock; says what would not die."""
     etcd = me.services.get("etcd")
-    spare = frozenset({os.getpid(), me.guard_pid, *([etcd.pid] if etcd is not None else [])})
+    spare = frozenset({os.getpid(), *([etcd.pid] if etcd is not None else [])})
     run, locks = me.layout.run, me.layout.node_dir.locks
 
     def look() -> list[proc.Stat]:
-        tagged = [info for info, _ in proc.tagged(run, node_rank=me.node_rank) if info.pid not in spare]
+        tagged = [
+            info for info, _ in proc.tagged(run, node_rank=me.node_rank) if info.pid not in spare | {me.guard.pid}
+        ]
         return strays.orphans() or tagged or strays.lock_keepers(run, locks)
 
     _, left = await me.loop.run_in_executor(None, lifecycle.kill_all, look, 10.0)

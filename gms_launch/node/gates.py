@@ -24,8 +24,13 @@ class Gates:
         self._paths = paths
         self._fds: dict[int, int] = {}
 
-    def take(self) -> tuple[int, ...]:
-        """Make and shut all of them; returns the descriptors, which the guard is to inherit. Raises `LaunchError`."""
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What a guard is to inherit."""
+        return tuple(self._fds.values())
+
+    def take(self) -> None:
+        """Make and shut all of them. Raises `LaunchError`."""
         for cohort_id, path in self._paths.items():
             try:
                 self._fds[cohort_id] = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -37,7 +42,6 @@ class Gates:
                 ) from None
             except OSError as exc:
                 raise LaunchError(f"the lock {path} cannot be made: {exc.strerror}") from None
-        return tuple(self._fds.values())
 
     def shut(self, cohort_id: int) -> bool:
         """Hold the gate of a cohort before a life of it is started; False while something else has that lock."""

@@ -42,12 +42,13 @@ class Herald:
         self.line: socket.socket | None = None
 
     def open(self) -> tuple[int, int]:
-        """Make what the guard shares with us: its end of the leash, and the node's socket for words.
+        """Make what a guard shares with us: its end of a leash, and the node's socket for words.
 
-        That is -1 where there is nobody to talk to, or it cannot be had.
+        That is -1 where there is nobody to talk to, or it cannot be had. A leash that was there is a dead guard's.
         """
         topology, port = self._layout.topology, self._layout.ports.word
-        if topology.nnodes > 1:
+        self._let_go()
+        if topology.nnodes > 1 and self._loop is None:
             try:
                 self.line = word.listen(topology.address, port)
             except OSError as exc:
@@ -68,9 +69,9 @@ class Herald:
         """Begin to listen to the others and to the guard, which has been started."""
         assert self._leash is not None
         self._theirs.close()
-        self._loop = loop
+        first, self._loop = self._loop is None, loop
         loop.add_reader(self._leash.fileno(), self._of_the_guard)
-        if self.line is not None:
+        if first and self.line is not None:
             loop.add_reader(self.line.fileno(), self._of_the_others)
 
     def say(self, ended: EndedRecord) -> None:
@@ -109,14 +110,17 @@ class Herald:
         self._retired = True
 
     def close(self) -> None:
-        if self._loop is not None and self._leash is not None:
-            self._loop.remove_reader(self._leash.fileno())
+        self._let_go()
         if self._loop is not None and self.line is not None:
             self._loop.remove_reader(self.line.fileno())
         if self.line is not None:
             self.line.close()
             self.line = None
+
+    def _let_go(self) -> None:
         if self._leash is not None:
+            if self._loop is not None:
+                self._loop.remove_reader(self._leash.fileno())
             self._leash.close()
             self._leash = None
 
@@ -130,9 +134,12 @@ class Herald:
             self._heard()
 
     def _of_the_guard(self) -> None:
-        assert self._leash is not None
-        for life in self._leash.acted():
+        assert self._leash is not None and self._loop is not None
+        lives = self._leash.acted()
+        for life in lives:
             self._acted(life)
+        if self._leash.ended:  # `guarded` follows the process itself
+            self._loop.remove_reader(self._leash.fileno())
 
 
 def peers_of(nodes: Iterable[NodeRecord], before: PeersRecord) -> PeersRecord:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import resource
 import signal
 import time
@@ -23,6 +22,7 @@ from gms_launch.errors import InterruptedRunError, LaunchError
 from gms_launch.node.canary import Canary
 from gms_launch.node.gates import Gates
 from gms_launch.node.gms_watch import GmsWatch
+from gms_launch.node.guarded import Guarded
 from gms_launch.node.herald import Herald
 from gms_launch.node.rank import Rank
 from gms_launch.node.rankset import RankSet
@@ -30,7 +30,7 @@ from gms_launch.node.reporter import Reporter
 from gms_launch.node.session import Session
 from gms_launch.node.tasks import Tasks
 from gms_launch.observe.progress import Teller
-from gms_launch.process import guard, lifecycle
+from gms_launch.process import lifecycle
 from gms_launch.process.follow import FileWatcher
 from gms_launch.run.plan import Layout
 from gms_launch.run.rundir import NodeEnd
@@ -75,6 +75,7 @@ class Node:
         self.gms = GmsWatch(layout.devices(), layout.node_dir.gms)
         self.gates = Gates(layout.gates)
         self.herald = Herald(layout, self.mirror, self.control_changed, self._guard_acted)
+        self.guard = Guarded(layout, self.gates, self.herald, self._guard_changed)
         self.ranks = RankSet(
             layout,
             self.mirror,
@@ -108,13 +109,8 @@ class Node:
         self.tasks.watch(self.loop)
         if not lifecycle.become_subreaper():
             self.progress("this process had children before it became an agent: strays are found by tag and lock alone")
-        log_file = self.layout.run_dir.logs / f"guard-node{self.node_rank}.log"
-        deputy = self.herald.open()
+        self.guard.start(self.loop)
         self.report.word_port = self.herald.port
-        self.guard_pid, self.guard_pipe = guard.start(
-            self.layout.run, self.node_rank, log_file, self.gates.take(), self.layout.node_dir.gms, deputy
-        )
-        self.herald.attach(self.loop)
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self.loop.add_signal_handler(sig, self.interrupt, f"signal {sig.name}")
         self.files = FileWatcher(self.loop)
@@ -145,13 +141,6 @@ class Node:
         self.report.unexpected(what, error)
         self.wake.set()
 
-    async def dismiss_guard(self) -> None:
-        """End the guard as our own end would: it looks once more and goes."""
-        os.close(self.guard_pipe)
-        self.herald.close()
-        with contextlib.suppress(ChildProcessError):
-            await self.loop.run_in_executor(None, os.waitpid, self.guard_pid, 0)
-
     async def start_service(self, service: Service) -> None:
         """Start a service and wait until it is ready. Raises `ServiceError`."""
         tag = f"{self.layout.run}/{service.name}"
@@ -167,6 +156,10 @@ class Node:
     def _guard_acted(self, life: tuple[int, int]) -> None:
         self.report.emit("guard_kill", *life, "this node's agent had stood still, and its guard ended that life")
         self.wake.set()
+
+    def _guard_changed(self, kind: str, detail: str) -> None:
+        self.report.emit(kind, detail=detail)
+        self.wake.set()  # a new one is told its duty, and status of it
 
     def control_changed(self) -> None:
         self.wake.set()
@@ -207,7 +200,7 @@ class Node:
     def publish_node(self, force: bool = False, stopped: bool = False, left: str = "") -> None:
         failed = self.failure if self.stopping.is_set() else None
         self.report.node(
-            services=tuple(runner.status() for runner in self.services.values()),
+            services=(*(runner.status() for runner in self.services.values()), self.guard.status),
             gms=self.gms.status,
             gms_epoch=self.gms_epoch,
             gpu_memory=self.gms.gpus,

@@ -30,7 +30,10 @@ LEVELS = {
     **dict.fromkeys(
         ("left_behind", "exit", "hung", "cut_off", "lease_lost", "rolled_back", "gms_restart"), logging.WARNING
     ),
-    **dict.fromkeys(("service_exited", "service_killed", "service_restarted"), logging.WARNING),
+    **dict.fromkeys(
+        ("service_exited", "service_killed", "service_restarted", "guard_exited", "guard_missing", "stood_still"),
+        logging.WARNING,
+    ),
     **dict.fromkeys(("unfenced", "given_up", "service_failed"), logging.ERROR),
 }
 #: Events of which the agent says the same to people, in the same log.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from gms_launch.node.node import Node
-from gms_launch.process import guard, strays
+from gms_launch.process import strays
 from gms_launch.spool.writer import Place
 
 #: How often what waits for the disk is kept within bounds, and what is wrong there is told (seconds).
@@ -35,7 +35,7 @@ async def keep_up(me: Node) -> None:
                 me.strays = await me.ranks.sweep()
                 # What only descent shows as ours, for the day when we are killed and nobody can tell any more.
                 untagged = await me.loop.run_in_executor(None, strays.untagged, me.layout.run)
-                guard.tell(me.guard_pipe, untagged)
+                me.guard.tell(untagged)
                 me.ranks.fence_again()
         except Exception as exc:
             me.report.unexpected("upkeep", exc)

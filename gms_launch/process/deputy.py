@@ -149,11 +149,15 @@ class Deputy:
 
 
 class Leash:
-    """The agent's end: tells the guard its duty, whenever that changes, and never waits for it."""
+    """The agent's end: tells the guard its duty, whenever that changes, and never waits for it.
+
+    `ended` once the other end is seen to be closed.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
         self._told = Duty({})
+        self.ended = False
         end.setblocking(False)
 
     def fileno(self) -> int:
@@ -173,9 +177,12 @@ class Leash:
         while True:
             try:
                 data = self._end.recv(LONGEST)
-            except OSError:
+            except BlockingIOError:
                 return lives
+            except OSError:
+                data = b""
             if not data:
+                self.ended = True
                 return lives
             cohort_id, incarnation = json.loads(data)
             lives.append((cohort_id, incarnation))

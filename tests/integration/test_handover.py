@@ -58,11 +58,25 @@ def test_the_agents_choose_who_takes_over(tmp_path: Path, model: Path) -> None:
 
 @pytest.mark.timeout(240)
 def test_no_engine_becomes_active_by_the_death_of_its_agent(tmp_path: Path, model: Path) -> None:
-    """With its guard standing still, so that only the locks keep the shadows from serving."""
+    """With its guard standing still, so that only the locks keep the shadows from serving.
+
+    It is the second guard: the first was killed, and the agent started another with all that the first had.
+    """
     with Deployment(tmp_path / "home", model, "--shadows", "2", "--activation", "agent") as run:
         primary, paths = run.wait_full()["primary"], sorted(run.node_dir.glob("failover-*.lock"))
         assert len(paths) == 3
-        (guard,) = [i.pid for i, tag in proc.tagged(f"{run.run}/guard")]
+        (first,) = [i.pid for i, tag in proc.tagged(f"{run.run}/guard")]
+        os.kill(first, signal.SIGKILL)
+
+        def replaced() -> int:
+            (row,) = [s for s in run.status()["nodes"][0]["services"] if s["name"] == "guard"]
+            return int(row["pid"]) if (row["state"], row["starts"]) == ("ready", 2) else 0
+
+        guard = eventually(replaced, what="a new guard")
+        assert (
+            f"(pid {first})" in run.events("guard_exited")[0]["detail"] and "SIGKILL" in run.cli("logs", "agent").stdout
+        )
+        eventually(lambda: proc.stat(guard).state == "S", what="it waits")  # type: ignore[union-attr]
         logs = run.home / run.run / "logs" / "node0"
         os.kill(guard, signal.SIGSTOP)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,10 +10,13 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gms_launch.node import fence
+from gms_launch.node.gates import Gates
+from gms_launch.node.guarded import Guarded
 from gms_launch.process import guard, lifecycle, proc, strays
 from gms_launch.process.lifecycle import Command
 from gms_launch.process.proc import ProcessId
@@ -173,6 +177,38 @@ def test_a_lock_that_a_child_of_a_dead_acquirer_keeps_is_seen_by_its_descriptor(
         opened.close()
         lifecycle.kill_process(keeper.identity)
     assert proc.lock_keepers([lock]) == []
+
+
+def test_the_guard_after_one_that_was_killed_knows_what_that_one_knew(run: str, tmp_path: Path) -> None:
+    told = subprocess.Popen(SLEEP, start_new_session=True)
+    identity = proc.identity(told.pid)
+    assert identity is not None
+    log = SimpleNamespace(logs=tmp_path)
+    layout = SimpleNamespace(
+        run=run, topology=SimpleNamespace(node_rank=0), run_dir=log, node_dir=SimpleNamespace(gms="")
+    )
+    herald = SimpleNamespace(open=lambda: (-1, -1), attach=lambda _: None, close=lambda: None)
+    heard: list[str] = []
+
+    async def agent() -> None:
+        guarded = Guarded(layout, Gates({}), herald, lambda kind, _: heard.append(kind))  # type: ignore[arg-type]
+        guarded.start(asyncio.get_running_loop())
+        guarded.tell([identity])
+        first = guarded.pid
+        os.kill(first, signal.SIGKILL)
+        for _ in range(2000):
+            await asyncio.sleep(0.01)
+            if guarded.status.starts == 2:
+                break
+        assert guarded.pid != first and guarded.status.state == "ready" and proc.stat(first) is None
+        await guarded.dismiss()
+
+    try:
+        asyncio.run(agent())
+        assert heard == ["guard_exited", "guard_started"]
+        assert told.wait(20) == -signal.SIGKILL, "by the second, which was told of it"
+    finally:
+        told.kill(), told.wait()
 
 
 def test_a_guard_kills_what_its_agent_has_told_it_of(run: str, tmp_path: Path) -> None:
