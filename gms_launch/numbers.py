@@ -30,3 +30,8 @@ def real(text: str) -> float:
 def count(text: str) -> int | None:
     """The number that `text` is if it is digits and nothing else; None for any other text."""
     return int(text) if text.isascii() and text.isdigit() else None
+
+
+def numbered(number: int, thing: str, plural: str = "") -> str:
+    """`1 node`, `2 nodes`, for people."""
+    return f"{number} {thing if number == 1 else plural or thing + 's'}"

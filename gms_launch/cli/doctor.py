@@ -15,10 +15,12 @@ from gms_launch.engines import installed
 from gms_launch.errors import LaunchError
 from gms_launch.gms import gpus
 from gms_launch.gms.devices import CUDA_ORDER
+from gms_launch.numbers import numbered
 from gms_launch.process import listener
+from gms_launch.run import model as models
 from gms_launch.run import ports, topology
-from gms_launch.run.nodedir import LOCAL_ROOT, private_directory, user_root
-from gms_launch.run.plan import check_model, no_gpu
+from gms_launch.run.nodedir import LOCAL_ROOT, must_be_writable, private_directory, user_root
+from gms_launch.run.plan import no_gpu
 from gms_launch.run.rundir import home
 from gms_launch.services.base import find_binary
 from gms_launch.settings.declared import Settings
@@ -65,8 +67,9 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         return chosen.describe(settings)
 
     def model() -> str:
-        check_model(settings)
-        layout(settings).check_memory()
+        models.check(settings)
+        if layout(settings).gms_memory == "host":
+            models.check_memory(settings)
         return settings.model
 
     def gms_devices() -> str:
@@ -107,7 +110,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
             raise LaunchError(
                 f"CUDA numbers the GPUs {seen}, NVML {wanted}: sockets would name others than engines use"
             )
-        return f"CUDA and NVML agree on {len(wanted)} GPUs"
+        return f"CUDA and NVML agree on {numbered(len(wanted), 'GPU')}"
 
     def place() -> str:
         found = topology.discover(settings)
@@ -115,10 +118,12 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
 
     def fixed_ports() -> str:
         address = topology.discover(settings).address  # this node's own: nobody can bind another's
+        topology.must_be_ours(settings.frontend_host, "--frontend-host")
         found = ports.layout(settings, lambda p: ports.is_free(address, p))
         return f"frontend {found.frontend}, etcd {found.etcd}, nats {found.nats}"
 
     def shared() -> str:
+        must_be_writable(home(), "GMS_LAUNCH_HOME")
         home().mkdir(parents=True, exist_ok=True)
         if not os.access(home(), os.W_OK):
             raise LaunchError(f"{home()} is not writable; set GMS_LAUNCH_HOME")
@@ -130,6 +135,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         if free < 256 << 20:
             raise LaunchError(f"{LOCAL_ROOT} has {free >> 20} MiB free; etcd and the sockets need 256")
         layout(settings).node_dir.check()
+        layout(settings).node_dir.usable()
         return f"{user_root()}, {free >> 20} MiB free"
 
     def in_flight() -> str:
@@ -137,7 +143,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
             return "end with their engine (migration_limit 0)"
         if why := listener.refused():
             return f"{why}: a dead engine's port is bound instead, and requests of that moment may be lost"
-        return f"move to the next engine, at most {settings.migration_limit} times"
+        return f"move to the next engine, at most {numbered(settings.migration_limit, 'time')}"
 
     check("topology", place)
     check("model", model)

@@ -19,6 +19,7 @@ from gms_launch.cohort.records import CommandRecord
 from gms_launch.control.errand import Errand
 from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError
+from gms_launch.numbers import numbered
 from gms_launch.process import lifecycle, proc, strays
 from gms_launch.run import contact, rundir
 from gms_launch.run.nodedir import NodeDir
@@ -193,7 +194,13 @@ def clear(directory: RunDir, found: RunFile, node: Node) -> NodeEnd:
     try:
         if here:
             killed = clear_here(directory.run, 0, str(found.settings.get("gms_socket_dir") or ""))
-            return NodeEnd(0, node.target.host, True, f"killed {killed} processes" if killed else "", by_agent=False)
+            return NodeEnd(
+                0,
+                node.target.host,
+                True,
+                f"killed {numbered(killed, 'process', 'processes')}" if killed else "",
+                by_agent=False,
+            )
         argv = ["env", f"GMS_LAUNCH_HOME={rundir.home().absolute()}"]
         argv += gms_launch("down", "--run", directory.run, "--here", str(node.node_rank))
         done = run_on(node.target, argv, timeout=60.0)
@@ -203,7 +210,7 @@ def clear(directory: RunDir, found: RunFile, node: Node) -> NodeEnd:
     if proof is None:
         detail = done.err.strip().removeprefix("gms-launch: ") or f"{done.by} ended with code {done.code}"
         return NodeEnd(node.node_rank, node.target.host, False, detail)
-    detail = f"killed {proof} processes" if proof else ""
+    detail = f"killed {numbered(proof, 'process', 'processes')}" if proof else ""
     return NodeEnd(node.node_rank, node.target.host, True, detail, by_agent=False)
 
 

@@ -20,6 +20,7 @@ from gms_launch.control.errand import Errand, Known, followed
 from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
+from gms_launch.numbers import numbered
 from gms_launch.observe import history, journal, look
 from gms_launch.process import clock, lifecycle, proc
 from gms_launch.run import contact, rundir
@@ -41,7 +42,7 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
         raise UsageError(f"--scope {scope!r}: expected group, leader or rank:N")
     directory, found = rundir.find(run)
     if scope.startswith("rank:") and int(scope[5:]) >= found.nnodes:
-        raise UsageError(f"--scope {scope}: the run has {found.nnodes} nodes, ranks count from 0")
+        raise UsageError(f"--scope {scope}: the run has {numbered(found.nnodes, 'node')}, ranks count from 0")
     news = journal.Tail(directory.events)
     killed: float | None = None
     with followed() as known:
@@ -86,7 +87,7 @@ def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float
                 if time.monotonic() > deadline:
                     raise DeadlineError(
                         f"the leader's agent did not answer within {wait:g} s: {errand.withdraw()}; "
-                        "see `gms-launch status` and the agent's log"
+                        "its log may tell why (`gms-launch logs agent`)"
                     )
                 time.sleep(POLL)  # etcd's JSON gateway has no watch that is worth its set-up here
             if result.ok:
@@ -126,7 +127,9 @@ def kill_directly(
         and (wanted is None or r["node_rank"] == wanted)
     ]
     hosts = {n["node_rank"]: Target(n["host"], n["address"], found.slurm_job) for n in listed["nodes"]}
-    print(f"{why}; killing the recorded groups of cohort {target.cohort_id} on {len(ranks)} nodes", flush=True)
+    print(
+        f"{why}; killing the recorded groups of cohort {target.cohort_id} on {numbered(len(ranks), 'node')}", flush=True
+    )
 
     def kill(rank: dict[str, Any]) -> str:
         host = hosts[rank["node_rank"]]

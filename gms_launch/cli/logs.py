@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gms_launch.cli.timeline import _directory as find_directory
 from gms_launch.errors import UsageError
-from gms_launch.numbers import count
+from gms_launch.numbers import count, numbered
 from gms_launch.services.base import plain
 
 
@@ -16,7 +16,9 @@ def main(component: str | None, run: str | None, follow: bool, tail: int, node: 
     directory = find_directory(run)
     run_file = directory.read()
     if run_file is not None and node >= run_file.nnodes:
-        raise UsageError(f"--node {node}: run {directory.run} has {run_file.nnodes} nodes, ranks count from 0")
+        raise UsageError(
+            f"--node {node}: run {directory.run} has {numbered(run_file.nnodes, 'node')}, ranks count from 0"
+        )
     logs = directory.logs / f"node{node}"
     names = {log.stem: log for log in directory.logs.glob("*.log")} | {log.stem: log for log in logs.glob("*.log")}
     if component is None:

@@ -18,6 +18,7 @@ from gms_launch.run.plan import HIDDEN, Layout
 from gms_launch.run.rundir import Credentials, RunDir
 from gms_launch.run.topology import Topology
 from gms_launch.settings.declared import Settings
+from gms_launch.settings.resolve import checked
 
 
 def layout(settings: Settings, place: Topology | None = None) -> Layout:
@@ -42,7 +43,24 @@ def elsewhere(settings: Settings, node_rank: int) -> Topology:
     return Topology(node_rank, settings.nnodes, f"node-{node_rank}", f"<address of node {node_rank}>", leader)
 
 
+def of_hosts(settings: Settings) -> Settings:
+    """The settings that `up --hosts` gives its agents, but for the node rank. Raises `UsageError`."""
+    from gms_launch.cli import up_hosts  # paramiko takes a while
+
+    hosts = up_hosts.checked_hosts(settings)
+    sources = {k: v for k, v in settings.sources.items() if k != "hosts"} | {"nnodes": "--hosts"}
+    own = replace(settings, hosts="", nnodes=len(hosts), sources=sources)
+    if not settings.was_set("tp"):
+        own = replace(own, tp=max(1, len(hosts) // settings.pp))
+    if len(hosts) > 1:
+        leader = up_hosts.leader_of(hosts, settings)
+        own = replace(own, leader_addr=leader, sources=sources | {"leader_addr": "--hosts"})
+    return checked(own)
+
+
 def main(settings: Settings, as_json: bool) -> None:
+    if settings.hosts:
+        settings = of_hosts(settings)
     if settings.nnodes == 1 or settings.was_set("node_rank"):
         found = layout(settings, None if settings.nnodes == 1 else elsewhere(settings, settings.node_rank))
         found.check()

@@ -25,6 +25,8 @@ from gms_launch.settings import arguments
 
 #: Pause between two looks at the run (seconds): engines take seconds to start.
 POLL = 0.2
+#: What etcd says of a roll may be heard so long before its note is in the journal (seconds).
+NOTED = 3.0
 
 
 def main(
@@ -45,7 +47,7 @@ def main(
             if as_json:
                 print(json.dumps({"generation": shot.generation, "switched": False}))
             return
-        failover = switch_over.hand_over(directory, found, -1, patience, known)
+        failover = switch_over.hand_over(directory, found, -1, patience, known, "roll")
         known.text = f"done: generation {shot.generation} serves; the old primary's slot is started again with it"
         kill_primary.show(failover, as_json)
         _until_full(directory, door, patience)
@@ -91,13 +93,19 @@ def _until_restarted(directory: RunDir, door: Gateway, patience: float, quiet: b
 
 def _why_back(directory: RunDir) -> str:
     """What the leader's agent noted when it went back."""
-    backs = [e for e in history.written(directory) if e.kind == "rolled_back"]
-    if not backs:
-        return "the engine did not start with the new arguments; the run went back to the old ones"
+    deadline = time.monotonic() + NOTED
+    while not (backs := [e for e in history.written(directory) if e.kind == "rolled_back"]):
+        if time.monotonic() > deadline:
+            return (
+                "the engine did not start with the new arguments; the run went back to the old ones; "
+                f"`gms-launch logs --run {directory.run}` lists the logs, and the newest cohort's says why"
+            )
+        time.sleep(POLL)
     last = backs[-1]
+    log = f"gms-launch logs --run {directory.run} cohort-{last.cohort_id}.{last.incarnation}"
     return (
         f"cohort {last.cohort_id} did not start with the new arguments ({last.detail}); the run went back to the old "
-        f"ones and nobody was disturbed; `gms-launch logs cohort-{last.cohort_id}.{last.incarnation}` says why"
+        f"ones and nobody was disturbed; `{log}` says why"
     )
 
 

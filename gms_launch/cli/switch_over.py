@@ -15,6 +15,7 @@ from gms_launch.cohort.failover import Failover
 from gms_launch.cohort.records import CommandRecord
 from gms_launch.control.errand import Known, followed
 from gms_launch.errors import DeadlineError, UsageError
+from gms_launch.numbers import numbered
 from gms_launch.observe import journal
 from gms_launch.run import contact, rundir
 from gms_launch.run.rundir import RunDir, RunFile
@@ -31,7 +32,7 @@ def main(run: str | None, to: str | None, when_idle: float | None, timeout: floa
     if when_idle is not None:
         wait_idle(found, when_idle)
     with followed() as known:
-        failover = hand_over(directory, found, cohort, timeout, known)
+        failover = hand_over(directory, found, cohort, timeout, known, "switch-over")
     kill_primary.show(failover, as_json)
 
 
@@ -45,9 +46,12 @@ def _cohort(text: str | None, found: RunFile) -> int:
     return int(text)
 
 
-def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, known: Known) -> Failover:
-    """Ask for it and follow it. Raises `RefusedError`, `NoContactError` and `DeadlineError`."""
-    command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), to=to)
+def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, known: Known, cause: str) -> Failover:
+    """Ask for it in the name of the verb `cause`, and follow it.
+
+    Raises `RefusedError`, `NoContactError` and `DeadlineError`.
+    """
+    command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), to=to, cause=cause)
     news = journal.Tail(directory.events)
     answer = kill_primary.ask(directory, contact.gateway(directory, found), command, timeout, known)
     victim = answer.cohort_id, answer.incarnation
@@ -67,7 +71,8 @@ def wait_idle(found: RunFile, seconds: float) -> None:
             elif counted[1] == 0:
                 return
             else:
-                seen = f"{counted[1]:.0f} requests were in flight at the last look"
+                inside = int(counted[1])
+                seen = f"{numbered(inside, 'request')} {'was' if inside == 1 else 'were'} in flight at the last look"
         except NotReadyError as exc:
             seen = str(exc)
         if time.monotonic() > deadline:

@@ -108,7 +108,10 @@ def prepare(settings: Settings, place: Topology, reservation: ports.Reservation)
         attempt=secrets.token_hex(8),
     )
     layout.check()
+    layout.node_dir.usable()
+    nodedir.must_be_writable(rundir.home(), "GMS_LAUNCH_HOME")
     if place.is_leader:
+        topology.must_be_ours(settings.frontend_host, "--frontend-host")
         layout.run_dir.refuse_live(rundir.slurm_step(os.environ))
     return layout
 
@@ -190,13 +193,20 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
 
 def _make_places(layout: Layout, record: RunFile) -> None:
     """The directories of this node's part of the run, with what others must find there. Raises `RefusedError`."""
+    new = not layout.node_dir.path.exists()
     try:
         layout.node_dir.create()
         if layout.topology.is_leader:
             layout.run_dir.create(record, layout.credentials)
             layout.run_dir.keep(layout.node_dir, record, layout.credentials)
         layout.log_dir.mkdir(mode=0o700, exist_ok=True)
+    except RefusedError:
+        if new:
+            layout.node_dir.undo()  # nothing was begun
+        raise
     except OSError as exc:
+        if new:
+            layout.node_dir.undo()
         raise RefusedError(f"{exc.filename or layout.node_dir.path} cannot be made: {exc.strerror}") from None
 
 

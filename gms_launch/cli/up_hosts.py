@@ -19,6 +19,7 @@ from types import FrameType
 from gms_launch.cli import background
 from gms_launch.cli.reporters import Notify, Terminal
 from gms_launch.errors import LaunchError, NoContactError, UsageError, by_code
+from gms_launch.numbers import numbered
 from gms_launch.run import rundir, topology
 from gms_launch.settings.declared import Settings
 from gms_launch.transport import gms_launch, ssh
@@ -28,11 +29,7 @@ PATIENCE = 10.0
 
 
 def main(settings: Settings, detach: bool, notify_fd: int) -> None:
-    hosts = expand(settings.hosts)
-    if settings.was_set("nnodes") and settings.nnodes != len(hosts):
-        raise UsageError(f"--hosts names {len(hosts)} hosts, and nnodes is {settings.nnodes}")
-    if settings.tp % len(hosts) and settings.was_set("tp"):
-        raise UsageError(f"tp {settings.tp} cannot be spread evenly over {len(hosts)} hosts")
+    hosts = checked_hosts(settings)
     if detach:
         background.start(settings)
         return
@@ -44,6 +41,24 @@ def main(settings: Settings, detach: bool, notify_fd: int) -> None:
         raise
     finally:
         reporter.close()
+
+
+def checked_hosts(settings: Settings) -> list[str]:
+    """The hosts, if they fit the other settings. Raises `UsageError`."""
+    hosts = expand(settings.hosts)
+    if settings.was_set("nnodes") and settings.nnodes != len(hosts):
+        raise UsageError(f"--hosts names {numbered(len(hosts), 'host')}, and nnodes is {settings.nnodes}")
+    if settings.tp % len(hosts) and settings.was_set("tp"):
+        raise UsageError(f"tp {settings.tp} cannot be spread evenly over {numbered(len(hosts), 'host')}")
+    return hosts
+
+
+def leader_of(hosts: list[str], settings: Settings) -> str:
+    """How the hosts reach the first of them: as said, else by the name that leads there from here."""
+    if settings.was_set("leader_addr"):
+        return settings.leader_addr
+    _, name, _ = ssh.split(hosts[0])
+    return str(ssh.options(name).get("hostname", name))
 
 
 def expand(hosts: str) -> list[str]:
@@ -114,18 +129,11 @@ class Hosts:
         own = replace(settings, sources={k: v for k, v in settings.sources.items() if k not in named})
         flags = [f"--run={settings.run_id}", f"--nnodes={nnodes}", f"--node-rank={rank}"]
         if nnodes > 1:
-            flags.append(f"--leader-addr={self._leader_addr()}")
+            flags.append(f"--leader-addr={leader_of(self._hosts, self._settings)}")
         # In the working directory of this command where the host has it, as srun does: paths may be relative.
         here = ["sh", "-c", 'cd -- "$0" 2>/dev/null; exec "$@"', os.getcwd()]
         home = ["env", f"GMS_LAUNCH_HOME={rundir.home().absolute()}"]
         return [*here, *home, *gms_launch("up", "--until-eof", "--notify-fd=1", *flags, *background.as_flags(own))]
-
-    def _leader_addr(self) -> str:
-        """How the hosts reach the first of them: as said, else by the name that leads there from here."""
-        if self._settings.was_set("leader_addr"):
-            return self._settings.leader_addr
-        _, name, _ = ssh.split(self._hosts[0])
-        return str(ssh.options(name).get("hostname", name))
 
     def _read(self, rank: int, remote: ssh.Remote) -> None:
         """In a thread: pass on what one agent says, and how it ended."""

@@ -16,6 +16,7 @@ from gms_launch.cohort import activation, roll
 from gms_launch.cohort.actions import Abort, Action, Answer, GiveUp, Kill, KillPart, LoseNodes, NewGms, RollBack, Start
 from gms_launch.cohort.model import ENDED, CohortView, Phase, primary
 from gms_launch.cohort.view import KillRequest, Memory, Policy, RollRequest, Slot, Tries, View
+from gms_launch.numbers import numbered
 
 #: A node whose lease ended may be back with a new one at once, as after a restart of etcd (seconds).
 NODE_GRACE = 1.0
@@ -222,7 +223,7 @@ def _restart(slot: Slot, view: View, memory: Memory, policy: Policy, now: float)
         healed = f"no start has failed for {policy.window:g} s: another try"
         return [Start(slot.cohort_id, slot.incarnation + 1, healed)]
     if len(failed) >= policy.limit:
-        why = f"{len(failed)} starts failed within {policy.window:g} s; the last: {slot.exit or 'it ended'}"
+        why = f"{numbered(len(failed), 'start')} failed within {policy.window:g} s; the last: {slot.exit or 'it ended'}"
         return [GiveUp(slot.cohort_id, slot.incarnation, why)]
     if now < memory.not_before.get(slot.cohort_id, 0.0) or _promotion_under_way(view, memory, policy, now):
         return []
@@ -254,7 +255,7 @@ def _answer(request: KillRequest, view: View, policy: Policy) -> list[Action]:
         return [Answer(request.uuid, False, why)]
     done = Answer(request.uuid, True, "killed", target.cohort_id, target.incarnation)
     if request.scope == "group":
-        return [Kill(target.cohort_id, target.incarnation, "kill-primary"), done]
+        return [Kill(target.cohort_id, target.incarnation, request.cause), done]
     node_rank = 0 if request.scope == "leader" else int(request.scope.partition(":")[2])
     return [KillPart(target.cohort_id, target.incarnation, node_rank), done]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gms_launch.cohort.records import ModelStamp, NodeRecord
+from gms_launch.numbers import numbered
 
 #: Clocks further apart than this make timelines and leases hard to read (seconds).
 CLOCK_TOLERANCE = 5.0
@@ -31,7 +32,7 @@ def objections_to(node: NodeRecord, leader: NodeRecord, nnodes: int) -> list[str
     """What keeps a node from the leader's run, when that begins or when the node comes back to it."""
     found = []
     if node.node_rank >= nnodes:
-        found.append(f"{name(node)} came to a run of {nnodes} nodes, whose ranks count from 0")
+        found.append(f"{name(node)} came to a run of {numbered(nnodes, 'node')}, whose ranks count from 0")
     if node.version != leader.version:
         found.append(
             f"{name(node)} has gms-launch {node.version or '(of an unknown version)'}, "
@@ -47,7 +48,7 @@ def objections_to(node: NodeRecord, leader: NodeRecord, nnodes: int) -> list[str
                 f"{_model(node.model)} there, {_model(leader.model)} here"
             )
         if len(node.gpus) != len(leader.gpus):
-            found.append(f"{name(node)} has {len(node.gpus)} GPUs, {name(leader)} has {len(leader.gpus)}")
+            found.append(f"{name(node)} has {numbered(len(node.gpus), 'GPU')}, {name(leader)} has {len(leader.gpus)}")
     if abs(node.clock_skew) > CLOCK_TOLERANCE:
         ahead = "ahead of" if node.clock_skew > 0 else "behind"
         found.append(f"the clock of {name(node)} is at least {abs(node.clock_skew):.0f} s {ahead} {name(leader)}'s")
@@ -57,7 +58,7 @@ def objections_to(node: NodeRecord, leader: NodeRecord, nnodes: int) -> list[str
 def _model(stamp: ModelStamp) -> str:
     if not stamp.files:
         return "no model directory"
-    return f"{stamp.files} files of {stamp.bytes} bytes, content {stamp.digest[:12]}"
+    return f"{numbered(stamp.files, 'file')} of {stamp.bytes} bytes, content {stamp.digest[:12]}"
 
 
 def unfit(nodes: Mapping[int, NodeRecord], nnodes: int) -> list[int]:

@@ -288,7 +288,7 @@ class CommandRecord(Record):
     leader, to the agent of the node that `scope` names as rank:N).
 
     `to` is the cohort that shall take over, -1 for any; `engine_args` are those of a roll, None for the same again.
-    `taken` names the agent that carries it out, once one does.
+    `taken` names the agent that carries it out, once one does. `cause` is the verb that a person used.
     """
 
     uuid: str
@@ -301,6 +301,7 @@ class CommandRecord(Record):
     to: int = -1
     engine_args: tuple[str, ...] | None = None
     taken: str = ""
+    cause: str = "kill-primary"
 
 
 @dataclass(frozen=True)

@@ -68,13 +68,14 @@ class Slot:
 class KillRequest:
     """A user's wish: kill the primary, or (scope leader, rank:N) a part of it.
 
-    `to` is the cohort that shall take over, -1 for any.
+    `to` is the cohort that shall take over, -1 for any; `cause` the verb that was used.
     """
 
     uuid: str
     scope: str
     force: bool
     to: int = -1
+    cause: str = "kill-primary"
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ from gms_launch.cohort import membership
 from gms_launch.cohort.records import RunState
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
 from gms_launch.node.node import Node
+from gms_launch.numbers import numbered
 from gms_launch.process import strays
 from gms_launch.run import contents
 from gms_launch.services import etcd, nats
 
 #: How often is said which nodes are waited for (seconds).
 TELL_AGAIN = 30.0
+#: An etcd that has not answered by then is named (seconds).
+SOON = 2.0
 
 
 async def start(me: Node) -> None:
@@ -34,8 +37,12 @@ async def start(me: Node) -> None:
         if wanting := etcd.reserve(layout.node_dir.etcd_data):
             me.progress(f"no room could be taken for etcd's records ({wanting}): a full /dev/shm will end the run")
     me.report.model = await me.loop.run_in_executor(None, contents.stamp, me.settings.model)
+    opening = me.loop.run_in_executor(None, me.session.open, me.report.record())
+    if not (await asyncio.wait({opening}, timeout=SOON))[0]:
+        wait = f", for {me.settings.service_timeout:g} s at most" if leader else ""
+        me.progress(f"waiting for etcd to answer at {', '.join(layout.etcd_endpoints)}{wait}")
     try:
-        await me.loop.run_in_executor(None, me.session.open, me.report.record())
+        await opening
     except NoContactError:
         # The leader answered a moment ago. If the run has ended meanwhile, its reason is the one to give.
         run = layout.run_dir.read()
@@ -64,7 +71,7 @@ async def start(me: Node) -> None:
             await me.start_service(layout.nats_service())
         await me.start_service(layout.frontend_service())
         me.progress(f"frontend: {layout.frontend_url}")
-        me.progress(f"starting {me.settings.cohorts} cohorts of engine {me.settings.engine}")
+        me.progress(f"starting {numbered(me.settings.cohorts, 'cohort')} of engine {me.settings.engine}")
 
 
 async def clear_node(me: Node) -> None:

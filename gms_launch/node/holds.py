@@ -20,6 +20,7 @@ from typing import Any
 from gms_launch.cohort import hold
 from gms_launch.cohort.hold import Act, Around
 from gms_launch.node.reporter import Reporter
+from gms_launch.numbers import numbered
 from gms_launch.process import listener
 from gms_launch.process.listener import TakeError
 
@@ -210,7 +211,9 @@ class Holds:
         moved = None if now is None or self._moved is None or now[0] < self._moved else int(now[0] - self._moved)
         lost = None if now is None or before is None or now[1] < before[1] else int(now[1] - before[1])
         self._moved = None if now is None else now[0]
-        text = f"{held.turned_away} connections in all; moves: {_known(moved)}, requests lost: {_known(lost)}"
+        text = (
+            f"{numbered(held.turned_away, 'connection')} in all; moves: {_known(moved)}, requests lost: {_known(lost)}"
+        )
         self._report.emit("hold_over", *held.life, text, connections=held.turned_away, moves=moved, lost=lost)
 
     def _judge(self, life: Life, begun: float, held: _Held | None = None, since: float = 0.0) -> hold.Verdict:
@@ -243,7 +246,7 @@ class Holds:
         if held.released is None:
             held.released = since
             took = since - held.begun
-            text = f"{count} connections handed on after {took * 1000:.0f} ms"
+            text = f"{numbered(count, 'connection')} handed on after {took * 1000:.0f} ms"
             self._report.emit("released", *held.life, text, connections=count, seconds=round(took, 6), moved=True)
         turns = 0
         while (verdict := judge(held=held, since=since)).act is Act.TURN_AWAY:

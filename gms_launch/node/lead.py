@@ -108,7 +108,7 @@ def view(me: Node, now: float) -> View:
 def _request(command: CommandRecord) -> Request:
     if command.verb == "roll":
         return RollRequest(command.uuid, command.engine_args)
-    return KillRequest(command.uuid, command.scope, command.force, command.to)
+    return KillRequest(command.uuid, command.scope, command.force, command.to, command.cause)
 
 
 def tell_refusals(me: Node) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from gms_launch.cohort.model import Phase, Redundancy
 from gms_launch.cohort.steps import Step
+from gms_launch.numbers import numbered
 from gms_launch.observe.snapshot import CohortStatus, Snapshot
 from gms_launch.observe.starts import Starts
 
@@ -64,7 +65,11 @@ def note(cohort: CohortStatus, shot: Snapshot, now: float) -> str:
     step = step_of(cohort)
     if not step:
         absent = shot.nnodes - len(shot.lost) - len(cohort.ranks)
-        return f"waiting for its ranks on {absent} nodes" if cohort.phase is Phase.STARTING and absent > 0 else ""
+        return (
+            f"waiting for its ranks on {numbered(absent, 'node')}"
+            if cohort.phase is Phase.STARTING and absent > 0
+            else ""
+        )
     leader = next(r for r in cohort.ranks if r.node_rank == 0)
     text = step + _weights(step, cohort.cohort_id, Memory.of(shot))
     text += f" for {max(0.0, now - leader.step_since):.0f} s"

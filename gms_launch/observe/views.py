@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gms_launch.cohort.failover import STEPS, ZEROS, Failover
-from gms_launch.cohort.model import Redundancy
+from gms_launch.cohort.model import Phase, Redundancy
 from gms_launch.cohort.records import EventRecord
+from gms_launch.numbers import numbered
 from gms_launch.observe import progress
 from gms_launch.observe.snapshot import CohortStatus, Snapshot
 from gms_launch.observe.stamp import stamp
@@ -126,7 +127,7 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         for g in node.gms:
             size = "" if g.allocated_bytes is None else f"{g.allocated_bytes / 2**30:.2f} GiB in "
             held = f"{size}{g.allocations} allocations"
-            note = f"{held}, {g.ro_sessions} readers, written {g.loads} times"
+            note = f"{held}, {numbered(g.ro_sessions, 'reader')}, written {numbered(g.loads, 'time')}"
             rest.add_row(str(node.node_rank), f"gpu {g.device} {g.tag}", g.state.lower(), "", "", note)
         for gpu in node.gpu_memory:
             note = f"{gpu.used / 2**30:.1f} of {gpu.total / 2**30:.1f} GiB used"
@@ -140,8 +141,8 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
 
 def tries(cohort: CohortStatus, now: float) -> str:
     """What is to be said of starts of a slot that failed; empty when none did of late."""
-    if not cohort.failed_starts:
-        return ""
+    if not cohort.failed_starts or cohort.phase in (Phase.PARKED, Phase.WAKING, Phase.ACTIVE):
+        return ""  # a start has gone well since
     text = f"{cohort.failed_starts} of {cohort.start_limit} starts failed"
     if cohort.last_exit:
         text += f", {cohort.last_exit}"
@@ -167,7 +168,7 @@ def failover(found: Failover) -> RenderableType:
     for step, meaning in sorted(STEPS.items(), key=lambda item: found.steps.get(item[0], float("inf"))):
         at = f"{found.steps[step] * 1000:.1f} ms" if step in found.steps else "-"
         table.add_row(step, at, meaning)
-    silence = "not known: no look at the frontend saw tokens before"
+    silence = "a token came again at first_token; when the last one before it came is not known: nobody looked then"
     if found.silence is not None:
         silence = (
             f"at most {found.silence:.1f} s without a token (the frontend's counter is looked at every few seconds)"
@@ -182,12 +183,12 @@ def requests(found: Failover) -> str:
     """What became of the requests in flight, in words; empty when nothing was held."""
     if found.held is None:
         return ""
-    moved = "an unknown number of" if found.moved is None else str(found.moved)
+    moves = "an unknown number of moves" if found.moved is None else numbered(found.moved, "move")
+    own = " (any of gms-launch's own probes included)" if found.moved else ""  # the frontend's counter cannot tell
     lost = "not known" if found.lost is None else str(found.lost)
     gap = "" if found.gap is None else f"; the next token after {found.gap * 1000:.0f} ms"
-    return (
-        f"requests: {found.held} connections held, {moved} moves to another engine, lost, by the frontend: {lost}{gap}"
-    )
+    held = numbered(found.held, "connection")
+    return f"requests: {held} held, {moves} to another engine{own}, lost, by the frontend: {lost}{gap}"
 
 
 def events(found: Sequence[EventRecord]) -> RenderableType:

@@ -59,6 +59,11 @@ class NodeDir:
                 f"{SOCKET_PATH_MAX}; choose a shorter --run"
             )
 
+    def usable(self) -> None:
+        """Raise `UsageError` when the GMS sockets could not be made, before anything is."""
+        if self.gms != self.path:
+            must_be_writable(self.gms, "--gms-socket-dir")
+
     def create(self) -> None:
         """Make the directory and take the agent's place on this node. Raises `RefusedError` if it is taken."""
         self.check()
@@ -78,6 +83,11 @@ class NodeDir:
         os.pwrite(fd, f"{me.pid} {me.start}\n".encode(), 0)
         self._agent_lock = fd
         self.gms.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def undo(self) -> None:
+        """Remove the directory that `create` made, if this process has the agent's place in it."""
+        if self._agent_lock is not None:
+            self.remove()
 
     def agent(self) -> proc.ProcessId | None:
         """The agent that took this directory last, alive or not; None when there is none on record."""
@@ -122,6 +132,15 @@ class NodeDir:
             for file in [*(f for p in patterns for f in self.gms.glob(p)), self.lock]:
                 with contextlib.suppress(FileNotFoundError):
                     file.unlink()
+
+
+def must_be_writable(path: Path, setting: str) -> None:
+    """Raise `UsageError` unless `path` is a directory that takes files, or one that can be made there."""
+    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        raise UsageError(f"{setting} {path}: {there} is no directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{setting} {path}: {there} takes no files of this user")
 
 
 def node_name(run: str, node_rank: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from gms_launch.engines import installed
 from gms_launch.engines.base import DynamoPlane, Engine, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms import devices, gpus
+from gms_launch.numbers import numbered
 from gms_launch.process.lifecycle import Command
-from gms_launch.run import contents
+from gms_launch.run import model
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.ports import Ports
 from gms_launch.run.rundir import Credentials, RunDir
@@ -31,14 +31,10 @@ from gms_launch.services import etcd, frontend, gms, nats
 from gms_launch.services.base import Service, find_binary
 from gms_launch.settings.declared import Settings
 
-#: Files that a model's weights may be in.
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 #: NATS and the frontend may be silent for longer than etcd: nobody ends because of them.
 LATER = 4
 #: What stands for a secret in a printed plan.
 HIDDEN = "<hidden>"
-#: What huggingface.co calls a model: never two slashes, no dot in front.
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SECRET = ("PASSWORD",)
 
 
@@ -256,7 +252,7 @@ class Layout:
                 f"ENGINE_ID={os.environ['ENGINE_ID']} is set in the environment; every cohort gets its own number, and "
                 "exactly one of them may write the weights: unset it"
             )
-        check_model(self.settings)
+        model.check(self.settings)
         for problem in self.engine.problems(self.settings):
             raise UsageError(problem)
         self.node_dir.check()
@@ -266,10 +262,11 @@ class Layout:
             raise UsageError(f"GMS in cuda memory needs a GPU, and {no_gpu()}")
         if local > found:
             raise UsageError(
-                f"{self._size()} over {self.settings.nnodes} nodes is {local} GPUs on each; this node has {found}"
-                + ("; see --virtual-gpus" if self.gms_memory == "host" else "")
+                f"{self._size()} over {numbered(self.settings.nnodes, 'node')} is {numbered(local, 'GPU')} on each; "
+                f"this node has {found}" + ("; see --virtual-gpus" if self.gms_memory == "host" else "")
             )
-        self.check_memory()
+        if self.gms_memory == "host":
+            model.check_memory(self.settings)
         if self.topology.is_leader:
             if self.own_etcd:
                 self.etcd_service()
@@ -278,17 +275,6 @@ class Layout:
             if installed.look(self.settings.python, ("dynamo.frontend",)).missing:
                 raise UsageError(
                     f"dynamo.frontend cannot be imported by {self.python}; pip install 'gms-launch[dynamo]'"
-                )
-
-    def check_memory(self) -> None:
-        """Raise `UsageError` when a rank's part of the weights is more than a made-up device holds."""
-        s = self.settings
-        if self.gms_memory == "host" and s.engine == "reference":
-            part = contents.weights(Path(s.model)) / s.world
-            if part > s.virtual_gpu_mib * 2**20:
-                raise UsageError(
-                    f"model {s.model!r}: {part / 2**20:.0f} MiB of weights on each GPU with tp {s.tp}, and a made-up "
-                    f"device has {s.virtual_gpu_mib} MiB; raise --virtual-gpu-mib"
                 )
 
     def _size(self) -> str:
@@ -353,29 +339,6 @@ def _public(command: Command) -> dict[str, str | None]:
 def no_gpu() -> str:
     """Why there is none, for people."""
     return f"no GPU is visible: {gpus.problem() or 'CUDA_VISIBLE_DEVICES leaves none'}"
-
-
-def check_model(settings: Settings) -> None:
-    """Raise `UsageError` unless the model is a directory with a config and weights that can be read."""
-    if not settings.model:
-        raise UsageError("no model was given: --model DIRECTORY (or MODEL); `gms-launch demo-model` makes a small one")
-    path = Path(settings.model)
-    if HUB_NAME.fullmatch(settings.model) and not path.exists() and settings.engine != "command":
-        raise UsageError(
-            f"model {settings.model!r}: names of the hub are not taken, since every engine would look for it by "
-            f"itself; `hf download {settings.model} --local-dir DIR` to where all nodes see it, and --model DIR"
-        )
-    if settings.engine != "command" or settings.model.startswith(("/", ".", "~")):
-        if not (path / "config.json").is_file():
-            raise UsageError(
-                f"model {settings.model!r}: {path.absolute()} is not a model directory (no config.json in it)"
-            )
-        if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
-            raise UsageError(f"model {settings.model!r}: {path.absolute()} has no weights ({', '.join(WEIGHTS)})")
-        if why := contents.problem(path):
-            raise UsageError(f"model {settings.model!r}: {why}")
-        if settings.engine == "reference" and not (path / "tokenizer.json").is_file():
-            raise UsageError(f"model {settings.model!r}: {path.absolute()} has no tokenizer.json")
 
 
 #: Settings in which the nodes of a run may differ.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gms_launch.errors import UsageError
-from gms_launch.numbers import count
+from gms_launch.numbers import count, numbered
 from gms_launch.settings.declared import Settings
 
 
@@ -56,7 +56,7 @@ def from_slurm(environ: Mapping[str, str], hands_off: bool = False) -> dict[str,
     per_node = [int(n) for n in re.findall(r"([0-9]+)(?:\(x[0-9]+\))?(?:,|$)", counts)]
     if tasks > len(nodes) or max(per_node, default=1) > 1:
         raise UsageError(
-            f"step {job}.{environ['SLURM_STEP_ID']} has {tasks} tasks on {len(nodes)} nodes; "
+            f"step {job}.{environ['SLURM_STEP_ID']} has {numbered(tasks, 'task')} on {numbered(len(nodes), 'node')}; "
             "one agent runs on each node: srun --ntasks-per-node=1 gms-launch up"
         )
     rank = _number(environ, "SLURM_NODEID") or 0
@@ -206,6 +206,21 @@ def route_to(address: str) -> str:
             raise UsageError(
                 f"this node ({socket.gethostname()}) has no route to the leader {address}: {exc.strerror}"
             ) from None
+
+
+def must_be_ours(address: str, setting: str) -> None:
+    """Raise `UsageError` unless this node can listen on `address`, which may be a name or empty."""
+    if not address:
+        return
+    try:
+        found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(found[0], found[1]) as probe:
+            probe.bind(found[4])
+    except OSError as exc:
+        raise UsageError(
+            f"{setting} {address}: this node ({socket.gethostname()}) cannot listen there ({exc.strerror}); it has "
+            + _listed(addresses())
+        ) from None
 
 
 def resolve(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from gms_launch.errors import UsageError
+from gms_launch.numbers import numbered
 from gms_launch.settings import arguments
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def check(s: Settings) -> None:
         raise UsageError(f"node_rank {s.node_rank} does not exist with nnodes {s.nnodes}: ranks count from 0")
     if s.world % s.nnodes:
         times = f" times pp {s.pp}" if s.pp > 1 else ""
-        raise UsageError(f"tp {s.tp}{times} cannot be spread evenly over {s.nnodes} nodes")
+        raise UsageError(f"tp {s.tp}{times} cannot be spread evenly over {numbered(s.nnodes, 'node')}")
     if not s.nats and s.event_plane == "nats":
         raise UsageError("--event-plane nats needs NATS, and --no-nats switches it off")
     if not s.nats and s.nats_server:
@@ -141,4 +142,4 @@ def _counted(s: Settings, *names: str) -> str:
     """Says of names that stand for several ports which these are; empty when none does."""
     found = {name: _ranges(s)[name] for name in names}
     said = [f"{n} is {min(r)} to {max(r)}" for n, r in found.items() if min(r) != max(r)]
-    return f" ({', '.join(said)}, with {s.cohorts} cohorts)" if said else ""
+    return f" ({', '.join(said)}, with {numbered(s.cohorts, 'cohort')})" if said else ""

@@ -149,7 +149,7 @@ def test_switch_over_waits_for_a_quiet_moment_and_rolls_change_the_arguments(pai
     long.start()
     eventually(lambda: in_flight(host, int(port)) > 0, what="a request is in flight")
     busy = run.cli("switch-over", "--when-idle", "0.2")
-    assert busy.returncode == 4 and "1 requests were in flight" in busy.stderr and "nothing was done" in busy.stderr
+    assert busy.returncode == 4 and "1 request was in flight" in busy.stderr and "nothing was done" in busy.stderr
     assert run.status()["primary"] == first
     done = run.cli("switch-over", "--when-idle", "60")
     assert done.returncode == 0, done.stderr
@@ -166,6 +166,8 @@ def test_switch_over_waits_for_a_quiet_moment_and_rolls_change_the_arguments(pai
     assert [c["generation"] for c in status["cohorts"]] == [1, 1]
     assert all(command_line(run, k).endswith("--seed 7") for k in (0, 1))
     assert run.text() == before
+    told = json.loads(run.cli("timeline", "--json").stdout)["failovers"]
+    assert [f["cause"] for f in told] == ["switch-over", "roll"]
 
     # Arguments that the engine does not know: the run goes back by itself, and the primary has not moved.
     done = run.cli("roll", "--", "--no-such-argument")

@@ -133,7 +133,7 @@ def test_what_is_typed_wrong_is_said(tmp_path: Path, args: list[str], says: str)
 
 def test_too_many_gpus_are_named_by_the_setting_that_asks_for_them(tmp_path: Path, model: Path) -> None:
     code, text = run(tmp_path, "up", "--engine", "reference", "--model", str(model), "--tp", "3", "--virtual-gpus", "1")
-    assert code == 2 and "tp 3 (from --tp) over 1 nodes is 3 GPUs on each; this node has 1" in text, text
+    assert code == 2 and "tp 3 (from --tp) over 1 node is 3 GPUs on each; this node has 1" in text, text
 
 
 def test_a_broken_engine_file_is_called_one(tmp_path: Path, model: Path) -> None:

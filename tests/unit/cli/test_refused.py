@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,8 +15,13 @@ from typer.testing import CliRunner
 
 from gms_launch.cli.main import app
 from gms_launch.cli.options import seconds
-from gms_launch.errors import LaunchError, UsageError
-from gms_launch.run.plan import check_model
+from gms_launch.cohort.failover import Failover
+from gms_launch.cohort.model import Phase
+from gms_launch.cohort.view import Slot, View
+from gms_launch.errors import LaunchError, RefusedError, UsageError
+from gms_launch.observe import views
+from gms_launch.run import model as models
+from gms_launch.run.nodedir import user_root
 from gms_launch.settings.resolve import resolve
 
 
@@ -149,7 +155,7 @@ def test_a_model_that_no_engine_could_read(
     code, text = call("up", *flags)
     assert code == 2 and says in text and "\n" not in text, text
     with pytest.raises(UsageError) as caught:  # what `doctor` asks for its line
-        check_model(resolve({"engine": "reference", "model": str(copy)}, {}))
+        models.check(resolve({"engine": "reference", "model": str(copy)}, {}))
     assert str(caught.value) == text
 
 
@@ -184,3 +190,72 @@ def test_a_number_of_ones_own_in_the_environment(
     monkeypatch.setenv("ENGINE_ID", "0")
     code, text = call("up", "--model", str(model), *engine)
     assert code == 2 and "ENGINE_ID=0 is set in the environment" in text
+
+
+def reference(model: Path, *more: str) -> list[str]:
+    return ["up", "--engine", "reference", "--model", str(model), "--run", "refused", *more]
+
+
+def test_places_that_take_no_files(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    code, text = call(*reference(model, "--gms-socket-dir", "/etc/passwd/x"))
+    assert code == 2 and text == "--gms-socket-dir /etc/passwd/x: /etc/passwd is no directory"
+    monkeypatch.setenv("GMS_LAUNCH_HOME", f"{tmp_path}/file")
+    code, text = call(*reference(model))
+    assert code == 2 and text == f"GMS_LAUNCH_HOME {tmp_path}/file: {tmp_path}/file is no directory"
+    assert not (user_root() / "refused").exists()
+
+
+def test_a_start_that_fails_at_its_places_leaves_none(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        assert (user_root() / "refused").exists(), "it was made by then"
+        raise RefusedError("the run directory cannot be made")
+
+    monkeypatch.setattr("gms_launch.run.rundir.RunDir.create", full)
+    code, text = call(*reference(model))
+    assert code == 3 and "cannot be made" in text
+    assert not (user_root() / "refused").exists()
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no.such.name.invalid"])
+def test_a_frontend_listens_on_an_address_of_this_node(model: Path, host: str) -> None:
+    code, text = call(*reference(model, "--frontend-host", host))
+    assert code == 2 and f"--frontend-host {host}: this node" in text and "cannot listen there" in text
+
+
+def test_a_plan_of_hosts_has_all_of_them(model: Path) -> None:
+    args = ["plan", "--engine", "reference", "--model", str(model), "--hosts", "10.1.2.3,10.1.2.4"]
+    code, text = call(*args, "--json")
+    assert code == 0, text
+    leader, other = json.loads(text)["nodes"]
+    assert (leader["node_rank"], other["node_rank"], other["leader_address"]) == (0, 1, "10.1.2.3")
+    code, text = call(*args, "--nnodes", "3")
+    assert code == 2 and "--hosts names 2 hosts, and nnodes is 3" in text
+
+
+@pytest.mark.parametrize("cause", ["kill-primary", "switch-over", "roll"])
+def test_the_verb_that_was_used_is_the_cause(cause: str) -> None:
+    from gms_launch.cohort import controller
+    from gms_launch.cohort.actions import Kill
+    from gms_launch.cohort.records import CommandRecord
+    from gms_launch.node import lead
+
+    told = CommandRecord.decode(CommandRecord("u", "kill", 1.0, cause=cause).encode())
+    slots = {k: Slot(k, 1, True, False, p, 0.0) for k, p in enumerate((Phase.ACTIVE, Phase.PARKED))}
+    actions, _ = controller.decide(
+        View(slots=slots, confirmed=(0, 1), requests=(lead._request(told),)),
+        controller.Memory(),
+        controller.Policy(2, 60.0, 60.0, 1.0, 60.0, 600.0, 3),
+        1.0,
+    )
+    assert Kill(0, 1, cause) in actions
+
+
+def test_numbers_and_their_nouns_agree() -> None:
+    one = views.requests(Failover(1.0, "x", (0, 1), held=1, moved=1, lost=0, steps={"first_token": 0.193}))
+    assert "1 connection held, 1 move to another engine" in one and "own probes" in one and "193 ms" in one
+    two = views.requests(Failover(1.0, "x", (0, 1), held=2, moved=0, lost=0))
+    assert two == "requests: 2 connections held, 0 moves to another engine, lost, by the frontend: 0"
+    shown = io.StringIO()
+    views.console(shown).print(views.failover(Failover(1.0, "x", (0, 1), steps={"first_token": 0.193})))
+    assert "clients: a token came again at first_token" in shown.getvalue()

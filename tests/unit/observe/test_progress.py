@@ -174,6 +174,7 @@ def test_starts_that_fail_are_told_with_the_next_try() -> None:
     )
     assert views.tries(crashing, 20.0) == "2 of 3 starts failed, exit code 1, next try in 4 s"
     assert views.tries(crashing, 30.0) == "2 of 3 starts failed, exit code 1"
+    assert views.tries(replace(crashing, phase=Phase.PARKED), 30.0) == "", "a start has gone well since"
 
 
 def test_what_starts_took_is_kept_by_kind_and_never_needed(tmp_path: Path) -> None:
