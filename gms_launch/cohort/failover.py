@@ -36,6 +36,10 @@ ZEROS: Mapping[str, str] = {
 }
 #: A kill's own time, told by another process, counts only so shortly before the fault was seen (seconds).
 KILL_SEEN = 5.0
+#: An agent that stood still writes down what happened meanwhile until so long after it goes on (seconds).
+CATCHES_UP = 1.0
+#: Steps that come long after the outage is over.
+_AFTERWARDS = frozenset({"fenced", "rearmed"})
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Failover:
 
     `silence` is how long at most no token came through the frontend, in seconds; None when no look saw tokens before.
     `held` connections waited for the shadow; the frontend `moved` requests so often and `lost` so many meanwhile (None:
-    not known, or not yet). `over` when nothing is held any more, or never was.
+    not known, or not yet). `over` when nothing is held any more, or never was. `stood_still` is for how long an agent
+    did nothing meanwhile, in seconds, and until when: the moments of that time are those at which it went on.
     """
 
     time: float
@@ -58,11 +63,15 @@ class Failover:
     moved: int | None = None
     lost: int | None = None
     over: bool = True
+    stood_still: tuple[float, float] | None = None
 
     @property
     def gap(self) -> float | None:
-        """Seconds from zero to the first token of anybody after it: the least that a stream stood still."""
-        return self.steps.get("first_token")
+        """Seconds from zero to the first token of anybody after it: the least that a stream stood still.
+
+        None when that is not known.
+        """
+        return None if self.stood_still else self.steps.get("first_token")
 
     def killed_at(self, moment: float) -> Failover:
         """The same from the moment of the kill that caused it, if that can be (another machine's clock may be off)."""
@@ -88,6 +97,9 @@ class Failover:
             "victim": life(self.victim),
             "promoted": life(self.promoted),
             "complete": self.complete,
+            "agent_stood_still": (
+                None if self.stood_still is None else dict(zip(("seconds", "until"), self.stood_still, strict=True))
+            ),
             "requests": {"held": self.held, "moved": self.moved, "lost": self.lost, "gap": self.gap},
             "steps": {k: round(self.steps[k], 6) for k in STEPS if k in self.steps},
         }
@@ -116,7 +128,12 @@ def fold(events: Iterable[EventRecord], nnodes: int = 1) -> list[Failover]:
             continue
         for builder in found:
             builder.take(event)
-    return [b.build() for b in found]
+    stalls = [
+        (float(seconds), e.time)
+        for e in ordered
+        if e.kind == "stood_still" and isinstance(seconds := e.data.get("seconds"), (int, float))
+    ]
+    return [b.build(stalls) for b in found]
 
 
 class _Builder:
@@ -159,7 +176,21 @@ class _Builder:
         elif event.kind == "parked" and event.cohort_id == self.victim[0] and event.incarnation > self.victim[1]:
             self.step("rearmed", event.time)
 
-    def build(self) -> Failover:
+    def _stood_still(self, stalls: Iterable[tuple[float, float]]) -> tuple[float, float] | None:
+        """The longest of `stalls` (seconds, until) that a moment of the outage falls into."""
+        moments = [self._sign.time, *(at for name, at in self._at.items() if name not in _AFTERWARDS)]
+        return max(
+            (
+                (seconds, until)
+                for seconds, until in stalls
+                if any(until - seconds <= at <= until + CATCHES_UP for at in moments)
+            ),
+            default=None,
+        )
+
+    def build(self, stalls: Iterable[tuple[float, float]] = ()) -> Failover:
+        """`stalls` are the times in which an agent did nothing: for how many seconds, and until when."""
+        stood_still = self._stood_still(stalls)
         zero, kind = self._sign.time, self._sign.kind
         if (lock := self._at.get("lock", zero)) < zero:
             zero, kind = lock, "lock"
@@ -177,6 +208,7 @@ class _Builder:
             silence,
             held=counted.get("connections"),
             moved=counted.get("moves"),
-            lost=counted.get("lost"),
+            lost=None if stood_still else counted.get("lost"),
             over="held" not in steps or bool(counted),
+            stood_still=stood_still,
         )

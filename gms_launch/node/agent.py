@@ -81,6 +81,7 @@ class Agent:
     async def _work(self) -> None:
         """The loop: look, decide, act; sleep until something happens or a deadline comes."""
         self.node.spawn(upkeep.keep_up(self.node))
+        self.node.spawn(upkeep.notice_stalls(self.node))
         failed = 0
         while not self.node.stopping.is_set():
             self.node.wake.clear()

@@ -12,6 +12,22 @@ from gms_launch.spool.writer import Place
 WRITING = 1.0
 #: How often GMS is asked, and what would not die is killed again (seconds).
 HOUSEKEEPING = 10.0
+#: Between two ticks of a second: an agent that is that late stood still, and was not merely busy (seconds).
+STALL = 5.0
+
+
+async def notice_stalls(me: Node) -> None:
+    """Tell of a time in which the agent did nothing: it was stopped, paused with its machine, or hung on a disk.
+
+    What happened meanwhile has the moment at which it was seen.
+    """
+    last = me.loop.time()
+    while True:
+        await asyncio.sleep(WRITING)  # and nothing else, so that it is late when the loop is
+        now = me.loop.time()
+        if now - last > STALL:
+            me.report.emit("stood_still", detail=f"this agent did nothing for {now - last:.1f} s", seconds=now - last)
+        last = now
 
 
 async def keep_up(me: Node) -> None:

@@ -75,16 +75,19 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         note = "given up: " + c.why if c.given_up else tries(c, moment)
         doing = progress.note(c, shot, moment)
         for rank in c.ranks:
+            # Only its own agent sees what becomes of a rank.
+            old = (rank.node_rank == 0 and bool(shot.leader_silent)) or rank.node_rank in shot.missing
+            asked, heard = (" ?", "not heard of since") if old else ("", "")
             left = f"cannot be killed: {', '.join(rank.left or map(str, rank.leftovers))}" if rank.leftovers else ""
             cohorts.add_row(
                 str(c.cohort_id),
-                c.role or "-",
-                rank.phase.value,
+                (c.role or "-") + (asked if c.role else ""),
+                rank.phase.value + asked,
                 age(rank.since, moment),
                 str(c.incarnation),
                 str(rank.node_rank),
                 str(rank.pid),
-                left or "; ".join(filter(None, (doing if rank.node_rank == 0 else "", note))) or rank.exit,
+                left or "; ".join(filter(None, (heard, doing if rank.node_rank == 0 else "", note))) or rank.exit,
             )
         if not c.ranks:
             cohorts.add_row(str(c.cohort_id), c.role or "-", c.phase.value, "", str(c.incarnation), "", "", note)
@@ -176,7 +179,19 @@ def failover(found: Failover) -> RenderableType:
     elif "first_token" not in found.steps:
         silence = "no token yet"
     foot = Text.assemble(("0 ms: ", "dim"), ZEROS[found.zero], ("\nclients: ", "dim"), silence)
-    return Group(head, table, foot, *([Text(said)] if (said := requests(found)) else []))
+    said = [Text(text) for text in (requests(found), stood_still(found)) if text]
+    return Group(head, table, foot, *said)
+
+
+def stood_still(found: Failover) -> str:
+    """What is to be said of an agent that did nothing meanwhile; empty when none did."""
+    if found.stood_still is None:
+        return ""
+    seconds, until = found.stood_still
+    return (
+        f"the agent stood still for {seconds:.0f} s until {stamp(until)}: times and counts of this failover are those "
+        "of its wake-up"
+    )
 
 
 def requests(found: Failover) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from gms_launch.cohort.records import CommandRecord, CommandResult
@@ -125,6 +127,27 @@ def test_ctrl_c_while_the_program_is_still_loaded_ends_it_without_a_word(tmp_pat
     for argv in (GMS_LAUNCH, [sys.executable, "-c", f"from {module} import {function} as f; f()"]):
         done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stdout + done.stderr) == (130, "")
+
+
+def test_while_the_agent_stands_still_no_more_is_told_than_is_known(tmp_path: Path, model: Path) -> None:
+    with Deployment(tmp_path, model) as run:
+        primary = run.wait_full()["primary"]
+        (rank,) = run.cohort(primary)["ranks"]
+        with stopped(run.agent.pid):
+            begun = time.monotonic()
+            os.killpg(rank["pgid"], signal.SIGKILL)
+            eventually(lambda: time.monotonic() > begun + 7.0 and run.status()["leader_silent"], 40.0)
+            assert run.status()["redundancy"] != "full"
+            row = next(line for line in run.cli("status").stdout.splitlines() if f" {rank['pid']} " in line)
+            assert "primary ?" in row and "active ?" in row and "not heard of since" in row
+        run.wait_full()
+        (stall,) = run.events("stood_still")
+        assert stall["data"]["seconds"] > 5
+        (failover,) = json.loads(run.cli("timeline", "--json").stdout)["failovers"]
+        assert failover["victim"]["cohort_id"] == primary
+        assert failover["agent_stood_still"]["seconds"] == stall["data"]["seconds"]
+        assert failover["requests"]["gap"] is None and failover["requests"]["lost"] is None
+        assert "those of its wake-up" in run.cli("timeline").stdout
 
 
 def test_a_journal_is_followed_line_by_line(tmp_path: Path) -> None:

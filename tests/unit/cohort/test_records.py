@@ -170,6 +170,30 @@ def test_zero_is_the_earliest_sign_of_the_fault() -> None:
     assert "0 ms: gms-launch sent SIGKILL" in console.export_text()
 
 
+def test_a_failover_while_the_agent_stood_still_tells_no_gap() -> None:
+    events = [
+        event(30.0, "exit", 0, 1, role="primary"),
+        event(30.04, "lock", 1, 1),
+        event(30.4, "first_token", 1, 1),
+        event(30.5, "hold_over", 0, 1, connections=3, moves=2, lost=0),
+        event(50.0, "parked", 0, 2),
+    ]
+    (well,) = fold(events)
+    assert well.gap is not None and well.lost == 0 and well.to_json()["agent_stood_still"] is None
+    (found,) = fold([*events, event(30.01, "stood_still", -1, 0, seconds=20.0)])
+    assert found.gap is None and found.lost is None and found.held == 3
+    assert found.to_json()["agent_stood_still"] == {"seconds": 20.0, "until": 30.01}
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(views.failover(found))
+    text = console.export_text()
+    assert (
+        "stood still for 20 s until" in text and "next token" not in text and "lost, by the frontend: not known" in text
+    )
+    for until, seconds in ((29.9 - 1, 8.0), (49.9, 10.0), (50.1, 10.0)):
+        (other,) = fold([*events, event(until, "stood_still", -1, 0, seconds=seconds)])
+        assert other.stood_still is None, "before it, or in the start of the next life"
+
+
 def event(time: float, kind: str, cohort: int, life: int, node: int = 0, **data: object) -> EventRecord:
     return EventRecord(time, node, kind, cohort, life, data=data)
 
