@@ -21,7 +21,7 @@ import pytest
 
 from gms_launch.process import proc
 from gms_launch.run.nodedir import user_root
-from tests.support import Deployment, complete, eventually, gms_launch
+from tests.support import Deployment, complete, eventually, free_port, gms_launch
 
 MIB = 2**20
 
@@ -288,3 +288,13 @@ def test_an_agent_that_cannot_go_on_ends_the_run_as_failed(tmp_path: Path, model
     assert waited.returncode == 1 and "of ours" in waited.stderr
     assert len(run.events("internal_error")) >= 60
     assert run.alive() == []
+
+
+def test_an_etcd_of_ones_own_that_does_not_answer_is_named_while_it_is_waited_for(tmp_path: Path, model: Path) -> None:
+    silent = f"http://127.0.0.1:{free_port()}"
+    env = os.environ | {"GMS_LAUNCH_HOME": str(tmp_path / "home")}
+    flags = ["--run", f"t{os.getpid()}e", "--engine", "reference", "--model", str(model), "--service-timeout", "4"]
+    done = gms_launch("up", *flags, "--etcd-endpoints", silent, env=env)
+    assert done.returncode == 5, done.stderr
+    assert f"waiting for etcd to answer at {silent}, for 4 s at most" in done.stdout + done.stderr
+    assert not (user_root() / f"t{os.getpid()}e").exists(), "a start that failed leaves nothing"
