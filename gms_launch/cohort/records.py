@@ -100,7 +100,8 @@ class ServiceStatus(Record):
 class GmsStatus(Record):
     """One GMS socket as its probe showed it; `loads` counts `rw_connected` events (reads from disk, for weights).
 
-    `allocated_bytes` is None when the server does not tell, as upstream's.
+    `allocated_bytes` is None when the server does not tell, as upstream's. A server that `missed` looks in a row is
+    shown as it was at the last one that it answered.
     """
 
     device: int
@@ -113,6 +114,7 @@ class GmsStatus(Record):
     loads: int = 0
     layout_hash: str = ""
     allocated_bytes: int | None = None
+    missed: int = 0
 
 
 @dataclass(frozen=True)

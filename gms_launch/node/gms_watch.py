@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from gms_launch.cohort.records import GmsStatus, GpuHolder, GpuStatus
@@ -14,7 +16,8 @@ from gms_launch.process import proc
 DOWN = "DOWN"
 
 
-#: A server that is busy may miss a look; after so many in a row it is taken for gone. One that exits is at once.
+#: A server that is busy may miss a look; after so many in a row it is taken for gone. One that exits is at once. Looks
+#: are closer together once one was missed (`upkeep`).
 SILENT_LOOKS = 3
 
 
@@ -37,8 +40,29 @@ class GmsWatch:
     def kv_sockets(self) -> list[Path]:
         return [s for s in self.sockets if s.name.endswith("_kv_cache.sock")]
 
+    @property
+    def missed(self) -> bool:
+        """True while a server that is not yet taken for gone has missed its last look."""
+        return any(g.missed for g in self.status)
+
+    def answers(self) -> bool:
+        """Ask every server now, for nothing but an answer (blocks for 2 s at most)."""
+
+        def asked(socket: Path) -> bool:
+            try:
+                probe.runtime_state(socket)
+            except probe.ProbeError:
+                return False
+            return True
+
+        sockets = self.sockets
+        with ThreadPoolExecutor(max(1, len(sockets))) as pool:
+            return all(list(pool.map(asked, sockets)))
+
     def look(self) -> None:
-        self.status = tuple(self._ask(d, tag) for d in self.devices for tag in TAGS)
+        wanted = [(d, tag) for d in self.devices for tag in TAGS]
+        with ThreadPoolExecutor(max(1, len(wanted))) as pool:  # one that is silent takes its 2 s
+            self.status = tuple(pool.map(lambda one: self._ask(*one), wanted))
         if self.gpu_uuids:
             self.gpus = tuple(_gpu(g) for g in gpus.look() if g.uuid in self.gpu_uuids)
 
@@ -61,7 +85,7 @@ class GmsWatch:
             self._silent[key] = self._silent.get(key, 0) + 1
             known = [g for g in self.status if (g.device, g.tag) == key]
             if known and self._silent[key] < SILENT_LOOKS:
-                return known[0]
+                return replace(known[0], missed=self._silent[key])
             return GmsStatus(device.index, device.uuid, tag, DOWN)
         self._silent[key] = 0
         return GmsStatus(

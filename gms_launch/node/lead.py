@@ -20,7 +20,7 @@ from gms_launch.cohort.model import ENDED, Phase
 from gms_launch.cohort.records import CommandRecord, CommandResult, DesiredCohort, Wanted
 from gms_launch.cohort.view import KillRequest, Memory, Policy, Request, RollRequest, Slot, View
 from gms_launch.errors import DeadlineError, LaunchError
-from gms_launch.node import begin, herald
+from gms_launch.node import begin, consent, herald
 from gms_launch.node.confirm import TokenWatch
 from gms_launch.node.gms_watch import DOWN
 from gms_launch.node.node import Node
@@ -80,6 +80,7 @@ def view(me: Node, now: float) -> View:
         and c.uuid not in me.mirror.results
         and c.uuid not in me.answered
         and me.claims.has(c)
+        and consent.given(me, c)
     ]
     return View(
         slots=slots,

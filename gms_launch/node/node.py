@@ -101,6 +101,7 @@ class Node:
         self.canary = Canary(layout) if self.is_leader and self.settings.canary else None
         self.gms_epoch = 0
         self.answered: set[str] = set()
+        self.gms_asked: dict[str, tuple[str, ...] | None] = {}
 
     def set_up(self) -> None:
         """Make the guard and what else must be there before anything is started. Raises `LaunchError`."""

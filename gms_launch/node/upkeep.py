@@ -45,6 +45,8 @@ async def keep_up(me: Node) -> None:
                 # Somebody waits and looks on: how much is loaded, and for how long.
                 await me.look_at_gms()
                 me.ranks.memory_seen()
+            elif me.gms.missed:
+                await me.look_at_gms()  # whether it is gone is to be known soon
             if me.loop.time() >= due:
                 due += HOUSEKEEPING
                 await me.look_at_gms()

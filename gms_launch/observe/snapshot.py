@@ -229,6 +229,7 @@ def _node_json(n: NodeRecord) -> dict[str, Any]:
                 "allocations": g.allocations,
                 "loads": g.loads,
                 "allocated_bytes": g.allocated_bytes,
+                "missed_looks": g.missed,
             }
             for g in n.gms
         ],

@@ -131,6 +131,7 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
             size = "" if g.allocated_bytes is None else f"{g.allocated_bytes / 2**30:.2f} GiB in "
             held = f"{size}{g.allocations} allocations"
             note = f"{held}, {numbered(g.ro_sessions, 'reader')}, written {numbered(g.loads, 'time')}"
+            note += f"; has not answered the last {numbered(g.missed, 'look')}" if g.missed else ""
             rest.add_row(str(node.node_rank), f"gpu {g.device} {g.tag}", g.state.lower(), "", "", note)
         for gpu in node.gpu_memory:
             note = f"{gpu.used / 2**30:.1f} of {gpu.total / 2**30:.1f} GiB used"

@@ -278,7 +278,13 @@ def test_a_frozen_gms_does_not_disturb_the_primary(deploy: Deploy) -> None:
     pid = service(run, "gms-0")["pid"]
     with stopped(pid):
         eventually(lambda: proc.stat(pid).state == "T")  # type: ignore[union-attr]
+        for verb in ("kill-primary", "switch-over", "roll"):  # at once: it has not missed three looks yet
+            refused = run.cli(verb)
+            assert refused.returncode == 3, f"{verb}: {refused.stdout}{refused.stderr}"
+            assert "GMS on" in refused.stderr and ("does not answer now" in refused.stderr or "gone" in refused.stderr)
         assert run.text() == before
+        eventually(lambda: {g["state"] for g in run.status()["nodes"][0]["gms"]} == {"DOWN"}, 60, "taken for gone")
+        assert run.status()["redundancy"] == "none" and run.text() == before
     assert run.status()["primary"] == primary and run.wait_full()
 
 
