@@ -185,8 +185,10 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
             end = replace(record, ended=time.time(), exit_code=code, reason=reason, nodes=ends)
             writer.replace(layout.run_dir.run_json, end.to_json())
         if wrong := writer.close(LAST_WRITES):
-            reporter.progress(f"the run directory {layout.run_dir.path} is {wrong}: not everything was written there")
+            lost = f"{writer.unwritten} entries of the events and the agent's log were not written there"
+            reporter.progress(f"the run directory {layout.run_dir.path} is {wrong}: {lost}")
             if leader:
+                end = replace(end, unwritten=writer.unwritten)
                 with contextlib.suppress(OSError):
                     layout.run_dir.leave_end(layout.node_dir, end)
 

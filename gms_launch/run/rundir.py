@@ -97,6 +97,7 @@ class RunFile:
     """What `run.json` says: enough to find the run, to join it, and to know how it ended.
 
     `attempt` tells this run from an earlier one of the same name. `slurm` is "job.restart.step" under Slurm.
+    `unwritten` counts events and lines of the agent's log that had not come to the home when the run ended.
     """
 
     run: str
@@ -121,6 +122,7 @@ class RunFile:
     exit_code: int | None = None
     reason: str = ""
     nodes: tuple[NodeEnd, ...] = ()
+    unwritten: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

@@ -71,6 +71,7 @@ class Writer:
         self._here_state = ""
         self._outputs: list[Output] = []
         self._dropped = 0
+        self._in_hand = 0
         self._dropped_bytes = 0
         self._state = ""
         self._busy_since = 0.0
@@ -161,6 +162,11 @@ class Writer:
             return "slow"
         return self._state
 
+    @property
+    def unwritten(self) -> int:
+        """How many entries (events, lines of the agent's log) have never come to disk; for when it is closed."""
+        return self._dropped + len(self._entries) + self._in_hand
+
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -180,13 +186,14 @@ class Writer:
             except Exception as exc:  # nothing that is written for people may end the one who writes it
                 self._state = f"not written: {exc!r}"
             finally:
-                self._busy_since = 0.0
+                self._busy_since, self._in_hand = 0.0, 0
 
     def _round(self, last: bool) -> str:
         """Write everything that waits; returns what is wrong, empty when all was written."""
         wrong = ""
         with self._condition:
             entries, self._entries, self._size = self._entries, deque(), 0
+            self._in_hand = len(entries)
             texts, self._texts = self._texts, {}
         # One write a file. Newer entries stay behind: those of a round come first in their file.
         chunks: dict[Path, bytes] = {}
@@ -212,6 +219,7 @@ class Writer:
                     self._texts.setdefault(path, text)
         with self._condition:
             self._entries.extendleft(reversed(left))
+            self._in_hand = 0
             self._size += sum(len(data) for _, data in left)
             self._bound()
         wrong = self._copy_outputs(last) or wrong

@@ -61,7 +61,7 @@ def test_what_is_said_is_there_when_the_writer_is_closed(writer: Writer, run_dir
     assert (run_dir / "run.json").read_text() == "99"
     assert (run_dir / "logs" / "agent.log").read_text() == "a word\n"
     assert (run_dir / "logs" / "cohort-0.1.log").read_text() == "one\ntwo\n"
-    assert writer.places() == ()
+    assert writer.places() == () and writer.unwritten == 0
 
 
 def test_a_directory_that_goes_is_told_and_when_it_is_back_nothing_is_missing(writer: Writer, run_dir: Path) -> None:
@@ -114,6 +114,7 @@ def test_a_disk_that_hangs_holds_nobody_up(writer: Writer, run_dir: Path, monkey
     eventually(lambda: state(writer) == "slow")
     writer.append(run_dir / "events.jsonl", b"two\n")
     assert writer.close(0.1) == "slow"
+    assert writer.unwritten == 2, "the one that hangs and the one behind it"
     assert LogFollower(cohort.source).lines() == ["alive"]
     got: list[str] = []
     reader = threading.Thread(target=lambda: got.append((run_dir / "events.jsonl").read_text()))
