@@ -52,7 +52,7 @@ class BareStack:
         self.cold_start = 0.0
         self.used: dict[str, int] = {}
         self.port = free_port()
-        self.directory = Path(tempfile.mkdtemp(prefix="bare-", dir="/dev/shm"))
+        self.directory = Path(tempfile.mkdtemp(prefix=f"bare-{os.getpid()}-", dir="/dev/shm"))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lives = 0
         self._etcd_port = free_port()

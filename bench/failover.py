@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bare import BareStack, free_port, wait_for_text
+from bench.stopping import stoppable
 from gms_launch.engines.reference.demo_model import make
 
 STEPS = ("detected", "dead", "lock", "awake", "registered", "first_token", "fenced", "rearmed")
@@ -55,18 +56,12 @@ class Launched:
         self.model, self.home = model, home
         self.port = free_port()
         self.env = os.environ | {"GMS_LAUNCH_HOME": str(home)}
-        self.run(
-            "up",
-            "-d",
-            "--run-id",
-            "bench",
-            "--engine",
-            "reference",
-            "--model",
-            str(model),
-            "--frontend-port",
-            str(self.port),
-        )
+        flags = ["--engine", "reference", "--model", str(model), "--frontend-port", str(self.port)]
+        try:
+            self.run("up", "-d", "--run-id", "bench", *flags)
+        except BaseException:
+            self.down()
+            raise
 
     def run(self, *args: str) -> str:
         done = subprocess.run(
@@ -157,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)

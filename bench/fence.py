@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.failover import summary
+from bench.stopping import stoppable
 from gms_launch.cohort.records import EndedRecord
 from gms_launch.control.client import Access, Etcd
 from gms_launch.control.keys import prefix
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)

@@ -23,6 +23,7 @@ from typing import Any
 
 from bench.bare import BareStack, complete
 from bench.failover import Launched, percentile
+from bench.stopping import stoppable
 from gms_launch.engines.reference.demo_model import make
 from gms_launch.process import proc
 
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)

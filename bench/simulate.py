@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.stopping import stoppable
 from gms_launch.cohort import controller
 from gms_launch.cohort.model import Phase
 from tests.simulation.world import Node, World
@@ -115,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)

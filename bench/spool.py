@@ -19,6 +19,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from bench.stopping import stoppable
 from gms_launch.spool.writer import Writer
 
 CHILD = """
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)

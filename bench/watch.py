@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from bench.bare import free_port
+from bench.stopping import stoppable
 from gms_launch.control.client import Access, Etcd
 from gms_launch.control.keys import prefix
 from gms_launch.control.watch import Watch
@@ -75,4 +76,4 @@ def measure(url: str, puts: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)

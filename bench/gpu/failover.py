@@ -30,6 +30,7 @@ import numpy as np
 
 from bench.bare import BareStack, complete, free_port, gpu_used, wait_for_text
 from bench.failover import STEPS, percentile, summary
+from bench.stopping import stoppable
 from gms_launch.engines.reference import compute as computing
 from gms_launch.engines.reference import weights
 from gms_launch.engines.reference.demo_model import make
@@ -85,7 +86,11 @@ class Launched:
         self.model, self.home, self.port = model, home, free_port()
         self.env = os.environ | {"GMS_LAUNCH_HOME": str(home)}
         flags = ["--engine", "reference", "--gms-memory", "cuda", "--model", str(model), "--no-nats"]
-        self.run("up", "-d", "--run-id", "gpu", *flags, "--frontend-port", str(self.port))
+        try:
+            self.run("up", "-d", "--run-id", "gpu", *flags, "--frontend-port", str(self.port))
+        except BaseException:
+            self.down()
+            raise
         self.node_dir = Path(json.loads((home / "gpu" / "run.json").read_text())["node_dir"])
 
     def run(self, *args: str) -> str:
@@ -94,6 +99,9 @@ class Launched:
         if done.returncode:
             raise RuntimeError(f"{args}: {done.stdout}{done.stderr}")
         return done.stdout
+
+    def down(self) -> None:
+        subprocess.run([sys.executable, "-m", "gms_launch", "down", "--run", "gpu"], env=self.env, check=False)
 
     def wait_full(self) -> dict[str, Any]:
         while True:
@@ -139,7 +147,7 @@ def measure(gib: int, kills: int, place: Path) -> dict[str, Any]:
         loading = [x for f in lines for x in f.read_text().splitlines() if "Loading weights took" in x]
         events = [json.loads(x) for x in (launched.home / "gpu" / "events.jsonl").read_text().splitlines()]
     finally:
-        subprocess.run([sys.executable, "-m", "gms_launch", "down", "--run", "gpu"], env=launched.env, check=False)
+        launched.down()
         shutil.rmtree(place / "home", ignore_errors=True)
     copies = (used["and_shadow_parked"] - used["primary_serving"]) / GIB
     assert copies < max(1.5, 0.5 * gib), f"a parked shadow costs {copies:.2f} GiB"
@@ -193,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.failover import summary
+from bench.stopping import stoppable
 from gms_launch.gms import gpus, probe
 from gms_launch.gms.backends.cuda import CudaMapper
 from gms_launch.gms.client import GmsClient
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)

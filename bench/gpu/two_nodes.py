@@ -23,6 +23,7 @@ from typing import Any
 from bench.bare import complete, free_port, wait_for_text
 from bench.failover import STEPS, summary
 from bench.gpu.failover import make_model
+from bench.stopping import stoppable
 from gms_launch.gms import gpus
 from gms_launch.process import proc
 from gms_launch.run import topology
@@ -64,12 +65,12 @@ def main() -> None:
         flags = ["--run-id", RUN, "--engine", "reference", "--gms-memory", "cuda", "--model", str(place / "model")]
         flags += ["--no-nats", "--frontend-port", str(port), "--frontend-host", "127.0.0.1"]
         agents = []
-        for rank in range(2):
-            own = {"NODE_RANK": str(rank), "NNODES": "2", "LEADER_ADDR": outside[0]}
-            own["CUDA_VISIBLE_DEVICES"] = str(rank % len(found))
-            argv = [sys.executable, "-m", "gms_launch", "up", *flags]
-            agents.append(subprocess.Popen(argv, env=env | own, start_new_session=True))
         try:
+            for rank in range(2):
+                own = {"NODE_RANK": str(rank), "NNODES": "2", "LEADER_ADDR": outside[0]}
+                own["CUDA_VISIBLE_DEVICES"] = str(rank % len(found))
+                argv = [sys.executable, "-m", "gms_launch", "up", *flags]
+                agents.append(subprocess.Popen(argv, env=env | own, start_new_session=True))
             wait_full(env)
             text = complete(port, str(place / "model"), tokens=8)
             times, dead = [], []
@@ -111,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)

@@ -514,4 +514,7 @@ def about(model: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # a script, run from anywhere
+    from bench.stopping import stoppable
+
+    stoppable(main)

@@ -29,6 +29,8 @@ from gms_launch.process import proc
 
 HERE = Path(__file__).parent
 FREEZER = Path("/sys/fs/cgroup/freezer")
+#: Labs of this process that are not closed, half-made ones too.
+OPEN: list[Lab] = []
 
 
 def sh(*argv: str, check: bool = True) -> str:
@@ -185,6 +187,10 @@ class Node:
         if self.init is not None and proc.alive(self.init):
             os.kill(self.init.pid, signal.SIGKILL)
         if self._unshare is not None:
+            if self.init is None:  # interrupted while it booted
+                for pid in [*proc.children(self._unshare.pid), self._unshare.pid]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             self._unshare.wait(20)
             self._unshare = None
 
@@ -221,16 +227,20 @@ class Lab:
     ) -> None:
         if os.geteuid() != 0:
             raise RuntimeError("the lab makes namespaces and needs root")
-        self.dir = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))  # short: munge's socket has a path in it
+        self.net = self.bridge = ""
+        self._all: list[Node] = []
+        self._munged: proc.ProcessId | None = None
+        OPEN.append(self)
+        self.dir = Path(
+            tempfile.mkdtemp(prefix=f"lab-{os.getpid()}-", dir="/tmp")
+        )  # short: munge's socket has a path in it
         self._slurm = slurm
         self._gpus, self._epilog = gpus, epilog
         self._kill_wait, self._slurmd_timeout = kill_wait, slurmd_timeout
-        self.net = ""
-        self.bridge = ""
-        self._munged: proc.ProcessId | None = None
         self._pick_network()
         self.nodes = {f"node{k}": Node(self, f"node{k}", f"{self.net}.{k}") for k in range(1, nodes + 1)}
         self.controller = Node(self, "ctl", f"{self.net}.100")
+        self._all = [*self.nodes.values(), self.controller]
         tools = Path(sys.executable).parent
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "GMS_LAUNCH_"))}
         self.env |= {
@@ -388,7 +398,9 @@ SetEnv SLURM_CONF={etc}/slurm.conf
         self._munged = proc.identity(int((munge / "pid").read_text()))
 
     def close(self) -> None:
-        """Remove every trace; safe after a start that failed half-way."""
+        """Remove every trace; safe after a start that failed half-way, and twice."""
+        if self not in OPEN:
+            return
         conf = f"SLURM_CONF={self.dir}/etc/slurm.conf".encode()
         for pid in proc.pids():  # clients hang for ever once the cluster is gone
             info = proc.stat(pid)
@@ -397,12 +409,14 @@ SetEnv SLURM_CONF={etc}/slurm.conf
             with contextlib.suppress(OSError):
                 if conf in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     os.kill(pid, signal.SIGKILL)
-        for node in [*self.nodes.values(), self.controller]:
+        for node in self._all:
             node.stop()
         if self._munged is not None and proc.alive(self._munged):
             os.kill(self._munged.pid, signal.SIGKILL)
-        sh("ip", "link", "del", self.bridge, check=False)
-        sh("ip", "route", "del", "unreachable", f"{self.net}.0/24", "metric", "9999", check=False)
+        if self.bridge:
+            sh("ip", "link", "del", self.bridge, check=False)
+            sh("ip", "route", "del", "unreachable", f"{self.net}.0/24", "metric", "9999", check=False)
+        OPEN.remove(self)
         if not os.environ.get("LAB_KEEP"):
             shutil.rmtree(self.dir, ignore_errors=True)
 
