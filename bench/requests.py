@@ -36,6 +36,7 @@ from typing import Any
 
 from bench.failover import summary
 from bench.peers.__main__ import Peer
+from bench.stopping import stoppable, whole
 from gms_launch.engines.reference.demo_model import make
 from tests.load import Load, Question
 from tests.slurm.lab import Lab
@@ -205,7 +206,7 @@ def main() -> None:
     }
 
     def write() -> None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        whole(options.out, json.dumps(result, indent=1) + "\n")
 
     environ = {"REFERENCE_TOKEN_SECONDS": str(options.token_seconds)}
     for count in options.nodes:
@@ -232,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)

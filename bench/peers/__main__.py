@@ -6,7 +6,8 @@ The ranks are the reference engine's, one on each node (a set of network namespa
 server on every node stand beside them, so that weights are mapped and not loaded, whoever launches. The last node's
 rank is SIGKILLed. Measured from outside: until the last process of the old group is dead; until a whole group is awake
 again; until a client has an answer. A peer that has not answered after --watch seconds is written down as that, and
-started anew.
+started anew. One that does not start within --start seconds is a row that says so, and the next one's turn comes. Every
+kill is written down as soon as it is measured.
 
 `--python` is an interpreter with torch and nvidia-resiliency-ext, for torchrun and ft_launcher, which are left out
 without it.
@@ -25,11 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bench.failover import summary
+from bench.stopping import stoppable, whole
 from gms_launch.engines.reference.demo_model import make
 from gms_launch.process import proc
 from tests.slurm.lab import Lab
@@ -58,7 +60,8 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
 class Peer:
     """The toy group under a launcher that is not ours. Use as a context manager."""
 
-    def __init__(self, lab: Lab, count: int, model: Path, config: str, tools: Path | None) -> None:
+    def __init__(self, lab: Lab, count: int, model: Path, config: str, tools: Path | None, start: float = 90.0) -> None:
+        self._start = start
         self.lab, self.count, self.tag = lab, count, "peers" + os.urandom(3).hex()
         self.tool, self.flags = CONFIGS[config]
         self.tools, self.model = tools, model
@@ -72,7 +75,7 @@ class Peer:
             self._services()
             for k, node in enumerate(self.nodes):
                 self._launch(k, node)
-            self.wait_answer(90)
+            self.wait_answer(self._start)
         except BaseException:
             self.__exit__()
             raise
@@ -129,7 +132,8 @@ class Peer:
                 break
             time.sleep(0.1)  # a launcher may have started another one meanwhile
         for process in self._started:
-            process.wait(10)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
         for node in self.nodes:
             node.run(["rm", "-rf", "/dev/shm/peers"])
 
@@ -166,8 +170,12 @@ class Ours(Peer):
     """The same under gms-launch, which brings its own etcd, frontend and GMS."""
 
     def __enter__(self) -> Ours:
-        self.run = LabRun(self.lab, self.model, *self.flags, nodes=self.lab.names[: self.count]).hand()
-        self.run.__enter__()
+        self.run = LabRun(self.lab, self.model, *self.flags, nodes=self.lab.names[: self.count])
+        try:
+            self.run.hand().__enter__()
+        except BaseException:
+            self.run.__exit__()
+            raise
         host, port = self.run.run_file()["frontend_url"].removeprefix("http://").split(":")
         self._host, self._port = host, int(port)
         return self
@@ -214,13 +222,14 @@ def kill(peer: Peer, watch: float) -> dict[str, float | None]:
 
 
 def trials(
-    lab: Lab, count: int, model: Path, config: str, tools: Path | None, kills: int, watch: float
+    lab: Lab, count: int, model: Path, config: str, tools: Path | None, options: argparse.Namespace
 ) -> Iterator[dict[str, float | None]]:
     """As many kills as wanted; after a group has not come back twice that is taken for the answer."""
     kind = Ours if CONFIGS[config][0] == "gms-launch" else Peer
     done = lost = 0
+    kills, watch = options.kills, options.watch
     while done < kills and lost < 2:
-        with kind(lab, count, model, config, tools) as peer:
+        with kind(lab, count, model, config, tools, options.start) as peer:
             while done < kills:
                 found = kill(peer, watch)
                 done += 1
@@ -230,12 +239,44 @@ def trials(
                     break
 
 
+def measure(
+    lab: Lab,
+    count: int,
+    model: Path,
+    config: str,
+    tools: Path | None,
+    options: argparse.Namespace,
+    write: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """One row. `write` gets it anew after each kill; a peer that does not start (again) ends it with `failed`."""
+    raw: list[dict[str, float | None]] = []
+    row: dict[str, Any] = {"nodes": count, "config": config, "flags": CONFIGS[config][1]}
+    try:
+        for found in trials(lab, count, model, config, tools, options):
+            raw.append(found)
+            row |= counted(raw)
+            write(row)
+    except Exception as exc:  # whatever a peer does, the others' turn comes
+        row |= counted(raw) | {"failed": f"{type(exc).__name__}: {exc}"}
+    write(row)
+    return row
+
+
+def counted(raw: list[dict[str, float | None]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"kills": len(raw), "raw": raw}
+    for what in ("all_dead", "group_awake", "first_answer"):
+        came = [t for trial in raw if (t := trial[what]) is not None]
+        row |= {what: summary(came) if came else None, f"{what}_never": len(raw) - len(came)}
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", type=Path, help="interpreter with torch and nvidia-resiliency-ext")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--watch", type=float, default=30.0)
+    parser.add_argument("--start", type=float, default=90.0, help="how long a peer may take to start (seconds)")
     parser.add_argument("--only", nargs="*", choices=CONFIGS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "peers.json")
     options = parser.parse_args()
@@ -253,15 +294,12 @@ def main() -> None:
         make(Path(name) / "model", 8)
         for count in options.nodes:
             for config in chosen:
-                raw = list(trials(lab, count, Path(name) / "model", config, tools, options.kills, options.watch))
-                row: dict[str, Any] = {"nodes": count, "config": config, "flags": CONFIGS[config][1], "kills": len(raw)}
-                for what in ("all_dead", "group_awake", "first_answer"):
-                    came = [t[what] for t in raw if t[what] is not None]
-                    row[what] = summary([t for t in came if t is not None]) if came else None
-                    row[f"{what}_never"] = len(raw) - len(came)
-                result["rows"].append(row | {"raw": raw})
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
-                print(line(row), flush=True)
+
+                def write(row: dict[str, Any], before: list[dict[str, Any]] = result["rows"]) -> None:
+                    result["rows"] = [*before, row]
+                    whole(options.out, json.dumps(result, indent=1) + "\n")
+
+                print(line(measure(lab, count, Path(name) / "model", config, tools, options, write)), flush=True)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -270,7 +308,7 @@ def line(row: dict[str, Any]) -> str:
         found = row[what]
         text = f"p50 {found['p50_ms']:8.0f} p99 {found['p99_ms']:8.0f} ms" if found else "never"
         cells.append(f"{what} {text}" + (f" ({row[what + '_never']} never)" if found and row[what + "_never"] else ""))
-    return "; ".join(cells)
+    return "; ".join([*cells, *([f"FAILED: {row['failed']}"] if "failed" in row else [])])
 
 
 def versions(python: Path | None) -> dict[str, str]:
@@ -286,4 +324,4 @@ def versions(python: Path | None) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    stoppable(main)
