@@ -71,6 +71,7 @@ def test_the_new_primary_keeps_its_lease_when_the_old_one_is_slow_to_die(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_thirty_failovers_of_engines_that_are_slow_to_die(tmp_path: Path, model: Path) -> None:
     slow = {"REFERENCE_DYING_GIB": "6", "REFERENCE_LOCK_POLL_SECONDS": "0.02"}
     with Deployment(tmp_path / "home", model, **slow) as run:
