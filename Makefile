@@ -39,8 +39,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Side by side, a file at a time: most of a test is waiting.
 test: setup lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
