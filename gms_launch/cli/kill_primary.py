@@ -29,6 +29,8 @@ from gms_launch.transport import gms_launch, run_on
 from gms_launch.transport.base import Target
 
 POLL = 0.02
+#: What is said of a recorded group that is not there any more.
+GONE = "or it is gone"
 #: A journal that does not tell by then may not be written: etcd is asked, and again after so long (seconds).
 LATE = 1.0
 #: Where to look for what goes on without us.
@@ -131,13 +133,19 @@ def kill_directly(
         f"{why}; killing the recorded groups of cohort {target.cohort_id} on {numbered(len(ranks), 'node')}", flush=True
     )
 
+    gone: list[str] = []
+
     def kill(rank: dict[str, Any]) -> str:
         host = hosts[rank["node_rank"]]
         try:
             done = run_on(host, gms_launch("kill-group", str(rank["pid"]), str(rank["start"])))
+            failed = "" if done.code == 0 else f"{host.host}: {done.err.strip().removeprefix('gms-launch: ')}"
         except LaunchError as exc:
-            return str(exc)
-        return "" if done.code == 0 else f"{host.host}: {done.err.strip().removeprefix('gms-launch: ')}"
+            failed = str(exc)
+        if GONE in failed:
+            gone.append(host.host)  # its peers' agents were quicker: a rank dies with the others
+            return ""
+        return failed
 
     known.text = f"cohort {target.cohort_id} may be killed on some nodes already, and on others not; {SEE}"
     killed = clock.now()
@@ -145,15 +153,17 @@ def kill_directly(
         errors = [e for e in pool.map(kill, ranks) if e]
     if errors:
         raise LaunchError("not killed everywhere: " + "; ".join(errors))
+    if len(gone) == len(ranks):
+        raise RefusedError(
+            f"{why}; and no recorded group of cohort {target.cohort_id} is there any more: nothing was killed"
+        )
     return (target.cohort_id, target.incarnation), killed
 
 
 def kill_group(pid: int, start: int) -> None:
     """`kill-group PID START`: SIGKILL the group of that very process on this node."""
     if not lifecycle.kill_group(proc.ProcessId(pid, start)):
-        raise RefusedError(
-            f"process group {pid} is not the recorded one (start time {start}), or it is gone: not touched"
-        )
+        raise RefusedError(f"process group {pid} is not the recorded one (start time {start}), {GONE}: not touched")
 
 
 def follow(

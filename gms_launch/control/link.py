@@ -38,11 +38,8 @@ class Listener(Protocol):
     def lease_lost(self, reason: str) -> None:
         """This node's lease ran out or was taken."""
 
-    def instances(self, found: dict[str, bytes], anew: bool) -> None:
-        """What is registered in Dynamo's discovery now, all of it: instance keys and what they hold.
-
-        `anew`: it was read from a store that may have lost something meanwhile, not told as it happened.
-        """
+    def instances(self, found: dict[str, bytes]) -> None:
+        """What is registered in Dynamo's discovery now, all of it: instance keys and what they hold."""
 
 
 class ControlLink:
@@ -106,7 +103,7 @@ class ControlLink:
             instances.clear()
             instances.update((k, kv.value) for k, kv in known.items() if k.startswith(DYNAMO_INSTANCES))
             post(listener.control_snapshot, {k: kv.value for k, kv in known.items() if k not in instances})
-            post(listener.instances, dict(instances), True)
+            post(listener.instances, dict(instances))
 
         def changed(change: Change) -> None:
             if not change.key.startswith(DYNAMO_INSTANCES):
@@ -116,7 +113,7 @@ class ControlLink:
                 instances.pop(change.key, None)
             else:
                 instances[change.key] = change.value
-            post(listener.instances, dict(instances), False)
+            post(listener.instances, dict(instances))
 
         dynamo = [prefix(f"{DYNAMO_INSTANCES}{namespace}/")] if namespace is not None else []
         self._watch = Watch(

@@ -68,11 +68,10 @@ class Discovery:
         """A life may hang, and nobody renews its lease then: its requests wait until that is decided."""
         self._spawn(self._keep(life))
 
-    def seen(self, found: dict[str, bytes], anew: bool) -> None:
+    def seen(self, found: dict[str, bytes]) -> None:
         """What is registered in Dynamo's discovery now: each instance belongs to exactly one life.
 
-        `anew`: as read from a store that may have lost something, which an engine puts right by itself. The kernel
-        names the lock's holder, also of a lock that nothing has told of yet: a log may be silent.
+        The kernel names the lock's holder, also of a lock that nothing has told of yet: a log may be silent.
         """
         for lease in self._registered.seen([n for key in found if (n := dynamo_lease(key)) is not None]):
             life = owner(
@@ -93,7 +92,7 @@ class Discovery:
                 self._missing.pop(rank.life, None)
             elif rank.life not in self._missing:
                 self._missing[rank.life] = time.monotonic()
-                self._spawn(self._miss(rank, self._missing[rank.life], UNREGISTERED_GRACE if anew else 0.0))
+                self._spawn(self._miss(rank, self._missing[rank.life]))
 
     def _arm(self, lease: int | None, record: bytes) -> None:
         """Be ready to hold the requests of the engine that an instance belongs to."""
@@ -107,16 +106,12 @@ class Discovery:
         """True for a rank that served, and that no frontend can find any more."""
         return rank.phase is Phase.ACTIVE and not rank.stopping and self._registered.lost(rank.life)
 
-    async def _miss(self, rank: Rank, since: float, grace: float) -> None:
-        """Take an engine for dead whose registration is gone: it may live on, and nobody asks it anything.
-
-        At once where it was seen to go: an engine that was told to end refuses what is new while it finishes the rest.
-        """
-        if grace:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(rank.ended.wait(), grace)
+    async def _miss(self, rank: Rank, since: float) -> None:
+        """Take an engine for dead whose registration stays away: it may live on, and nobody asks it anything."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(rank.ended.wait(), UNREGISTERED_GRACE)
         if self._missing.get(rank.life) == since and self._is_missing(rank) and self._layout.settings.group_kill:
-            self._dead(rank, "hung: it lives, and is not registered with Dynamo any more")
+            self._dead(rank, f"hung: it lives, and has not been registered with Dynamo for {UNREGISTERED_GRACE:g} s")
 
     def _around(self, life: Life) -> Around:
         """How things stand for the requests of a dead life: is there somebody to go to, or will there be?"""

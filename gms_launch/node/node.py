@@ -170,8 +170,8 @@ class Node:
         self.ranks.publish_all()
         self.publish_node(force=True)
 
-    def instances(self, found: dict[str, bytes], anew: bool) -> None:
-        self.ranks.discovery.seen(found, anew)
+    def instances(self, found: dict[str, bytes]) -> None:
+        self.ranks.discovery.seen(found)
 
     def cut_off(self, why: str) -> None:
         self.progress(f"{why}: killing this node's ranks, since the others go on without them")

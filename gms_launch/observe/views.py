@@ -214,5 +214,5 @@ def events(found: Sequence[EventRecord]) -> RenderableType:
         table.add_column(name)
     for e in found:
         who = f"{e.cohort_id}.{e.incarnation}" if e.cohort_id >= 0 else ""
-        table.add_row(stamp(e.time), str(e.node_rank), e.kind, who, e.detail)
+        table.add_row(stamp(e.time), str(e.node_rank), e.kind, who, e.detail.replace("\n", " | "))
     return table

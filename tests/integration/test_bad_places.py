@@ -274,7 +274,7 @@ def test_an_agent_that_cannot_go_on_ends_the_run_as_failed(tmp_path: Path, model
     """Its loop broken for good, by a line before the real command."""
     run = Deployment(tmp_path / "home", model)
     broken = (
-        "import sys; from gms_launch import agent; from gms_launch.cli.main import main\n"
+        "import sys; from gms_launch.node import agent; from gms_launch.cli.main import main\n"
         "def step(self): raise OSError(5, 'of ours')\n"
         "agent.Agent._step = step; agent.STEP_AGAIN = 0.01; main()"
     )

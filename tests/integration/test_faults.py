@@ -83,7 +83,7 @@ def test_without_a_canary_nobody_is_killed_for_it(deploy: Deploy) -> None:
 
 def test_a_slow_engine_at_full_load_is_not_killed(deploy: Deploy) -> None:
     """Each token takes longer than our own request would wait for it: only the users' tokens show that it lives."""
-    run = deploy("--canary-interval", "1", "--canary-timeout", "2", *QUICK, REFERENCE_TOKEN_SECONDS="1.5")
+    run = deploy("--canary-interval", "1", "--canary-timeout", "4", *QUICK, REFERENCE_TOKEN_SECONDS="2")
     status = run.wait_full()
     stop = threading.Event()
 
@@ -98,7 +98,7 @@ def test_a_slow_engine_at_full_load_is_not_killed(deploy: Deploy) -> None:
     for thread in threads:
         thread.start()
     try:
-        eventually(lambda: len(answered) >= 48, 40, "two rounds of requests, several times the deadline")
+        eventually(lambda: len(answered) >= 48, 60, "two rounds of requests, several times the deadline")
         now = run.status()
     finally:
         stop.set()
@@ -110,8 +110,8 @@ def test_a_slow_engine_at_full_load_is_not_killed(deploy: Deploy) -> None:
 
 def test_the_same_engine_without_load_is_killed_since_its_token_comes_too_late(deploy: Deploy) -> None:
     """What the test above would see if users' tokens did not count."""
-    run = deploy("--canary-interval", "1", "--canary-timeout", "2", *QUICK, REFERENCE_TOKEN_SECONDS="1.5")
-    eventually(lambda: any("no token for 2 s" in e["detail"] for e in run.events("kill")), 20)
+    run = deploy("--canary-interval", "1", "--canary-timeout", "4", *QUICK, REFERENCE_TOKEN_SECONDS="2")
+    eventually(lambda: any("no token for 4 s" in e["detail"] for e in run.events("kill")), 20)
 
 
 # -- promotions that fail ------------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ def test_a_writer_that_dies_later_comes_back_as_the_writer_and_shadows_wait(depl
 
 def test_weights_that_do_not_fit_are_said_so(tmp_path: Path, model: Path) -> None:
     done = start_fails(tmp_path, model, "--virtual-gpu-mib", "4", "--start-timeout", "8")
-    assert done.returncode in (1, 4)
-    assert "did not come up" in done.stderr
+    assert done.returncode == 2
+    assert "8 MiB of weights on each GPU" in done.stderr and "made-up device" in done.stderr
 
 
 def test_a_rendezvous_port_that_is_taken_is_passed_over(deploy: Deploy) -> None:

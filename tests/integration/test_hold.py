@@ -94,19 +94,19 @@ def test_streams_of_a_primary_that_hangs_go_on_when_it_is_killed(tmp_path: Path,
 
 
 def test_an_engine_that_is_told_to_end_is_a_death_like_another(run: Deployment) -> None:
-    """It takes its registration away and finishes what it has; what is new would find nobody for seconds.
+    """It takes its registration away and finishes what it has. After 2 s of that it is taken for dead, and held.
 
-    Until that is seen, a moment later, the frontend knows nobody: what it is asked then is lost.
+    What is new in those 2 s is lost: the frontend knows nobody.
     """
     with Load(run.run_file["frontend_url"], streams=12, unary=4, rate=20, tokens=80) as load:
         old = primary(run)
         load.wait_busy()
         begun = time.monotonic()
         os.kill(old["ranks"][0]["pid"], signal.SIGTERM)
-        eventually(lambda: any("not registered with Dynamo any more" in e["detail"] for e in run.events("hung")))
+        eventually(lambda: run.status()["primary"] == 1 - old["cohort_id"], 30, "another serves")
         run.wait_full()
     assert not load.wrong
-    assert not [a for a in load.lost if a.sent > begun + 1.0], [a.error for a in load.lost][:3]
+    assert not [a for a in load.lost if a.sent > begun + 4.0], [a.error for a in load.lost][:3]
 
 
 def test_requests_wait_for_longer_than_the_dead_engines_lease(tmp_path: Path, model: Path) -> None:

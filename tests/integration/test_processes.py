@@ -113,7 +113,7 @@ def test_children_and_grandchildren_die_with_a_killed_agent(run: str, tmp_path: 
     agent_code = f"""
 import asyncio, os, subprocess, sys, time
 from pathlib import Path
-from gms_launch.cohort import process
+from gms_launch.process import lifecycle
 from gms_launch.process.lifecycle import Command
 from gms_launch.spool.output import Output
 reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -170,7 +170,7 @@ def test_a_lock_that_a_child_of_a_dead_acquirer_keeps_is_seen_by_its_descriptor(
     try:
         assert marker in proc.command_line(keeper.pid)
         assert keeper.pid not in proc.flock_holders(str(lock)), "/proc/locks names the dead, or nobody"
-        assert strays.lock_keepers("r", [lock]) == [keeper]
+        assert [k.identity for k in strays.lock_keepers("r", [lock])] == [keeper.identity]
         found, left = strays.clear("no-such-run", 10.0, frozenset(), 0, [lock])
         assert list(found) == [keeper.identity] and not left and not proc.alive(keeper.identity)
     finally:

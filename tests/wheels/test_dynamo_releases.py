@@ -69,7 +69,9 @@ def test_every_variable_that_we_set_is_known(line: Line) -> None:
     native |= {"DYN_EVENT_PLANE_HOST", "ETCD_ENDPOINTS", "ETCD_LEASE_TTL", "ETCD_AUTH_USERNAME", "ETCD_AUTH_PASSWORD"}
     native |= {"NATS_SERVER", "NATS_AUTH_USERNAME", "NATS_AUTH_PASSWORD", "GMS_SOCKET_DIR"}
     vllms = {
+        "TMPDIR",
         "VLLM_PORT",
+        "VLLM_RPC_BASE_PATH",
         "VLLM_HOST_IP",
         "VLLM_CACHE_ROOT",
         "VLLM_NIXL_SIDE_CHANNEL_PORT",
