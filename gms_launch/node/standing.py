@@ -31,6 +31,8 @@ class Standing:
         self._link, self.ttl = link, ttl
         self._records: dict[int, dict[str, bytes]] = {}
         self._ours: dict[int, int] = {}
+        self._over: set[int] = set()
+        self._turn = asyncio.Lock()  # what was taken away must not be put back by a look that had begun before
 
     async def learn(self, lease: int) -> None:
         """Note what an engine has registered under its lease, for the day when it is gone."""
@@ -41,8 +43,10 @@ class Standing:
 
     async def keep(self, leases: Iterable[int]) -> None:
         """Renew the leases of an engine; what is not there is put back."""
-        for lease in leases:
-            await self._ask(partial(self._keep, lease=lease))
+        async with self._turn:
+            for lease in leases:
+                if lease not in self._over:
+                    await self._ask(partial(self._keep, lease=lease))
 
     def _keep(self, link: ControlLink, lease: int) -> None:
         """In a thread."""
@@ -56,13 +60,15 @@ class Standing:
     async def end(self, leases: Iterable[int]) -> list[int]:
         """Take an engine's registration away; returns the leases of its own that ended by this."""
         ended = []
-        for lease in leases:
-            ours = self._ours.pop(lease, None)
-            self._records.pop(lease, None)
-            if await self._ask(partial(ControlLink.revoke, lease=lease)):
-                ended.append(lease)
-            if ours is not None:
-                await self._ask(partial(ControlLink.revoke, lease=ours))
+        async with self._turn:
+            for lease in leases:
+                self._over.add(lease)
+                ours = self._ours.pop(lease, None)
+                self._records.pop(lease, None)
+                if await self._ask(partial(_revoke, lease=lease)):
+                    ended.append(lease)
+                if ours is not None:
+                    await self._ask(partial(_revoke, lease=ours))
         return ended
 
     async def _ask(self, question: Callable[[ControlLink], T]) -> T | None:
@@ -74,3 +80,7 @@ class Standing:
         except LaunchError as exc:
             log.warning("the registration of an engine could not be looked after: %s", exc)
             return None
+
+
+def _revoke(link: ControlLink, lease: int) -> bool:
+    return link.revoke(lease)

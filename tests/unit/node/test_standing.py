@@ -1,0 +1,71 @@
+"""A dead engine's registration stands while somebody waits, and not a moment longer. (Real etcd: test_hold.py.)"""
+
+from __future__ import annotations
+
+import asyncio
+
+from gms_launch.control.link import ControlLink
+from gms_launch.node import standing
+from gms_launch.node.standing import Standing
+
+
+class Link(ControlLink):
+    """Etcd in a dictionary: lease -> its records. Leases of ours count from 1000."""
+
+    def __init__(self) -> None:  # no etcd
+        self.leases: dict[int, dict[str, bytes]] = {7: {"v1/a": b"1", "v1/b": b"2"}}
+        self.kept: list[int] = []
+
+    def keep(self, lease: int) -> bool:
+        self.kept.append(lease)
+        return lease in self.leases
+
+    def registration(self, lease: int) -> dict[str, bytes]:
+        return dict(self.leases.get(lease, {}))
+
+    def put_back(self, records: dict[str, bytes], seconds: float) -> int:
+        lease = 1000 + len(self.leases)
+        self.leases[lease] = dict(records)
+        return lease
+
+    def revoke(self, lease: int) -> bool:
+        return self.leases.pop(lease, None) is not None
+
+
+def play(work: object) -> tuple[Link, Standing]:
+    link = Link()
+    made: list[Standing] = []
+
+    async def run() -> None:
+        made.append(Standing(lambda: link, 20.0))
+        standing.LEARN = (0.0,)
+        await made[0].learn(7)
+        await work(link, made[0])  # type: ignore[operator]
+
+    asyncio.run(run())
+    return link, made[0]
+
+
+def test_a_lease_that_lives_is_renewed_and_what_was_taken_away_is_put_back() -> None:
+    async def work(link: Link, stands: Standing) -> None:
+        await stands.keep([7])
+        assert link.kept == [7] and list(link.leases) == [7]
+        del link.leases[7]["v1/a"]
+        await stands.keep([7])
+        await stands.keep([7])
+
+    link, _ = play(work)
+    assert [r for k, r in link.leases.items() if k >= 1000] == [{"v1/a": b"1"}], "once, and only what was gone"
+
+
+def test_what_ran_out_is_put_back_and_what_is_ended_stays_away() -> None:
+    async def work(link: Link, stands: Standing) -> None:
+        link.leases.clear()
+        await stands.keep([7])
+        assert [*link.leases.values()] == [{"v1/a": b"1", "v1/b": b"2"}]
+        assert await stands.end([7]) == [], "its own lease had run out"
+        assert link.leases == {}
+        await stands.keep([7])
+        assert link.leases == {}, "a look that comes late puts nothing back"
+
+    play(work)
