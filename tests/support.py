@@ -113,7 +113,7 @@ class Deployment:
         self.home = home
         self.extra = extra
         self.model = model
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("GMS_LAUNCH_", "SLURM_"))}
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("GMS_LAUNCH_", "SLURM_", "COLUMNS"))}
         self.env |= {"GMS_LAUNCH_HOME": str(home), **environ}
 
     @property

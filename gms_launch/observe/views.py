@@ -23,6 +23,8 @@ from gms_launch.process import proc
 
 #: No row is longer (characters).
 PIPE_WIDTH = 10_000
+#: Longest detail of an event in a table (characters); the journal has all of it.
+LINE_MAX = 300
 _COLOURS = {
     Redundancy.FULL: "green",
     Redundancy.DEGRADED: "yellow",
@@ -207,6 +209,12 @@ def requests(found: Failover) -> str:
     return f"requests: {held} held, {moves} to another engine{own}, lost, by the frontend: {lost}{gap}"
 
 
+def _in_a_line(text: str) -> str:
+    """The first line of a text, no longer than a row may be."""
+    line, more, _ = text.partition("\n")
+    return f"{line[:LINE_MAX]} ..." if more or len(line) > LINE_MAX else line
+
+
 def events(found: Sequence[EventRecord]) -> RenderableType:
     """Every event, one a line."""
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -214,5 +222,5 @@ def events(found: Sequence[EventRecord]) -> RenderableType:
         table.add_column(name)
     for e in found:
         who = f"{e.cohort_id}.{e.incarnation}" if e.cohort_id >= 0 else ""
-        table.add_row(stamp(e.time), str(e.node_rank), e.kind, who, e.detail.replace("\n", " | "))
+        table.add_row(stamp(e.time), str(e.node_rank), e.kind, who, _in_a_line(e.detail))
     return table

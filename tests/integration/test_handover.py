@@ -105,7 +105,7 @@ def test_a_gate_stays_shut_while_an_heir_has_its_descriptor(tmp_path: Path) -> N
     path = tmp_path / "failover-0.lock"
     holder = (
         "import subprocess, sys; from pathlib import Path; from gms_launch.node.gates import Gates\n"
-        "fds = Gates({0: Path(sys.argv[1])}).take()\n"
+        "gates = Gates({0: Path(sys.argv[1])}); gates.take(); fds = gates.descriptors\n"
         "heir = subprocess.Popen(['sleep', '60'], pass_fds=fds); print(heir.pid, flush=True); sys.stdin.read()"
     )
     agent = subprocess.Popen(

@@ -123,13 +123,16 @@ def test_requests_wait_for_longer_than_the_dead_engines_lease(tmp_path: Path, mo
 
 
 def test_a_promotion_that_fails_and_a_cold_start_are_waited_for(tmp_path: Path, model: Path) -> None:
-    """The only shadow dies when it wakes: until one of the slots is up again, nobody could take the requests."""
+    """Every second life dies when it wakes: when the only shadow is one, nobody can take the requests for a while."""
     flags = ("--hold-cold-start", "40", "--restart-backoff", "0.2")
-    with Deployment(tmp_path / "home", model, *flags, REFERENCE_FAULT="1.1:waking=crash", **SLOW_TOKENS) as run:
-        assert primary(run)["cohort_id"] == 0
+    with Deployment(tmp_path / "home", model, *flags, REFERENCE_FAULT="*.2:waking=crash", **SLOW_TOKENS) as run:
+        first = primary(run)
+        kill_group(first)
+        eventually(lambda: run.events("released"), what="the first shadow takes over")
+        assert primary(run)["cohort_id"] != first["cohort_id"]
         whole(run, kill_group)
-        failed = [e for e in run.events("exit") if (e["cohort_id"], e["incarnation"]) == (1, 1)]
-        assert failed and run.events("held")[0]["time"] < failed[0]["time"] < run.events("released")[0]["time"]
+        failed = [e for e in run.events("exit") if (e["cohort_id"], e["incarnation"]) == (first["cohort_id"], 2)]
+        assert failed and run.events("held")[1]["time"] < failed[0]["time"] < run.events("released")[-1]["time"]
 
 
 def test_without_the_hold_what_is_in_flight_is_lost(tmp_path: Path, model: Path) -> None:
