@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from gms_launch.control.link import ControlLink
 from gms_launch.node import standing
 from gms_launch.node.standing import Standing
@@ -38,8 +40,9 @@ def play(work: object) -> tuple[Link, Standing]:
 
     async def run() -> None:
         made.append(Standing(lambda: link, 20.0))
-        standing.LEARN = (0.0,)
-        await made[0].learn(7)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(standing, "LEARN", (0.0,))
+            await made[0].learn(7)
         await work(link, made[0])  # type: ignore[operator]
 
     asyncio.run(run())
