@@ -324,6 +324,9 @@ def find(run: str | None) -> tuple[RunDir, RunFile]:
         if found is not None:
             return directory, found
     live = [(d, f) for d, f in all_runs() if f.live]
+    if len(live) > 1:
+        # A run whose agents were all killed has nobody left to write down its end, and may be judged on its node only.
+        live = [(d, f) for d, f in live if f.local or not f.etcd_endpoints or f.responds()] or live
     if len(live) == 1:
         return live[0]
     if not live:

@@ -71,7 +71,7 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Lab]:
-    with Lab(nodes=2) as lab:
+    with Lab(nodes=2, kill_wait=30) as lab:  # Slurm's default: a busy machine takes its time to stop a run
         yield lab
 
 
@@ -162,6 +162,12 @@ def test_the_blocks_of_a_page(cluster: Lab, home: Path, page: Path) -> None:
             for command in block.commands:
                 if command == "make demo-down":
                     the_demo_is_up_and_goes(shell)
+                elif command == "scancel $job":
+                    # Not in the middle of its start: -K1 would kill the leader's agent before it writes down the end.
+                    up = FULL.replace("--json", "--json --run $job")
+                    eventually(lambda: shell.type(up)[0] == 0, 90, "full before the job is cancelled")  # noqa: B023
+                    follow(cluster, shell, command)
+                    ended(cluster, home)
                 elif command.startswith("sbatch"):
                     code, said = shell.type(command)
                     assert code == 0, f"{command}: {said}"
