@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 
-from gms_launch.cli.plan import layout
+from gms_launch.cli.plan import layout, memory
 from gms_launch.engines import installed
 from gms_launch.errors import LaunchError
 from gms_launch.gms import gpus
@@ -19,6 +19,7 @@ from gms_launch.numbers import numbered
 from gms_launch.process import listener
 from gms_launch.run import model as models
 from gms_launch.run import ports, topology
+from gms_launch.run.fit import GIB
 from gms_launch.run.nodedir import LOCAL_ROOT, must_be_writable, private_directory, user_root
 from gms_launch.run.plan import no_gpu
 from gms_launch.run.rundir import home
@@ -112,6 +113,14 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
             )
         return f"CUDA and NVML agree on {numbered(len(wanted), 'GPU')}"
 
+    def room() -> str:
+        found = memory(settings)
+        if found is None or found.problem:
+            raise LaunchError(found.problem if found else no_gpu())
+        return (
+            f"{found.most / GIB:.1f} of {found.total / GIB:.1f} GiB when all engines are there (`plan` has the table)"
+        )
+
     def place() -> str:
         found = topology.discover(settings)
         return f"node {found.node_rank} of {found.nnodes}, leader {found.leader_address}"
@@ -155,6 +164,8 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
     check("gms", gms_devices)
     if checks[-1][1] and layout(settings).gms_memory == "cuda":
         check("gpu identity", same_gpu)
+        if settings.engine == "vllm":
+            check("gpu memory", room)
     if not settings.etcd_endpoints:
         check("etcd", lambda: find_binary("etcd_bin", settings.etcd_bin, "etcd", "etcd-server"))
     if settings.nats and not settings.nats_server:

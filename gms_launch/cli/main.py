@@ -55,14 +55,22 @@ def _up(
     up.main(settings, detach, notify_fd, until_eof)
 
 
-def _plan(*, settings: Settings, json: Json = False) -> None:
+def _plan(
+    *,
+    settings: Settings,
+    gpu_gib: Annotated[
+        int,
+        typer.Option("--gpu-gib", parser=number, metavar="<int>", help="only say whether the engines fit on such GPUs"),
+    ] = 0,
+    json: Json = False,
+) -> None:
     """Print what `up` would run; start nothing.
 
-    Every command, environment and port, of this node or of all.
+    Every command, environment and port, of this node or of all, and whether the engines fit on the GPUs.
     """
     from gms_launch.cli import plan
 
-    plan.main(settings, json)
+    plan.main(settings, gpu_gib, json)
 
 
 def _doctor(*, settings: Settings, json: Json = False) -> None:

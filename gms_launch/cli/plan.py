@@ -11,8 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from gms_launch import engines
-from gms_launch.errors import UsageError
-from gms_launch.run import ports, topology
+from gms_launch.engines import vllm
+from gms_launch.errors import LaunchError, UsageError
+from gms_launch.gms import devices
+from gms_launch.run import model, ports, topology
+from gms_launch.run.fit import GIB, Fit, fit
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import HIDDEN, Layout
 from gms_launch.run.rundir import Credentials, RunDir
@@ -58,14 +61,38 @@ def of_hosts(settings: Settings) -> Settings:
     return checked(own)
 
 
-def main(settings: Settings, as_json: bool) -> None:
+def memory(settings: Settings, gpu_gib: int = 0) -> Fit | None:
+    """Whether the engines fit on GPUs of that size, or on this node's smallest. None where neither is known, and for
+    engines of whose memory nothing is known."""
+    if settings.engine != "vllm":
+        return None
+    total = gpu_gib * GIB or min((d.memory for d in devices.real_devices()), default=0)
+    return fit(settings, total, vllm.ENGINE.line(settings).layered) if total else None
+
+
+def only_memory(settings: Settings, gpu_gib: int, as_json: bool) -> None:
+    """Say whether the engines would fit on GPUs that need not be here. Raises `LaunchError` when they would not."""
+    room = memory(settings, gpu_gib)
+    if room is None:
+        raise UsageError(f"--gpu-gib: nothing is known of what --engine {settings.engine} takes of a GPU")
+    model.check(settings)
+    print(json.dumps({"schema": 1, "gpu_memory": room.to_json()}, indent=1) if as_json else "\n".join(room.lines()))
+    if room.problem:
+        raise LaunchError("the engines do not fit")
+
+
+def main(settings: Settings, gpu_gib: int, as_json: bool) -> None:
     if settings.hosts:
         settings = of_hosts(settings)
+    if gpu_gib:
+        only_memory(settings, gpu_gib, as_json)
+        return
+    room = memory(settings)
     if settings.nnodes == 1 or settings.was_set("node_rank"):
         found = layout(settings, None if settings.nnodes == 1 else elsewhere(settings, settings.node_rank))
         found.check()
-        data = found.to_json()
-        print(json.dumps(data, indent=1)) if as_json else show(data)
+        data = found.to_json() | {"gpu_memory": room and room.to_json()}
+        print(json.dumps(data, indent=1)) if as_json else show(data, room)
         return
     if not settings.was_set("leader_addr"):
         raise UsageError(
@@ -75,16 +102,16 @@ def main(settings: Settings, as_json: bool) -> None:
     for rank in range(settings.nnodes):
         found = layout(replace(settings, node_rank=rank), elsewhere(settings, rank))
         found.check()
-        plans.append(found.to_json())
+        plans.append(found.to_json() | {"gpu_memory": room and room.to_json()})
     if as_json:
         print(json.dumps({"schema": 1, "nodes": plans}, indent=1))
         return
     for data in plans:
-        show(data)
+        show(data, room)
         print()
 
 
-def show(data: dict[str, Any]) -> None:
+def show(data: dict[str, Any], room: Fit | None) -> None:
     """One node's plan as a script would say it."""
     print(
         f"run {data['run']}, node {data['node_rank']} of {data['nnodes']}, "
@@ -95,6 +122,8 @@ def show(data: dict[str, Any]) -> None:
         "ports, as wanted (`up` moves those in use that you did not set): "
         + ", ".join(f"{k} {v}" for k, v in data["ports"].items())
     )
+    if room is not None:
+        print("\n# memory of each GPU", *room.lines(), sep="\n# ")
     for process in data["processes"]:
         print(f"\n# {process['name']}")
         for key, value in process["env"].items():

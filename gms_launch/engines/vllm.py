@@ -27,7 +27,7 @@ class Line:
 
     `control` is the prefix of the engine's sleep and wake routes, `parked` the word of the log line that says so,
     `metrics` whether there are failover metrics, `event_plane` the default with etcd. With `needs_system_port` a
-    promotion fails at registration when DYN_SYSTEM_PORT is not set.
+    promotion fails at registration when DYN_SYSTEM_PORT is not set. `layered`: scratch KV takes a piece for each layer.
     """
 
     dynamo: str
@@ -38,15 +38,16 @@ class Line:
     metrics: bool
     event_plane: str
     needs_system_port: bool
+    layered: bool
 
 
 LINES = (
-    Line("1.1", "1.1.1", "0.19.0", "", "sleeping", False, "nats", False),
-    Line("1.2", "1.2.1", "0.20.1", "", "sleeping", False, "nats", False),
-    Line("1.3", "1.3.1", "0.23.0", "control/", "sleeping", False, "zmq", False),
-    Line("1.4", "1.4.2", "0.26.0", "control/", "sleeping", True, "zmq", True),
-    Line("1.5", "1.5.1", "0.28.0", "control/", "paused", True, "zmq", True),
-    Line("1.6", "1.6.1", "0.31.0", "control/", "paused", True, "zmq", True),
+    Line("1.1", "1.1.1", "0.19.0", "", "sleeping", False, "nats", False, True),
+    Line("1.2", "1.2.1", "0.20.1", "", "sleeping", False, "nats", False, True),
+    Line("1.3", "1.3.1", "0.23.0", "control/", "sleeping", False, "zmq", False, True),
+    Line("1.4", "1.4.2", "0.26.0", "control/", "sleeping", True, "zmq", True, False),
+    Line("1.5", "1.5.1", "0.28.0", "control/", "paused", True, "zmq", True, False),
+    Line("1.6", "1.6.1", "0.31.0", "control/", "paused", True, "zmq", True, False),
 )
 #: The front can be set (VLLM_PROCESS_NAME_PREFIX).
 _VITAL = re.compile(r"\S*::(EngineCore|Worker)")
@@ -83,6 +84,11 @@ class VllmEngine(dynamo.Spoken):
                 f"--engine vllm: Dynamo {version} has no shadow mode with scratch KV; {LINES[0].dynamo} is the first"
             )
         return found
+
+    def line(self, settings: Settings) -> Line:
+        """Of the Dynamo that is installed; the newest known where none is, as on a login node."""
+        version = installed.look(settings.python, MODULES, DISTRIBUTIONS).versions.get("ai-dynamo", "")
+        return line_of(version) or LINES[-1]
 
     def describe(self, settings: Settings) -> str:
         """The versions found, for people."""
