@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gms_launch import __version__, engines
 from gms_launch.cli import background
 from gms_launch.cli.reporters import Notify, Terminal
+from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError, RefusedError
 from gms_launch.observe.stamp import Formatter
 from gms_launch.process import proc
@@ -44,7 +45,7 @@ def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> N
     settings = with_kill_wait(settings)
     place = topology.discover(settings)
     # Everything that can go wrong on this node, before the leader is looked for.
-    reservation = ports.Reservation(_ports_dir(), place.address)
+    reservation = ports.Reservation(_ports_dir(), place.address, LOOPBACK)
     layout = prepare(settings, place, reservation)
     if detach:
         # The background agent makes its own reservation, of the same ports.

@@ -15,9 +15,16 @@ if TYPE_CHECKING:
     from gms_launch.settings.declared import Settings
 
 
+#: Where everything listens that only the leader node uses: its frontend, its engines' leader ranks and its agent.
+LOOPBACK = "127.0.0.1"
+
+
 @dataclass(frozen=True)
 class DynamoPlane:
-    """What every Dynamo process of a run needs to find the others. Passwords are empty where there is no login."""
+    """What every Dynamo process of a run needs to find the others. Passwords are empty where there is no login.
+
+    `address` is the node's on the network, for what an engine says to its ranks on other nodes.
+    """
 
     address: str
     namespace: str
@@ -42,13 +49,14 @@ class DynamoPlane:
             "ETCD_LEASE_TTL": str(round(self.lease_ttl)),
             "ETCD_AUTH_USERNAME": self.etcd_user or None,
             "ETCD_AUTH_PASSWORD": self.etcd_password or None,
-            # Without these Dynamo listens on the machine's default address.
-            "DYN_TCP_RPC_HOST": self.address,
+            # Without these Dynamo listens on the machine's default address, or on all: and none of it asks who comes.
+            "DYN_SYSTEM_HOST": LOOPBACK,
+            "DYN_TCP_RPC_HOST": LOOPBACK,
             # Called a host, and looked up as the name of an interface (1.4), whose last address is taken: on a network
             # card that is a link-local IPv6 one, which cannot be listened on. The engines that call back to the
             # frontend are the leader ranks, on its own node.
             "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
-            "DYN_EVENT_PLANE_HOST": self.address,
+            "DYN_EVENT_PLANE_HOST": LOOPBACK,
             # A NATS_SERVER that is not there blocks a start for two minutes: set only when NATS runs.
             "NATS_SERVER": self.nats_url or None,
             "NATS_AUTH_USERNAME": self.nats_user if self.nats_url else None,

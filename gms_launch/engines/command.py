@@ -22,7 +22,7 @@ import msgspec
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.steps import Step
 from gms_launch.engines import installed
-from gms_launch.engines.base import RankSpec
+from gms_launch.engines.base import LOOPBACK, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.process.lifecycle import Command
@@ -138,6 +138,11 @@ def read(file: str) -> CommandEngine:
     for name, port in described.ports.items():
         if not 0 < port < 65536:
             raise UsageError(f"engine file {path}: ports.{name}: {port} is no port (1 to 65535)")
+    if (host := described.environment.get("DYN_SYSTEM_HOST", LOOPBACK)) != LOOPBACK:
+        raise UsageError(
+            f"engine file {path}: environment.DYN_SYSTEM_HOST is {host!r}; the agent asks on {LOOPBACK}, and elsewhere "
+            "anybody could put the engine to sleep: leave it out"
+        )
     patterns = {}
     _pattern(path, "vital", described.vital)
     for name, pattern in described.phase.items():

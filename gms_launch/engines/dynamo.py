@@ -77,7 +77,6 @@ def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:
         env |= spec.plane.environment()
         env |= {
             "DYN_SYSTEM_PORT": str(spec.system_port),
-            "DYN_SYSTEM_HOST": spec.plane.address,
             "DYN_SYSTEM_STARTING_HEALTH_STATUS": "notready",
         }
     return Command((*argv, *spec.engine_args), env)

@@ -19,6 +19,7 @@ from gms_launch.cohort import actions, controller, membership
 from gms_launch.cohort.model import ENDED, Phase
 from gms_launch.cohort.records import CommandRecord, CommandResult, DesiredCohort, Wanted
 from gms_launch.cohort.view import KillRequest, Memory, Policy, Request, RollRequest, Slot, View
+from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import DeadlineError, LaunchError
 from gms_launch.node import begin, consent, herald
 from gms_launch.node.confirm import TokenWatch
@@ -270,10 +271,10 @@ def _want(me: Node, cohort_id: int, incarnation: int, wanted: Wanted, why: str, 
 
 def _master_port(me: Node, cohort_id: int, incarnation: int) -> int:
     """The next port of the slot's range that nobody listens on."""
-    address = me.layout.topology.leader_address
+    places = (me.layout.topology.leader_address, LOOPBACK)  # engines of one node meet on the latter
     steps = range(ports.INCARNATION_STEPS)
     candidates = [me.layout.ports.master(cohort_id, incarnation + k) for k in steps]
-    return next((p for p in candidates if ports.is_free(address, p)), candidates[0])
+    return next((p for p in candidates if all(ports.is_free(a, p) for a in places)), candidates[0])
 
 
 def _abort(me: Node, action: actions.Abort) -> None:

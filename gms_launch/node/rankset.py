@@ -18,6 +18,7 @@ from gms_launch.cohort.reconciler import PEER_ENDED, Desire, LocalRank
 from gms_launch.cohort.records import EndedRecord, RankRecord
 from gms_launch.cohort.steps import by_memory
 from gms_launch.control.mirror import Mirror
+from gms_launch.engines.base import LOOPBACK
 from gms_launch.node.discovery import Discovery
 from gms_launch.node.gates import Gates
 from gms_launch.node.gms_watch import GmsWatch
@@ -126,8 +127,8 @@ class RankSet:
         """Ask a rank how it is for as long as it lives; one that hangs is treated as dead."""
         settings, loop = self._layout.settings, asyncio.get_running_loop()
         port = self._layout.ports.system[rank.cohort_id] if self._node_rank == 0 else 0
-        address, lock = self._layout.topology.address, self._layout.lock_of(rank.cohort_id)
-        feeler = Feeler(leader, address, port, lock, max(1.0, settings.health_interval), rank.engine.is_vital)
+        lock = self._layout.lock_of(rank.cohort_id)
+        feeler = Feeler(leader, LOOPBACK, port, lock, max(1.0, settings.health_interval), rank.engine.is_vital)
         pulse = Pulse(settings.health_timeout)
         while True:
             rank.news.clear()

@@ -17,7 +17,7 @@ from typing import Any
 
 from gms_launch import engines
 from gms_launch.engines import installed
-from gms_launch.engines.base import DynamoPlane, Engine, RankSpec
+from gms_launch.engines.base import LOOPBACK, DynamoPlane, Engine, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms import devices, gpus
 from gms_launch.numbers import numbered
@@ -113,8 +113,7 @@ class Layout:
         """How Dynamo's processes of this node reach the services."""
         nats_url = ""
         if self.settings.nats:
-            own = f"nats://{etcd.host(self.topology.leader_address)}:{self.ports.nats}"
-            nats_url = self.settings.nats_server or own
+            nats_url = self.settings.nats_server or f"nats://{LOOPBACK}:{self.ports.nats}"
         return DynamoPlane(
             address=self.topology.address,
             namespace=self.settings.namespace,
@@ -175,7 +174,7 @@ class Layout:
     @property
     def nats_server(self) -> nats.Server:
         return nats.Server(
-            address=self.topology.leader_address,
+            address=LOOPBACK,
             port=self.ports.nats,
             config=self.node_dir.path / "nats.conf",
             data=self.node_dir.path / "nats",

@@ -142,9 +142,9 @@ def is_free(address: str, port: int) -> bool:
 class Reservation:
     """Locks held by this process on the ports it chose, one file a port, let go by `close` or by its death."""
 
-    def __init__(self, directory: Path, address: str) -> None:
+    def __init__(self, directory: Path, *addresses: str) -> None:
         self._directory = directory
-        self._address = address
+        self._addresses = dict.fromkeys(addresses)
         self._held: dict[int, int] = {}
         # Another network namespace has ports of its own, and may share this directory.
         self._network = os.stat("/proc/self/ns/net").st_ino
@@ -160,7 +160,7 @@ class Reservation:
             os.close(fd)  # whoever had it has just removed it
         if fd is None:
             return False
-        if not is_free(self._address, port):
+        if not all(is_free(address, port) for address in self._addresses):
             _let_go(fd, path)
             return False
         self._held[port] = fd

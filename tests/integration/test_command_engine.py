@@ -20,7 +20,6 @@ needs = ["gms_launch.engines.reference", "dynamo.llm"]
 [engine.environment]
 DYN_VLLM_GMS_SHADOW_MODE = "true"
 DYN_SYSTEM_PORT = "{system_port}"
-DYN_SYSTEM_HOST = "{address}"
 DYN_SYSTEM_STARTING_HEALTH_STATUS = "notready"
 MY_PORT = "{port_mine}"
 [engine.ports]
