@@ -11,6 +11,7 @@ restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 directory = "/dev/shm/peers"
 os.environ |= {
     "GMS_LAUNCH_TAG": f"{os.environ['PEERS_TAG']}/{rank}",
+    "GMS_LAUNCH_MEETING_SECRET": os.environ["PEERS_TAG"].encode().hex(),
     "ENGINE_ID": "0",
     "DYN_VLLM_GMS_SHADOW_MODE": "true",
     "GMS_SOCKET_DIR": directory,

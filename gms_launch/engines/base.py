@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: Where everything listens that only the leader node uses: its frontend, its engines' leader ranks and its agent.
 LOOPBACK = "127.0.0.1"
 
+#: In every rank's environment: what it can prove by that it belongs to its life, where its ranks meet on a network.
+MEETING_SECRET = "GMS_LAUNCH_MEETING_SECRET"
+
 
 @dataclass(frozen=True)
 class DynamoPlane:
@@ -67,7 +70,7 @@ class DynamoPlane:
 
 @dataclass(frozen=True)
 class RankSpec:
-    """One rank of one life of a cohort."""
+    """One rank of one life of a cohort. `meeting_secret`: hexadecimal, known to the ranks of this life alone."""
 
     cohort_id: int
     incarnation: int
@@ -80,6 +83,7 @@ class RankSpec:
     leader_address: str
     master_port: int
     system_port: int
+    meeting_secret: str
     nixl_port: int
     vllm_port: int
     gms_dir: Path

@@ -22,7 +22,7 @@ import msgspec
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.steps import Step
 from gms_launch.engines import installed
-from gms_launch.engines.base import LOOPBACK, RankSpec
+from gms_launch.engines.base import LOOPBACK, MEETING_SECRET, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.process.lifecycle import Command
@@ -89,7 +89,7 @@ class CommandEngine:
         if spec.node_rank == 0:
             env |= spec.plane.environment()
         env |= {"ENGINE_ID": str(spec.cohort_id), "GMS_SOCKET_DIR": str(spec.gms_dir)}
-        env |= {"TMPDIR": str(spec.scratch_dir)}
+        env |= {"TMPDIR": str(spec.scratch_dir), MEETING_SECRET: spec.meeting_secret}
         env |= {"FAILOVER_LOCK_PATH": str(spec.lock_path)}
         env |= {name: value.format_map(known) for name, value in self.file.environment.items()}
         return Command((*(word.format_map(known) for word in argv), *spec.engine_args), env)

@@ -10,7 +10,7 @@ import re
 
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.steps import Step
-from gms_launch.engines.base import RankSpec
+from gms_launch.engines.base import MEETING_SECRET, RankSpec
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.process.lifecycle import Command
 
@@ -67,6 +67,7 @@ def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:
         "GMS_SOCKET_DIR": str(spec.gms_dir),
         "FAILOVER_LOCK_PATH": str(spec.lock_path),
         "TMPDIR": str(spec.scratch_dir),
+        MEETING_SECRET: spec.meeting_secret,
         # What an agent's environment may carry and would change a rank's place, its health or its loader.
         **dict.fromkeys(("DYN_VLLM_HEADLESS", "DYN_GMS_USE_V1", "DYN_SNAPSHOT_CONTROL_DIR", "DYN_ENDPOINT")),
         **dict.fromkeys(("DYN_HEALTH_CHECK_ENABLED", "DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS")),

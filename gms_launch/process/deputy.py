@@ -25,6 +25,8 @@ from gms_launch.process.word import Peer, Word
 
 #: How long an agent has to end what it should end (seconds).
 PATIENCE = 1.0
+#: So many datagrams are looked at in its place at one time: in its second some may have come from strangers.
+UNREAD = 4096
 #: Longest message between an agent and its guard (bytes): a thousand peers.
 LONGEST = 128 * 1024
 
@@ -128,7 +130,7 @@ class Deputy:
     def _listen(self) -> None:
         """The words that the agent has not read in its time."""
         assert self._line is not None
-        for heard in word.hear(self._line, self._duty.key):
+        for heard in word.hear(self._line, self._duty.key, UNREAD):
             if heard.life in self._duty.ranks:
                 self._act(heard.life)
         self._poller.register(self._line, select.POLLIN)

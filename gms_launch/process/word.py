@@ -2,7 +2,8 @@
 
 A datagram says that a rank of a life has ended, and nothing else can be said. It is sealed with a key of the run's own
 attempt. It may be lost, repeated or late, and a stranger may send again what he has heard: a life that has ended never
-comes back, so to hear it twice changes nothing. Etcd stays the truth; this is for the moments in which it is silent.
+comes back, so to hear it twice changes nothing. Who floods the port can keep words from being heard, and no more: they
+are read a few at a time, between other things. Etcd stays the truth; this is for the moments in which it is silent.
 No more than the standard library, since the guard reads it too.
 """
 
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 MAGIC = b"gms-launch-ended 1"
 #: Longest datagram that is looked at (bytes).
 LONGEST = 256
+#: So many datagrams are read before something else has its turn.
+AT_ONCE = 256
 #: A word is said again after so long (seconds): datagrams are lost.
 AGAIN = (0.0, 0.05, 0.25, 1.0, 3.0)
 
@@ -79,10 +82,10 @@ def say(line: socket.socket, word: Word, key: bytes, peers: Iterable[Peer]) -> N
             line.sendto(data, peer)
 
 
-def hear(line: socket.socket, key: bytes) -> list[Word]:
-    """Every word that has come and that nobody has read."""
+def hear(line: socket.socket, key: bytes, most: int = AT_ONCE) -> list[Word]:
+    """The words among the first `most` datagrams that nobody has read."""
     words: list[Word] = []
-    while True:
+    for _ in range(most):
         try:
             data = line.recv(LONGEST)
         except BlockingIOError:
@@ -91,3 +94,4 @@ def hear(line: socket.socket, key: bytes) -> list[Word]:
             continue
         if (word := unseal(data, key)) is not None:
             words.append(word)
+    return words

@@ -7,6 +7,7 @@ what happens. No side effects.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 import sys
@@ -35,7 +36,7 @@ from gms_launch.settings.declared import Settings
 LATER = 4
 #: What stands for a secret in a printed plan.
 HIDDEN = "<hidden>"
-_SECRET = ("PASSWORD",)
+_SECRET = ("PASSWORD", "SECRET")
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,7 @@ class Layout:
                 leader_address=self.topology.leader_address,
                 master_port=master_port,
                 system_port=self.ports.system[cohort_id],
+                meeting_secret=self._meeting_secret(cohort_id, incarnation),
                 nixl_port=self.ports.nixl[cohort_id],
                 vllm_port=self.ports.vllm[cohort_id],
                 gms_dir=self.node_dir.gms,
@@ -239,6 +241,11 @@ class Layout:
                 extra_ports={name: numbers[cohort_id] for name, numbers in self.ports.extra.items()},
             )
         )
+
+    def _meeting_secret(self, cohort_id: int, incarnation: int) -> str:
+        """Of one life: every node's agent makes the same of what only agents know."""
+        key, life = self.credentials.admin_password, f"meeting {self.attempt} {cohort_id} {incarnation}"
+        return hmac.digest(key.encode(), life.encode(), "sha256").hex()
 
     # -- checks and printing -----------------------------------------------------------------------------------
 

@@ -10,8 +10,11 @@ import argparse
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from gms_launch.engines.base import MEETING_SECRET
+from gms_launch.engines.reference import meeting
 
 #: Points at which an engine can be made to fail, in the order it passes them, and the ways to fail.
 POINTS = ("starting", "before_commit", "parked", "waking", "serving", "tokens", "unregistered")
@@ -121,6 +124,7 @@ class EngineConfig:
     knobs: Knobs
     tag: str
     device: str = "host"
+    meeting_secret: bytes = field(default=b"", repr=False)
 
     @property
     def local_workers(self) -> int:
@@ -158,6 +162,13 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
     if environ.get("DYN_VLLM_GMS_SHADOW_MODE", "").lower() not in ("1", "true"):
         parser.error("DYN_VLLM_GMS_SHADOW_MODE must be true: this engine knows shadow mode only")
     try:
+        # On one node nobody else needs to know it, and started by hand there is nobody to say it.
+        secret = bytes.fromhex(environ.get(MEETING_SECRET, "")) or os.urandom(meeting.PROOF)
+    except ValueError:
+        parser.error(f"{MEETING_SECRET} is not hexadecimal")
+    if options.nnodes > 1 and not environ.get(MEETING_SECRET):
+        parser.error(f"ranks on several nodes need {MEETING_SECRET}: by it they know each other")
+    try:
         knobs = Knobs.from_environ(environ)
     except ValueError as exc:
         parser.error(str(exc))
@@ -177,4 +188,5 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
         knobs=knobs,
         tag=environ.get("GMS_LAUNCH_TAG", ""),
         device=environ.get("REFERENCE_DEVICE", "host"),
+        meeting_secret=secret,
     )

@@ -2,90 +2,157 @@
 
 As with a collective of NCCL, nobody notices a peer's death by itself: a leader waits for the answer of a worker that
 is gone, and a worker whose leader is gone goes on waiting with everything it holds. That is what a launcher is for.
+
+Only who knows the life's secret takes part (`meeting`); a stranger at the port costs a descriptor for some seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from gms_launch.engines.reference import meeting
+from gms_launch.engines.reference.meeting import Handshake, StrangerError, Voice
+
+log = logging.getLogger("reference")
+
 _HEADER = struct.Struct("!I")
+#: So many connections may be without a proof at one time; one more, and the oldest of them is closed.
+STRANGERS = 64
 Reply = dict[str, Any]
 
 
-def _pack(message: Reply) -> bytes:
-    body = msgspec.msgpack.encode(message)
-    return _HEADER.pack(len(body)) + body
+def _pack(body: bytes, voice: Voice) -> bytes:
+    return _HEADER.pack(len(body)) + body + voice.mark(body)
+
+
+@dataclass
+class _Seat:
+    """A worker that has joined."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    to: Voice
+    of: Voice
+
+    async def read(self) -> Reply:
+        """Its next answer; for ever if none comes: a dead peer is not noticed."""
+        try:
+            (length,) = _HEADER.unpack(await self.reader.readexactly(_HEADER.size))
+            body = await self.reader.readexactly(length)
+            self.of.check(body, await self.reader.readexactly(meeting.MARK))
+            reply: Reply = msgspec.msgpack.decode(body)
+            return reply
+        except StrangerError as exc:
+            log.error("a worker's line is not its own any more: %s", exc)
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
 
 
 class Leader:
-    """The leader rank's end: collects `world` workers, then broadcasts and gathers."""
+    """The leader rank's end: collects `world` workers that know `secret`, then broadcasts and gathers."""
 
-    def __init__(self, world: int) -> None:
-        self._world = world
-        self._workers: dict[int, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
+    def __init__(self, world: int, secret: bytes) -> None:
+        self._world, self._secret = world, secret
+        self._workers: dict[int, _Seat] = {}
+        self._unproved: dict[asyncio.StreamWriter, None] = {}
+        self._told = 0
         self._complete = asyncio.Event()
         self._step = asyncio.Lock()
         self._server: asyncio.Server | None = None
 
     async def listen(self, host: str, port: int) -> int:
         """Open the master port (0 picks one); returns it. Raises `OSError` when it is taken."""
-        self._server = await asyncio.start_server(self._joined, host, port)
+        self._server = await asyncio.start_server(self._came, host, port, backlog=1024)
         return int(self._server.sockets[0].getsockname()[1])
 
     async def everybody(self) -> None:
         """Wait until every worker has joined."""
         await self._complete.wait()
 
-    async def _joined(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        hello = await self._read(reader)
-        self._workers[hello["rank"]] = (reader, writer)
+    async def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Let a worker in, and nobody else: who is silent, or talks nonsense, must not keep the ranks from meeting."""
+        if len(self._unproved) >= STRANGERS:
+            oldest = next(iter(self._unproved))  # a worker takes no time: who has waited longest is none
+            del self._unproved[oldest]
+            oldest.transport.abort()
+        self._unproved[writer] = None
+        try:
+            await asyncio.wait_for(self._join(reader, writer), meeting.PATIENCE)
+        except (StrangerError, asyncio.IncompleteReadError, asyncio.TimeoutError, OSError) as exc:
+            writer.transport.abort()
+            self._told += 1
+            if self._told & (self._told - 1) == 0:  # the 1st, 2nd, 4th, 8th: nobody is to fill the log
+                log.warning("refused at the master port, %d by now: %s", self._told, exc or type(exc).__name__)
+        finally:
+            self._unproved.pop(writer, None)
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        hand = Handshake(self._secret)
+        writer.write(hand.answer(await reader.readexactly(meeting.CALL)))
+        rank, to, of = hand.joined(await reader.readexactly(meeting.CLAIM))
+        if rank >= self._world or rank in self._workers:
+            raise StrangerError(f"a second rank {rank}, or one above {self._world - 1}")
+        self._workers[rank] = _Seat(reader, writer, to, of)
         if len(self._workers) == self._world:
             self._complete.set()
-
-    @staticmethod
-    async def _read(reader: asyncio.StreamReader) -> Reply:
-        try:
-            (length,) = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-            reply: Reply = msgspec.msgpack.decode(await reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            await asyncio.Event().wait()  # a dead peer is not noticed: nothing ever comes
-            raise AssertionError("unreachable") from None
-        return reply
 
     async def all(self, **message: Any) -> list[Reply]:
         """Send `message` to every worker and return all answers by rank. Waits for ever for one that is gone."""
         async with self._step:
-            data = _pack(message)
-            for _, writer in self._workers.values():
-                writer.write(data)
-            return await asyncio.gather(*(self._read(self._workers[r][0]) for r in sorted(self._workers)))
+            body = msgspec.msgpack.encode(message)
+            for seat in self._workers.values():
+                seat.writer.write(_pack(body, seat.to))
+            return await asyncio.gather(*(self._workers[r].read() for r in sorted(self._workers)))
 
 
-def serve_worker(host: str, port: int, rank: int, handle: Callable[[Reply], Reply]) -> None:
+def serve_worker(host: str, port: int, rank: int, secret: bytes, handle: Callable[[Reply], Reply]) -> None:
     """A worker's end: join, then answer until the end of time. Retries until the leader listens."""
     while True:
         try:
-            connection = socket.create_connection((host, port))
+            connection, to, of = _join(host, port, rank, secret)
             break
-        except OSError:
+        except (OSError, StrangerError):
             time.sleep(0.05)  # the leader may not listen yet, and nothing announces it
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.sendall(_pack({"rank": rank}))
     while True:
         head = _receive(connection, _HEADER.size)
         body = _receive(connection, _HEADER.unpack(head)[0]) if head else b""
-        if not body:
+        mark = _receive(connection, meeting.MARK) if body else b""
+        try:
+            of.check(body, mark)
+        except StrangerError as exc:
+            if mark:
+                log.error("the leader's line is not its own any more: %s", exc)
             while True:  # the leader is gone; like a rank inside a collective, wait for it all the same
                 signal.pause()
-        connection.sendall(_pack(handle(msgspec.msgpack.decode(body))))
+        connection.sendall(_pack(msgspec.msgpack.encode(handle(msgspec.msgpack.decode(body))), to))
+
+
+def _join(host: str, port: int, rank: int, secret: bytes) -> tuple[socket.socket, Voice, Voice]:
+    """A line to the leader of this life. Raises `OSError` and `StrangerError`."""
+    connection = socket.create_connection((host, port), timeout=meeting.PATIENCE)
+    try:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        hand = Handshake(secret)
+        connection.sendall(hand.call())
+        claim, to, of = hand.claim(_receive(connection, meeting.ANSWER), rank)
+        connection.settimeout(None)
+        connection.sendall(claim)
+    except BaseException:
+        connection.close()
+        raise
+    return connection, to, of
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:

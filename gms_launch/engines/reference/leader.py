@@ -114,7 +114,7 @@ async def run(config: EngineConfig) -> None:
     metrics.enter("init")
 
     log.info("[GMS] Failover enabled: will use scratch KV for initialization until engine is primary")
-    group = Leader(config.tensor_parallel_size)
+    group = Leader(config.tensor_parallel_size, config.meeting_secret)
     several = config.nnodes > 1
     host = config.master_addr if several else "127.0.0.1"
     port = await group.listen(host, config.master_port)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+from gms_launch.engines.base import MEETING_SECRET
 from gms_launch.engines.reference.args import EngineConfig
 
 
@@ -14,11 +15,14 @@ class Workers:
     """Starts one worker for each local GPU. They end when this process does: it holds their standard input."""
 
     def __init__(self, config: EngineConfig, host: str, port: int) -> None:
+        env = os.environ | {MEETING_SECRET: config.meeting_secret.hex()}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         for local in range(config.local_workers):
             rank = config.node_rank * config.local_workers + local
             argv = [sys.executable, "-m", "gms_launch.engines.reference.worker", str(rank), str(local), host, str(port)]
-            self._processes[f"Worker_TP{rank}"] = subprocess.Popen([*argv, "--", *sys.argv[1:]], stdin=subprocess.PIPE)
+            self._processes[f"Worker_TP{rank}"] = subprocess.Popen(
+                [*argv, "--", *sys.argv[1:]], stdin=subprocess.PIPE, env=env
+            )
 
     async def first_exit(self) -> tuple[str, int]:
         """Wait until a worker ends; returns its name and exit code (negative: the signal)."""

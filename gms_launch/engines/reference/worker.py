@@ -142,7 +142,7 @@ def main() -> None:
     config.knobs.fail_here("starting", config.tag)
     if config.knobs.start_seconds:
         time.sleep(config.knobs.start_seconds)
-    serve_worker(host, port, rank, Worker(config, rank, local_rank).handle)
+    serve_worker(host, port, rank, config.meeting_secret, Worker(config, rank, local_rank).handle)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,14 @@ def test_words_pass_over_what_is_not_one() -> None:
         assert word.hear(line, KEY) == []
 
 
+def test_who_floods_the_port_does_not_keep_the_reader() -> None:
+    with word.listen("127.0.0.1", 0) as line, word.listen("127.0.0.1", 0) as sender:
+        for k in range(30):
+            word.say(sender, Word(0, k, 1), b"a guess" if k % 2 else KEY, [line.getsockname()])
+        heard = [[w.incarnation for w in word.hear(line, KEY, 10)] for _ in range(4)]
+        assert heard == [list(range(k, k + 10, 2)) for k in (0, 10, 20)] + [[]]
+
+
 class Guarded:
     """A deputy in a thread, with a process of a life to look after."""
 
