@@ -51,17 +51,6 @@ def test_health_is_the_same_parked_and_active_and_metrics_tell_them_apart(run: D
         assert line.endswith(" 1.0") and f'engine_id="{cohort_id}"' in line
 
 
-def test_control_routes_take_the_engine_out_of_routing_and_back(run: Deployment) -> None:
-    before = run.text()
-    base = system(run, run.status()["primary"])
-    code, reply = get(base + "/engine/control/sleep", {"level": 1})
-    assert code == 200 and json.loads(reply)["status"] == "ok"
-    eventually(lambda: run.text() is None)
-    code, reply = get(base + "/engine/control/wake_up", {})
-    assert code == 200 and json.loads(reply)["status"] == "ok"
-    eventually(lambda: run.text() == before)
-
-
 def test_tokens_are_streamed(run: Deployment) -> None:
     url = run.run_file["frontend_url"] + "/v1/completions"
     _, text = get(url, {"model": "tiny", "prompt": "hello", "max_tokens": 8, "temperature": 0, "stream": True})
