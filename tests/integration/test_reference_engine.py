@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import Deployment, eventually
+from tests.support import Deployment
 
 
 @pytest.fixture(scope="module")
