@@ -26,7 +26,6 @@ def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list
     """The next actions, and the memory to pass in next time."""
     actions: list[Action] = []
     memory = _remember(view, memory, now)
-    memory = replace(memory, absent_since={r: memory.absent_since.get(r, now) for r in view.absent})
     lost = tuple(sorted(r for r, since in memory.absent_since.items() if now - since >= NODE_GRACE))
     if lost != view.lost:
         actions.append(LoseNodes(lost))
@@ -160,7 +159,13 @@ def _remember(view: View, memory: Memory, now: float) -> Memory:
     if served:
         lost = None
     confirmed = {view.confirmed} if view.confirmed is not None else set()
-    return replace(memory, best=best, lost_primary=lost, served=memory.served | confirmed)
+    return replace(
+        memory,
+        best=best,
+        lost_primary=lost,
+        served=memory.served | confirmed,
+        absent_since={r: memory.absent_since.get(r, now) for r in view.absent},
+    )
 
 
 def _too_late(slot: Slot, view: View, policy: Policy, now: float) -> str:

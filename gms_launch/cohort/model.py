@@ -78,15 +78,14 @@ def cohort_phase(phases: Mapping[int, Phase], nodes: Collection[int]) -> Phase:
     `nodes` are those that count: a lost node has no say. One failing rank makes the cohort failing; it is fenced only
     when every node says so. Otherwise the leader rank speaks for all, once every rank has been started.
     """
-    known = {node: phase for node, phase in phases.items() if node in nodes}
-    if any(p in ENDED for p in known.values()):
-        fenced = len(known) == len(nodes) and all(p is Phase.FENCED for p in known.values())
-        return Phase.FENCED if fenced else Phase.FAILING
+    known = [phases[node] for node in nodes if node in phases]
+    if not ENDED.isdisjoint(known):
+        return Phase.FENCED if known.count(Phase.FENCED) == len(nodes) else Phase.FAILING
     if not known:
         return Phase.PENDING
-    if len(known) < len(nodes):
+    if len(known) < len(nodes) or 0 not in nodes:
         return Phase.STARTING
-    return known.get(0, Phase.STARTING)
+    return phases[0]
 
 
 def primary(cohorts: Iterable[CohortView]) -> CohortView | None:

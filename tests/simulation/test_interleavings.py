@@ -2,75 +2,56 @@
 
 from __future__ import annotations
 
-import os
-import random
+import subprocess
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from bench import simulate
 from gms_launch.cohort import controller, reconciler
 from gms_launch.cohort.model import Phase
 from tests.simulation import world
-from tests.simulation.world import Broken, explore, replay
-
-STEPS, FAULTS = 30, 2
-
-
-def one(seed: int, steps: int = STEPS, faults: int = FAULTS) -> bool:
-    """One interleaving; True when the run ended with a word. Raises `Broken`."""
-    rng = random.Random(seed)
-    nnodes, cohorts = rng.choice((1, 2, 2, 3)), rng.choice((2, 2, 3))
-    return bool(explore(nnodes, cohorts, rng.randrange, steps, faults, rng.random() < 0.3).aborted)
-
-
-def many(first: int, count: int) -> int:
-    return sum(one(seed) for seed in range(first, first + count))
-
-
-def spread(total: int) -> int:
-    """`total` interleavings over the cores of this machine; how many ended with a word."""
-    share = 2500
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        return sum(pool.map(many, range(0, total, share), [share] * (total // share)))
+from tests.simulation.interleavings import one, spread
+from tests.simulation.world import Broken, replay
 
 
 @pytest.mark.timeout(900)
 def test_a_hundred_thousand_interleavings() -> None:
     """Never two active, never started before the predecessor is dead, never killed without a cause, always an end."""
-    ended = spread(100_000)
-    assert 0 < ended < 50_000, "some runs lose a node for good, and most do not"
+    counts, ended = zip(*spread(range(100_000)), strict=True)
+    assert sum(counts) == 100_000
+    assert 0 < sum(ended) < 50_000, "some runs lose a node for good, and most do not"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_million_interleavings() -> None:
-    assert spread(1_000_000) > 0
+    assert sum(count for count, _ in spread(range(1_000_000))) == 1_000_000
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    nnodes=st.integers(1, 3),
-    cohorts=st.integers(2, 3),
-    faults=st.integers(0, 4),
-    activate=st.booleans(),
-    picks=st.lists(st.integers(0, 1000), max_size=80),
-)
-def test_any_order_of_events(nnodes: int, cohorts: int, faults: int, activate: bool, picks: list[int]) -> None:
-    """As above, with the search for the smallest case that fails, which prints as a call of `replay`."""
-    left = iter(picks)
-    explore(nnodes, cohorts, lambda n: next(left, 0), STEPS, faults, activate)
-
-
-def test_a_rank_dies_with_its_peer_before_the_leader_has_decided_anything_and_the_cost_is_linear() -> None:
-    """`measure` takes one remote rank away; it asserts that another node's rank goes by the first message."""
-    small, large = simulate.measure(16), simulate.measure(64)
-    for what in ("records_written", "messages", "decisions"):
-        assert large[what] < 4.2 * small[what], what
+def test_the_interleavings_run_where_nothing_is_installed_and_say_which_case_broke() -> None:
+    """Without site-packages, and a range of seeds in two processes."""
+    command = [sys.executable, "-S", "-m", "tests.simulation.interleavings", "300", "--first", "4000"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, "--processes", "2"], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("300 interleavings from seed 4000 held"), done.stdout
+    # A controller that never starts a slot again, before the same main.
+    lazy = """
+from tests.simulation import interleavings, world
+right = world.controller.decide
+def decide(*args):
+    actions, memory = right(*args)
+    return [a for a in actions if not (isinstance(a, world.controller.Start) and a.incarnation > 1)], memory
+world.controller.decide = decide
+interleavings.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", lazy, "300"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "replay: replay(" in done.stderr and "BROKEN" in done.stderr, done.stderr
 
 
 # -- mistakes that must be found -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ After every event the invariants are checked; `Broken` says which one and prints
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,10 @@ from gms_launch.cohort.reconciler import Desire, LocalRank
 from gms_launch.cohort.view import Request, RollRequest
 
 LEASE = 5.0
+#: What a key that was never put has: no revision and no value.
+NEVER = (0, None)
+#: The record of the run (lost nodes, epoch of the GMS servers) before there is one.
+NO_RUN: tuple[int, tuple[tuple[int, ...], int]] = (0, ((), 0))
 Life = tuple[int, int]
 
 
@@ -29,7 +34,7 @@ class Broken(AssertionError):
     """An invariant does not hold."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Proc:
     """A rank on a node. `dead` is what really is; `phase` is what its agent has noticed."""
 
@@ -39,14 +44,14 @@ class Proc:
     since: float = 0.0
     dead: bool = False
     hangs: bool = False
-    why: str = ""
+    had_the_lock: bool = False
+    life: Life = field(init=False)
 
-    @property
-    def life(self) -> Life:
-        return self.cohort, self.incarnation
+    def __post_init__(self) -> None:
+        self.life = self.cohort, self.incarnation
 
 
-@dataclass
+@dataclass(slots=True)
 class Node:
     """An agent and what runs under it. `known` is its copy of the store: key -> (revision, value)."""
 
@@ -63,9 +68,9 @@ class Node:
     epoch: int = 0
 
 
-def follows(node: Node, key: Any) -> bool:
-    """Which keys an agent watches (`Keys.followed`): the leader all, the others no ranks but the leader's."""
-    return node.rank == 0 or key[0] != "rank" or key[2] == 0
+def for_all(key: Any) -> bool:
+    """Which keys every agent watches (`Keys.followed`): no ranks but the leader's. The leader watches all."""
+    return key[0] != "rank" or key[2] == 0
 
 
 class World:
@@ -101,38 +106,41 @@ class World:
     def put(self, node: Node, key: Any, value: Any) -> None:
         """A write by an agent: its own copy at once, the store's and the others' if the line holds."""
         if not node.connected:
-            node.known[key] = (node.known.get(key, (0, None))[0], value)
+            node.known[key] = (node.known.get(key, NEVER)[0], value)
             return
         self.revision += 1
         self.store[key] = node.known[key] = (self.revision, value)
-        for other in self.nodes:
-            if other.up and other.connected and follows(other, key):
+        for other in self.nodes if for_all(key) else self.nodes[:1]:
+            if other.up and other.connected:
                 self.messages += 1
                 if other is not node:
                     other.inbox.append((self.revision, key, value))
 
     def put_once(self, node: Node, key: Any, value: Any) -> None:
         """A write that the store refuses when the key is there."""
-        if not node.connected or self.store.get(key, (0, None))[1] is None:
+        if not node.connected or self.store.get(key, NEVER)[1] is None:
             self.put(node, key, value)
         else:
             node.known[key] = self.store[key]
 
     def deliver(self, node: Node, index: int, keep: bool = False) -> None:
         revision, key, value = node.inbox[index] if keep else node.inbox.pop(index)
-        if revision > node.known.get(key, (0, None))[0]:
+        if revision > node.known.get(key, NEVER)[0]:
             node.known[key] = (revision, value)
+
+    def forget_messages(self, node: Node) -> None:
+        node.inbox.clear()
 
     def deliver_all(self, node: Node) -> None:
         inbox, node.inbox = node.inbox, []
         for revision, key, value in inbox:
-            if revision > node.known.get(key, (0, None))[0]:
+            if revision > node.known.get(key, NEVER)[0]:
                 node.known[key] = (revision, value)
 
     def resync(self, node: Node) -> None:
         """Read everything anew and report what runs here, as an agent does after a break."""
         node.inbox.clear()
-        node.known = {k: v for k, v in self.store.items() if follows(node, k)}
+        node.known = {k: v for k, v in self.store.items() if node.rank == 0 or for_all(k)}
         for cohort, incarnation in node.skipped.items():
             if cohort not in node.procs or node.procs[cohort].incarnation < incarnation:
                 self.record(node, (cohort, incarnation), Phase.FENCED, self.now)
@@ -177,7 +185,7 @@ class World:
                 proc = node.procs[action.cohort_id]
                 self.check_cause(node, proc, action.reason)
                 self.kill(node, proc)
-        run = node.known.get(("run",), (0, ((), 0)))[1]
+        run = node.known.get(("run",), NO_RUN)[1]
         if run[1] > node.epoch and all(p.phase is Phase.FENCED for p in node.procs.values()):
             node.epoch, node.gms = run[1], True
 
@@ -209,7 +217,7 @@ class World:
 
     def check_cause(self, node: Node, proc: Proc, reason: str) -> None:
         """Nobody is killed without a cause: a rank of that life is dead, or the controller had one."""
-        ranks = [p for n in self.nodes for p in n.procs.values() if p.life == proc.life]
+        ranks = [p for n in self.nodes if (p := n.procs.get(proc.cohort)) and p.life == proc.life]
         if proc.life not in self.caused and not any(p.dead for p in ranks) and len(ranks) == len(self.nodes):
             raise Broken(f"life {proc.life} was killed on node {node.rank} without a cause: {reason}")
 
@@ -217,21 +225,22 @@ class World:
 
     def view(self) -> View:
         leader = self.nodes[0]
-        lost, epoch = leader.known.get(("run",), (0, ((), 0)))[1]
+        known = leader.known.get
+        lost, epoch = known(("run",), NO_RUN)[1]
         counting = [n.rank for n in self.nodes if n.rank not in lost]
         slots = {}
-        for key, (_, desire) in leader.known.items():
-            if key[0] != "desired":
+        for cohort in range(self.policy.cohorts):
+            if (desire := known(("desired", cohort), NEVER)[1]) is None:
                 continue
-            phases, since = {}, 0.0
+            phases, since, incarnation = {}, 0.0, desire.incarnation
             for rank in range(len(self.nodes)):
-                record = leader.known.get(("rank", key[1], rank), (0, None))[1]
-                if record is not None and record[0] == desire.incarnation:
+                record = known(("rank", cohort, rank), NEVER)[1]
+                if record is not None and record[0] == incarnation:
                     phases[rank], since = record[1], max(since, record[2])
             phase = cohort_phase(phases, counting)
             given_up = desire.why.startswith("given up")
-            slots[key[1]] = Slot(key[1], desire.incarnation, desire.running, given_up, phase, since)
-            slots[key[1]] = controller.replace(slots[key[1]], generation=self.generations[slots[key[1]].life])
+            generation = self.generations[cohort, incarnation]
+            slots[cohort] = Slot(cohort, incarnation, desire.running, given_up, phase, since, generation=generation)
         absent = {n.rank: f"node {n.rank}" for n in self.nodes[1:] if not n.up or n.lease <= self.now}
         return View(
             slots=slots,
@@ -239,8 +248,8 @@ class World:
             requests=tuple(self.requests),
             absent=absent,
             lost=lost,
-            gms_down=tuple(f"node {n.rank}" for n in self.nodes if n.rank in counting and n.up and not n.gms),
-            gms_restarting=any(n.epoch < epoch for n in self.nodes if n.rank in counting and n.up),
+            gms_down=tuple([f"node {n.rank}" for n in self.nodes if not n.gms and n.up and n.rank in counting]),
+            gms_restarting=any(n.epoch < epoch and n.up and n.rank in counting for n in self.nodes),
             generation=self.generation,
             rolling=self.rolling,
             hung={p.life: "no token" for p in leader.procs.values() if p.hangs and p.phase is Phase.ACTIVE},
@@ -270,10 +279,10 @@ class World:
                     leader, ("desired", action.cohort_id), Desire(action.cohort_id, action.incarnation, False, 0, why)
                 )
             elif isinstance(action, controller.LoseNodes):
-                epoch = leader.known.get(("run",), (0, ((), 0)))[1][1]
+                epoch = leader.known.get(("run",), NO_RUN)[1][1]
                 self.put(leader, ("run",), (action.lost, epoch))
             elif isinstance(action, controller.NewGms):
-                lost, epoch = leader.known.get(("run",), (0, ((), 0)))[1]
+                lost, epoch = leader.known.get(("run",), NO_RUN)[1]
                 self.put(leader, ("run",), (lost, epoch + 1))
             elif isinstance(action, Activate):
                 self.activate((action.cohort_id, action.incarnation))
@@ -310,7 +319,8 @@ class World:
     # -- engines -----------------------------------------------------------------------------------------------
 
     def ranks(self, life: Life) -> list[Proc]:
-        return [p for n in self.nodes for p in n.procs.values() if p.life == life and not p.dead]
+        found = (n.procs.get(life[0]) for n in self.nodes)
+        return [p for p in found if p is not None and p.life == life and not p.dead]
 
     def engine(self, proc: Proc) -> bool:
         """The next step of a leader rank, if it can take one: what an engine does by itself."""
@@ -326,6 +336,8 @@ class World:
             return True
         if proc.phase is Phase.PARKED and self.may_serve(proc):
             self.lock = proc
+            for rank in self.ranks(proc.life):
+                rank.had_the_lock = True
             self.move(node, proc, Phase.WAKING)
             return True
         if proc.phase is Phase.WAKING:
@@ -354,7 +366,7 @@ class World:
 
     def memory_is_held(self, proc: Proc) -> bool:
         served = (p for n in self.nodes for p in n.procs.values() if not p.dead and p.life != proc.life)
-        return any(p.life in self.memory.served or p.why == "had the lock" for p in served)
+        return any(p.life in self.memory.served or p.had_the_lock for p in served)
 
     # -- time, faults, invariants ------------------------------------------------------------------------------
 
@@ -421,7 +433,7 @@ class World:
         """A new agent in a dead one's place, or the line restored."""
         if not node.up:
             node.up, node.gms = True, True
-            node.epoch = self.store.get(("run",), (0, ((), 0)))[1][1]
+            node.epoch = self.store.get(("run",), NO_RUN)[1][1]
             for key, (_, desire) in self.store.items():
                 if key[0] == "desired":
                     node.skipped[key[1]] = desire.incarnation
@@ -449,58 +461,53 @@ class World:
         )
 
     def check(self) -> None:
-        serving = [p for n in self.nodes for p in n.procs.values() if not p.dead and p.phase is Phase.ACTIVE]
+        active, serving = Phase.ACTIVE, []
+        for node in self.nodes:
+            for proc in node.procs.values():
+                if proc.phase is active and not proc.dead:
+                    serving.append(proc.life)
         if len(serving) > 1:
-            raise Broken(f"two cohorts are active: {[p.life for p in serving]}")
+            raise Broken(f"two cohorts are active: {serving}")
 
     # -- running it --------------------------------------------------------------------------------------------
 
-    def enabled(self) -> list[tuple[str, Any]]:
-        """Everything that may happen next."""
-        found: list[tuple[str, Any]] = [("controller", (self.lead,))]
+    def enabled(self) -> list[tuple[Any, ...]]:
+        """Everything that may happen next: what it is called, as a format for the arguments; what does it; those."""
+        found: list[tuple[Any, ...]] = [("controller", self.lead)]
         for node in self.nodes:
             if node.rank in self.gone:
                 continue
             if not node.up:
-                found.append((f"agent {node.rank} comes back", (self.come_back, node)))
+                found.append(("agent {0.rank} comes back", self.come_back, node))
                 continue
-            found.append((f"agent {node.rank}", (self.agent, node)))
+            found.append(("agent {0.rank}", self.agent, node))
             if not node.connected:
-                found.append((f"node {node.rank} is connected again", (self.come_back, node)))
+                found.append(("node {0.rank} is connected again", self.come_back, node))
             if node.inbox:
-                found.append((f"node {node.rank} gets its oldest message", (self.deliver, node, 0)))
-            if len(node.inbox) > 1:
-                found.append((f"node {node.rank} gets its newest message", (self.deliver, node, len(node.inbox) - 1)))
-                found.append((f"node {node.rank} gets a message twice", (self.deliver, node, 0, True)))
-                found.append((f"node {node.rank} loses all messages", (node.inbox.clear,)))
+                found.append(("node {0.rank} gets its oldest message", self.deliver, node, 0))
+                if len(node.inbox) > 1:
+                    found.append(("node {0.rank} gets its newest message", self.deliver, node, -1))
+                    found.append(("node {0.rank} gets a message twice", self.deliver, node, 0, True))
+                    found.append(("node {0.rank} loses all messages", self.forget_messages, node))
             for proc in node.procs.values():
                 if proc.dead and proc.phase is Phase.FAILING:
-                    name = f"node {node.rank} proves life {proc.life} dead"
-                    found.append((name, (self.move, node, proc, Phase.FENCED)))
+                    found.append(("node {0.rank} proves life {1.life} dead", self.move, node, proc, Phase.FENCED))
         for proc in self.nodes[0].procs.values():
             if not proc.dead and proc.phase in ALIVE:
-                found.append((f"engine {proc.life}", (self.engine, proc)))
+                found.append(("engine {0.life}", self.engine, proc))
                 if proc.hangs and proc.phase is Phase.PARKED:
-                    found.append((f"the hang of life {proc.life} is noticed", (self.notice_hang, proc)))
-        found += [("half a second passes", (self.pass_time, 0.5)), ("six seconds pass", (self.pass_time, 6.0))]
+                    found.append(("the hang of life {0.life} is noticed", self.notice_hang, proc))
+        found += [("half a second passes", self.pass_time, 0.5), ("six seconds pass", self.pass_time, 6.0)]
         if self.faults > 0 and not self.memory.initial:
-            found += [("fault", (self.fault,))] * 3
+            found += [("fault", self.fault)] * 3
         return found
 
     def step(self) -> None:
         """One event, whichever `choose` picks."""
-        name, (do, *args) = (events := self.enabled())[self.choose(len(events))]
-        self.log.append(name)
+        name, do, *args = (events := self.enabled())[self.choose(len(events))]
+        self.log.append(name.format(*args))
         if isinstance(what := do(*args), str):
             self.log[-1] += f": {what}"
-        self.guarded()
-
-    def guarded(self) -> None:
-        for node in self.nodes:
-            for proc in node.procs.values():
-                if self.lock is proc:
-                    for rank in self.ranks(proc.life):
-                        rank.why = "had the lock"
         self.check()
 
     def settle(self, rounds: int = 400) -> None:
@@ -529,7 +536,7 @@ class World:
                 moved |= self.engine(proc)
                 if proc.hangs and proc.phase is Phase.PARKED:
                     self.notice_hang(proc)
-            self.guarded()
+            self.check()
             done = not self.requests and (self.full() or self.stated())
             if done and not self.memory.initial and not self.lead() and not moved:
                 return
@@ -539,8 +546,10 @@ class World:
         raise Broken(f"neither full nor ended after {rounds} rounds: {self.describe()}")
 
     def resync_if_behind(self, node: Node) -> None:
-        if any(node.known.get(k, (0, None))[0] < r for k, (r, _) in self.store.items() if follows(node, k)):
-            self.resync(node)
+        for key, (revision, _) in self.store.items():
+            if node.known.get(key, NEVER)[0] < revision and (node.rank == 0 or for_all(key)):
+                self.resync(node)
+                return
 
     def describe(self) -> str:
         lives = [
@@ -548,6 +557,26 @@ class World:
             for n in self.nodes
         ]
         return f"t={self.now:.1f} lock={self.lock.life if self.lock else None} {'; '.join(lives)} {self.view()}"
+
+
+#: Runs that came up, as they begin: coming up is the same each time, and a copy takes a tenth of that.
+_SETTLED: dict[Any, bytes] = {}
+
+
+def settled(nnodes: int, cohorts: int, activate: bool) -> World:
+    """A run that has just come up. Raises `Broken`."""
+    key = (nnodes, cohorts, activate, controller.decide, reconciler.decide, cohort_phase)  # tests replace those
+    if key not in _SETTLED:
+        world = World(nnodes, cohorts, nobody, 0, activate)
+        world.settle()
+        _SETTLED[key] = pickle.dumps(world, pickle.HIGHEST_PROTOCOL)
+    found: World = pickle.loads(_SETTLED[key])
+    return found
+
+
+def nobody(_: int) -> int:
+    """Coming up, there is nothing to choose."""
+    raise AssertionError("a choice before the first event")
 
 
 def explore(
@@ -560,17 +589,18 @@ def explore(
         picked.append(choose(n) % n)
         return picked[-1]
 
-    world = World(nnodes, cohorts, pick, 0, activate)
+    world: World | None = None
     try:
-        world.settle()
-        world.faults = faults
+        world = settled(nnodes, cohorts, activate)
+        world.choose, world.faults = pick, faults
         for _ in range(steps):
             if world.aborted:
                 break
             world.step()
         world.settle()
     except Broken as exc:
-        script = "\n".join(f"  {line}" for line in [*world.log, "# then everything in turn"])
+        log = world.log if world is not None else []
+        script = "\n".join(f"  {line}" for line in [*log, "# then everything in turn"])
         case = f"replay({nnodes}, {cohorts}, {picked}, {steps}, {faults}, {activate})"
         raise Broken(f"{exc}\n{script}\nreplay: {case}") from None
     return world
