@@ -202,6 +202,8 @@ def _make_places(layout: Layout, record: RunFile) -> None:
         if layout.topology.is_leader:
             layout.run_dir.create(record, layout.credentials)
             layout.run_dir.keep(layout.node_dir, record, layout.credentials)
+            if layout.settings.metrics_port:
+                layout.run_dir.targets_json.parent.mkdir(mode=0o700, exist_ok=True)
         layout.log_dir.mkdir(mode=0o700, exist_ok=True)
     except RefusedError:
         if new:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gms_launch.cohort.reconciler import PEER_ENDED
 from gms_launch.cohort.records import EventRecord
 
 #: The steps in the order they are expected, and what each means.
@@ -34,6 +35,22 @@ ZEROS: Mapping[str, str] = {
     "exit": "a rank's exit was seen; the fault is older",
     "lock": "the shadow got the lock, before a rank's exit was seen; the fault is older",
 }
+#: What is first seen of a primary's death, in a word: for counts, which free text is no label of.
+CAUSES: Mapping[str, str] = {
+    "exit": "a process of it ended by itself, or by somebody's signal",
+    "hung": "it lived, and did not answer or served no tokens",
+    "deadline": "it did not serve in time",
+    "node_lost": "a node of it was cut off or went away",
+    "gms": "its memory service was gone",
+    "kill-primary": "somebody asked for it",
+    "switch-over": "somebody asked for it",
+    "roll": "somebody asked for it",
+    "drill": "somebody asked for a part of it",
+    "other": "anything else",
+}
+#: How the details of kills begin, or end, that no person asked for.
+_KILLS = (("hung:", "hung"), ("not parked within", "deadline"), ("no token within", "deadline"), ("GMS on", "gms"))
+
 #: A kill's own time, told by another process, counts only so shortly before the fault was seen (seconds).
 KILL_SEEN = 5.0
 #: An agent that stood still writes down what happened meanwhile until so long after it goes on (seconds).
@@ -49,7 +66,8 @@ class Failover:
     `silence` is how long at most no token came through the frontend, in seconds; None when no look saw tokens before.
     `held` connections waited for the shadow; the frontend `moved` requests so often and `lost` so many meanwhile (None:
     not known, or not yet). `over` when nothing is held any more, or never was. `stood_still` is for how long an agent
-    did nothing meanwhile, in seconds, and until when: the moments of that time are those at which it went on.
+    did nothing meanwhile, in seconds, and until when: the moments of that time are those at which it went on. `kind` is
+    one of `CAUSES`.
     """
 
     time: float
@@ -64,6 +82,7 @@ class Failover:
     lost: int | None = None
     over: bool = True
     stood_still: tuple[float, float] | None = None
+    kind: str = "other"
 
     @property
     def gap(self) -> float | None:
@@ -94,6 +113,7 @@ class Failover:
             "zero": self.zero,
             "silence_at_most": None if self.silence is None else round(self.silence, 6),
             "cause": self.cause,
+            "kind": self.kind,
             "victim": life(self.victim),
             "promoted": life(self.promoted),
             "complete": self.complete,
@@ -211,4 +231,16 @@ class _Builder:
             lost=None if stood_still else counted.get("lost"),
             over="held" not in steps or bool(counted),
             stood_still=stood_still,
+            kind=_kind(self._sign),
         )
+
+
+def _kind(sign: EventRecord) -> str:
+    """Which of `CAUSES` the first sign of a death shows."""
+    if sign.kind == "exit" or sign.detail.startswith(PEER_ENDED):
+        return "exit"
+    if sign.detail in CAUSES:
+        return sign.detail
+    if sign.detail.endswith("was lost") or sign.detail.startswith("this node is cut off"):
+        return "node_lost"
+    return next((kind for begins, kind in _KILLS if sign.detail.startswith(begins)), "other")

@@ -171,8 +171,8 @@ class NodeRecord(Record):
     end; `stopped` comes last, with what it could not kill in `left`. One that `failed` says so with its `exit_code`.
     `clock` is its `clock.OFFSET`; `gms_epoch` the one that its servers are of. `writing`: what is wrong with its
     directories, or was lost there; `strays`: processes of dead lives that would not die; `internal_errors`: errors of
-    the agent's own that the run outlived. `word_port` is where it hears from other nodes (UDP; 0:
-    nowhere).
+    the agent's own that the run outlived. `metrics` is where it serves them (host:port; empty: nowhere), `word_port`
+    where it hears from other nodes (UDP; 0: nowhere).
     """
 
     node_rank: int
@@ -201,6 +201,7 @@ class NodeRecord(Record):
     internal_errors: int = 0
     model: ModelStamp = ModelStamp()
     word_port: int = 0
+    metrics: str = ""
     clock: float = 0.0
 
 

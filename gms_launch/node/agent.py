@@ -219,6 +219,7 @@ class Agent:
                 self.node.report.emit("redundancy", detail=shot.records.value)
                 self.node.report.run(redundancy=shot.records.value)
             self.node.report.ranks()
+            self.node.report.targets()
             self.node.teller.look(shot, self.node.confirmed, self.node.loop.time())
         announced = self.node.mirror.run.redundancy if self.node.mirror.run else ""
         if announced and announced != self.node.redundancy.value:
@@ -229,4 +230,5 @@ class Agent:
                 self._memory = replace(self._memory, initial=False)
                 self.node.ready.set()
                 self.node.spawn(self.node.look_at_gms())
+        self.node.exporter.look(shot)
         self._on_change(shot)

@@ -55,6 +55,8 @@ async def shut_down(me: Node) -> None:
         await _clear(me, left)  # before this node says that nothing is left
     me.report.emit("stopped", detail=left)
     me.publish_node(stopped=True, left=left)
+    me.report.targets(ended=True)
+    await me.loop.run_in_executor(None, me.exporter.stop)
     await me.loop.run_in_executor(None, me.session.close)
     if "etcd" in me.services:
         await me.services["etcd"].stop()

@@ -20,6 +20,7 @@ from gms_launch.control.claims import Claims
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import InterruptedRunError, LaunchError
 from gms_launch.node.canary import Canary
+from gms_launch.node.exporter import Exporter
 from gms_launch.node.gates import Gates
 from gms_launch.node.gms_watch import GmsWatch
 from gms_launch.node.guarded import Guarded
@@ -87,6 +88,7 @@ class Node:
             on_rank,
             self.herald.say,
         )
+        self.exporter = Exporter(layout, self.report)
         self.claims = Claims(self.report.take, self.spawn, self.control_changed)
         self.teller = Teller(self.ranks.starts, on_progress)
         self.failure: LaunchError | None = None
@@ -116,6 +118,7 @@ class Node:
             self.loop.add_signal_handler(sig, self.interrupt, f"signal {sig.name}")
         self.files = FileWatcher(self.loop)
         self.session = Session(self.layout, self.mirror, self.report, self)
+        self.exporter.start(self.session)
 
     def stop(self, why: str, hurry: bool = False) -> None:
         """Begin an orderly stop. `hurry`: whoever sent the signal may send SIGKILL after kill_wait."""
@@ -214,6 +217,7 @@ class Node:
             exit_code=failed.exit_code if failed else 0,
             writing=self.report.places(),
             internal_errors=self.report.errors,
+            metrics=self.exporter.address,
             force=force,
         )
 

@@ -6,10 +6,12 @@ What goes to disk goes through the writer, so that telling never fails and never
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import os
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +45,10 @@ EVENTS_KEPT = 1000
 
 
 class Reporter:
-    """One agent's reports. `link` is set once there is an etcd, `lease` whenever this node has one."""
+    """One agent's reports. `link` is set once there is an etcd, `lease` whenever this node has one.
+
+    `listeners` hear every event of this node, on the leader of all nodes; they must return at once and raise nothing.
+    """
 
     def __init__(self, layout: Layout, mirror: Mirror, writer: Writer) -> None:
         self._layout = layout
@@ -56,6 +61,8 @@ class Reporter:
         self._node: NodeRecord | None = None
         self._listed: dict[str, Any] = {}
         self.seen: dict[int, NodeRecord] = {}
+        self.listeners: list[Callable[[EventRecord], None]] = []
+        self._targets: list[dict[str, Any]] = []
         self.link: ControlLink | None = None
         self.lease = 0
         self.model = ModelStamp()
@@ -98,7 +105,7 @@ class Reporter:
         now = clock.now() if when is None else when
         event = EventRecord(now, self._node_rank, kind, cohort_id, incarnation, detail, data)
         self._serial += 1
-        self._to_journal(event)
+        self._heard(event)
         if self.link is not None:
             key = self._keys.event(int(now * 1e9), self._node_rank, self._serial)
             self.link.put(key, event.encode(), later=True)
@@ -112,11 +119,13 @@ class Reporter:
     def take_event(self, event: EventRecord) -> None:
         """Keep another node's event in the journal."""
         if event.node_rank != self._node_rank:
-            self._to_journal(event)
+            self._heard(event)
 
-    def _to_journal(self, event: EventRecord) -> None:
+    def _heard(self, event: EventRecord) -> None:
         if self._layout.topology.is_leader:
             self._writer.append(self._layout.run_dir.events, event.encode() + b"\n")
+        for listener in self.listeners:
+            listener(event)
 
     def unexpected(self, what: str, error: BaseException) -> None:
         """An error of ours, which the run outlives: logged, counted, told."""
@@ -214,3 +223,28 @@ class Reporter:
             text = json.dumps(listed, indent=1)
             self._writer.replace(self._layout.run_dir.ranks_json, text)
             self._writer.here(self._layout.node_dir.ranks_json, text)
+
+    def targets(self, ended: bool = False) -> None:
+        """Say beside the run directory where nodes serve their metrics, as Prometheus reads it; nowhere once `ended`.
+
+        Also of nodes that are lost: that they do not answer is what somebody wants to be told. Not of those that serve
+        on another machine's loopback, where whoever reads this would meet himself.
+        """
+        run, here = self._layout.run, proc.boot_id()
+        found = [
+            {"targets": [n.metrics], "labels": {"run": run, "node_rank": str(n.node_rank), "host": n.host}}
+            for _, n in sorted(self.seen.items())
+            if n.metrics and not ended and (n.boot_id == here or not _is_loopback(n.metrics))
+        ]
+        if found != self._targets:
+            self._targets = found
+            self._writer.replace(self._layout.run_dir.targets_json, json.dumps(found, indent=1))
+
+
+def _is_loopback(where: str) -> bool:
+    """True when host:port is a machine's own."""
+    host = where.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

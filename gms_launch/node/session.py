@@ -71,6 +71,12 @@ class Session:
         self.mirrored = asyncio.Event()
         self.is_cut_off = False
 
+    def lease_left(self) -> float | None:
+        """Seconds until this node takes itself for cut off, below 0 when it has; None before it has a lease."""
+        if not self.mirrored.is_set():
+            return None
+        return self._sent + terms.silence(self._settings.lease_ttl) - time.monotonic()
+
     # -- opening and closing, in a thread ------------------------------------------------------------------------
 
     def open(self, record: NodeRecord) -> None:

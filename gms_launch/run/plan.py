@@ -350,7 +350,7 @@ def no_gpu() -> str:
 #: Settings in which the nodes of a run may differ.
 _OWN = frozenset(
     {"node_rank", "leader_addr", "interface", "hosts", "gms_socket_dir", "etcd_bin", "nats_bin", "python"}
-    | {"virtual_gpus", "run_id", "kill_wait", "cache_dir"}
+    | {"virtual_gpus", "run_id", "kill_wait", "cache_dir", "metrics_host", "metrics_port"}
 )
 
 

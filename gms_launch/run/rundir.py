@@ -27,6 +27,9 @@ from gms_launch.settings.rules import RUN_ID
 from gms_launch.spool.files import trouble, write_private
 from gms_launch.spool.reading import PATIENCE, within
 
+#: In the home: where the nodes of each run serve their metrics. No run has a name with a dot in front.
+TARGETS = ".metrics-targets"
+
 
 def home() -> Path:
     """Where runs are recorded: GMS_LAUNCH_HOME, else ~/.gms-launch."""
@@ -167,6 +170,8 @@ class RunDir:
         self.events = path / "events.jsonl"
         self.agent_log = path / "logs" / "agent.log"
         self.ranks_json = path / "ranks.json"
+        # Beside the runs: Prometheus takes a pattern for the name of a file, and none for a directory's.
+        self.targets_json = path.parent / TARGETS / f"{path.name}.json"
 
     @classmethod
     def of(cls, run: str) -> RunDir:

@@ -124,6 +124,12 @@ class Settings:
     migration_limit: int = setting(
         50, "how often a request may move; 0: it ends with its engine", "services", minimum=0, maximum=2**32 - 1
     )
+    metrics_host: str = setting(
+        "127.0.0.1", "address metrics are served on; node: this node's, of the network that the nodes share", "services"
+    )
+    metrics_port: int = setting(
+        0, "TCP port on which every agent serves metrics to Prometheus; 0: none", "ports", minimum=0, maximum=65535
+    )
     frontend_port: int = port(8000, "HTTP port of the frontend", recipe="FRONTEND_PORT")
     etcd_port: int = port(2379, "etcd client port")
     etcd_peer_port: int = port(2380, "etcd peer port")

@@ -120,7 +120,10 @@ def _ranges(s: Settings) -> Mapping[str, Iterable[int]]:
     """Every port that follows from a setting, by the setting."""
     single = ("frontend_port", "etcd_port", "etcd_peer_port", "nats_port", "word_port")
     cohorts, wide = s.cohorts, COHORT_STRIDE * s.cohorts
-    return {name: range(getattr(s, name), getattr(s, name) + 1) for name in single} | {
+    found = {name: range(getattr(s, name), getattr(s, name) + 1) for name in single}
+    if s.metrics_port:
+        found["metrics_port"] = range(s.metrics_port, s.metrics_port + 1)
+    return found | {
         "system_port": range(s.system_port, s.system_port + cohorts),
         "nixl_port": range(s.nixl_port, s.nixl_port + cohorts),
         "vllm_port": range(s.vllm_port, s.vllm_port + wide),

@@ -1,0 +1,163 @@
+"""Metrics as a real Prometheus finds, scrapes and answers them, over a failover; and what must not come of serving."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import Deployment, eventually, free_port
+
+ROOT = Path(__file__).parents[2]
+MONITORING = ROOT / "docs" / "monitoring"
+pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's prometheus (make packages)")
+
+
+class Prometheus:
+    """A real one, which finds the runs of a home as docs/monitoring/prometheus.yml says."""
+
+    def __init__(self, directory: Path, home: Path) -> None:
+        self.port = free_port()
+        text = (MONITORING / "prometheus.yml").read_text().replace("HOME/.gms-launch", str(home))
+        text = text.replace("scrape_interval: 10s", "scrape_interval: 250ms").replace("30s", "1s")
+        (directory / "prometheus.yml").write_text(text.replace("[alerts.yml]", f"[{MONITORING}/alerts.yml]"))
+        argv = ["prometheus", f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data"]
+        argv += [f"--web.listen-address=127.0.0.1:{self.port}"]
+        with open(directory / "prometheus.log", "wb") as log:
+            self._process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
+
+    def get(self, path: str, **query: str) -> Any:
+        url = f"http://127.0.0.1:{self.port}{path}?{urllib.parse.urlencode(query)}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return json.loads(answer.read())["data"]
+        except urllib.error.HTTPError as exc:
+            raise AssertionError(f"{query}: {exc.read().decode()}") from None
+        except OSError:
+            return None
+
+    def ask(self, expr: str) -> list[tuple[dict[str, str], float]]:
+        """The series of an instant query, each with its value."""
+        data = self.get("/api/v1/query", query=expr)
+        return [(r["metric"], float(r["value"][1])) for r in data["result"]] if data else []
+
+    def value(self, expr: str) -> float | None:
+        found = self.ask(expr)
+        return found[0][1] if found else None
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def page(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+@pytest.mark.timeout(240)
+def test_prometheus_sees_a_failover_and_the_dashboard_asks_for_what_is_there(tmp_path: Path, model: Path) -> None:
+    port, home = free_port(), tmp_path / "home"
+    prometheus = Prometheus(tmp_path, home)
+    try:
+        with Deployment(home, model, "--metrics-port", str(port)) as run:
+            found = eventually(lambda: prometheus.ask("up == 1"), 60, "scraped")
+            assert found[0][0]["run"] == run.run and found[0][0]["node_rank"] == "0"
+            assert eventually(lambda: prometheus.value('gms_launch_redundancy{state="full"} == 1'), 30)
+            victim = run.status()["primary"]
+            os.killpg(run.cohort(victim)["ranks"][0]["pgid"], signal.SIGKILL)
+            assert eventually(lambda: prometheus.value('gms_launch_failovers_total{cause="exit"} == 1'), 60)
+            assert run.cli("kill-primary").returncode in (0, 3)
+            run.wait_full()
+            assert eventually(lambda: prometheus.value("gms_launch_rearm_seconds_count >= 1"), 60)
+            told = json.loads(run.cli("timeline", "--json").stdout)["failovers"]
+            for step in ("first_token", "dead", "fenced"):
+                name = f'gms_launch_failover_duration_seconds_count{{step="{step}"}} == {len(told)}'
+                eventually(lambda: prometheus.value(name), 60, name)  # noqa: B023
+            total = prometheus.value('gms_launch_failover_duration_seconds_sum{step="first_token"}')
+            assert total == pytest.approx(sum(f["steps"]["first_token"] for f in told), abs=1e-4)
+            starts = sum(v for _, v in prometheus.ask("gms_launch_rank_starts_total"))
+            assert starts == sum(c["incarnation"] for c in run.status()["cohorts"])
+            gms = {m["tag"]: v for m, v in prometheus.ask("gms_launch_gms_bytes")}
+            assert gms == {g["tag"]: g["allocated_bytes"] for g in run.status()["nodes"][0]["gms"]}
+            assert prometheus.value('gms_launch_service_up{service="frontend"}') == 1
+            assert 0 < (prometheus.value("gms_launch_lease_seconds") or 0) <= 6.25
+            checked = subprocess.run(
+                ["promtool", "check", "metrics"], input=page(port), text=True, capture_output=True, check=False
+            )
+            assert checked.returncode == 0, checked.stdout + checked.stderr
+            dashboard_and_rules_ask_for_what_is_served(prometheus, page(port))
+            the_crowd_stops_nothing(run, port)
+        # Ended in order: the target goes away and nobody is paged for it.
+        assert json.loads((home / ".metrics-targets" / f"{run.run}.json").read_text()) == []
+        eventually(lambda: not prometheus.get("/api/v1/targets")["activeTargets"], 60, "no target is left")
+    finally:
+        prometheus.close()
+
+
+def dashboard_and_rules_ask_for_what_is_served(prometheus: Prometheus, served: str) -> None:
+    """Every query parses, and names no metric that is not there."""
+    dashboard = json.loads((MONITORING / "dashboard.json").read_text())
+    asked = [t["expr"] for p in dashboard["panels"] for t in p["targets"]]
+    asked += [a["expr"] for a in dashboard["annotations"]["list"]]
+    asked += [r["query"] for g in prometheus.get("/api/v1/rules")["groups"] for r in g["rules"]]
+    assert len(asked) > 30
+    known = set(re.findall(r"^# TYPE (\w+)", served, re.MULTILINE)) | set(re.findall(r"^(\w+)", served, re.MULTILINE))
+    for expr in asked:
+        for name, value in {"$run": ".+", "$__rate_interval": "1m", "$__range": "1h"}.items():
+            expr = expr.replace(name, value)
+        assert set(re.findall(r"gms_launch_\w+|process_\w+", expr)) <= known, expr
+        assert prometheus.get("/api/v1/query", query=expr) is not None, expr
+    shown = prometheus.ask('sum by (run) (gms_launch_redundancy{run=~".+", state="full"})')
+    assert shown and shown[0][1] == 1
+
+
+def the_crowd_stops_nothing(run: Deployment, port: int) -> None:
+    """Five hundred connections that say nothing, and meanwhile a failover and a scrape."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(500):
+            one = socket.socket()
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", port))
+            stack.callback(one.close)
+        before = run.text()
+        assert run.cli("kill-primary").returncode == 0
+        assert run.text() == before
+        assert "gms_launch_build_info" in page(port)
+    agent = run.agent.pid
+    eventually(lambda: len(os.listdir(f"/proc/{agent}/fd")) < 150, 30, "the agent keeps none of them")
+    run.wait_full()
+
+
+def test_the_rules_pass_their_tests() -> None:
+    for command in (["check", "rules", "alerts.yml"], ["test", "rules", "alerts.test.yml"]):
+        done = subprocess.run(["promtool", *command], cwd=MONITORING, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+@pytest.mark.timeout(120)
+def test_a_port_that_is_taken_is_an_event(tmp_path: Path, model: Path, taken: int) -> None:
+    with Deployment(tmp_path / "home", model, "--metrics-port", str(taken)) as run:
+        assert run.text()
+        (event,) = run.events("metrics_unserved")
+        assert str(taken) in event["detail"] and "in use" in event["detail"]
