@@ -25,6 +25,7 @@ from gms_launch.observe import history, journal, look
 from gms_launch.process import clock, lifecycle, proc
 from gms_launch.run import contact, rundir
 from gms_launch.run.rundir import RunDir, RunFile
+from gms_launch.settings.rules import shortened
 from gms_launch.transport import gms_launch, run_on
 from gms_launch.transport.base import Target
 
@@ -40,8 +41,8 @@ COUNTED = 5.0
 
 
 def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool) -> None:
-    if not re.fullmatch(r"group|leader|rank:[0-9]+", scope):
-        raise UsageError(f"--scope {scope!r}: expected group, leader or rank:N")
+    if not re.fullmatch(r"group|leader|rank:[0-9]{1,9}", scope):
+        raise UsageError(f"--scope {shortened(scope)}: expected group, leader or rank:N")
     directory, found = rundir.find(run)
     if scope.startswith("rank:") and int(scope[5:]) >= found.nnodes:
         raise UsageError(f"--scope {scope}: the run has {numbered(found.nnodes, 'node')}, ranks count from 0")
@@ -162,6 +163,8 @@ def kill_directly(
 
 def kill_group(pid: int, start: int) -> None:
     """`kill-group PID START`: SIGKILL the group of that very process on this node."""
+    if pid <= 1:
+        raise UsageError(f"kill-group {pid}: that is no process group of a run")
     if not lifecycle.kill_group(proc.ProcessId(pid, start)):
         raise RefusedError(f"process group {pid} is not the recorded one (start time {start}), {GONE}: not touched")
 

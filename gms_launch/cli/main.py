@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Annotated, Optional
 import typer
 
 from gms_launch import __version__
-from gms_launch.cli.options import WithEngineArgs, duration, number, positive, with_settings
-from gms_launch.errors import LaunchError
+from gms_launch.cli.options import WithEngineArgs, descriptor, duration, number, positive, with_settings
+from gms_launch.errors import LaunchError, UsageError
 from gms_launch.settings.declared import Settings
+from gms_launch.urls import public
 
 app = typer.Typer(
     add_completion=False,
@@ -43,7 +45,7 @@ def _up(
     detach: Annotated[
         bool, typer.Option("-d", "--detach", help="run in the background; return when redundancy is full")
     ] = False,
-    notify_fd: Annotated[int, typer.Option(hidden=True)] = -1,
+    notify_fd: Annotated[int, typer.Option(parser=descriptor, metavar="<int>", hidden=True)] = -1,
     until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
 ) -> None:
     """Run this node's agent, with all that it keeps alive.
@@ -161,7 +163,10 @@ def status(
 def down(
     run: Run = None,
     timeout: Annotated[float, duration("--timeout", "deadline for the orderly stop (seconds)")] = 60.0,
-    here: Annotated[Optional[int], typer.Option("--here", hidden=True)] = None,  # noqa: UP045
+    here: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--here", parser=number, metavar="<int>", hidden=True),
+    ] = None,
 ) -> None:
     """Stop a run and prove that nothing of it is left.
 
@@ -193,7 +198,10 @@ def wait(
 
 
 @app.command("kill-group", hidden=True)
-def kill_group(pid: int, start: int) -> None:
+def kill_group(
+    pid: Annotated[int, typer.Argument(parser=positive, metavar="<int>")],
+    start: Annotated[int, typer.Argument(parser=number, metavar="<int>")],
+) -> None:
     """Kill one recorded process group of this node."""
     from gms_launch.cli import kill_primary as verb
 
@@ -269,14 +277,34 @@ def demo_model(
 
 
 def main() -> None:
-    """Run a verb; a `LaunchError` becomes one message and its exit code."""
+    """Run a verb; every error becomes one message and its exit code.
+
+    A `LaunchError` has said what there is to say. What nobody has foreseen ends with code 1, and the message names the
+    file with the traceback.
+    """
     try:
-        app()
+        _typed_as_text(sys.argv)
+        app(prog_name="gms-launch")
     except LaunchError as exc:
-        print(f"gms-launch: {exc}", file=sys.stderr)
+        print(f"gms-launch: {public(str(exc))}", file=sys.stderr)
         sys.exit(exc.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as exc:
+        from gms_launch.cli import unforeseen
+
+        print(f"gms-launch: {unforeseen.report(exc, sys.argv[1:2])}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _typed_as_text(words: list[str]) -> None:
+    """Raise `UsageError` for a word that is no UTF-8. What we print may hold anything, whatever the terminal takes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for k, word in enumerate(words):
+        if any("\ud800" <= c <= "\udfff" for c in word):
+            raise UsageError(f"word {k} of the command line is no UTF-8: {os.fsencode(word)!r}")

@@ -15,8 +15,9 @@ from typer.core import TyperCommand
 from gms_launch import numbers
 from gms_launch.errors import UsageError
 from gms_launch.run import topology
-from gms_launch.settings.declared import SETTINGS, Setting, Settings
+from gms_launch.settings.declared import LONGEST, SETTINGS, Setting, Settings
 from gms_launch.settings.resolve import read_toml, resolve
+from gms_launch.settings.rules import shortened
 
 _PANELS = {
     "run": "Run",
@@ -32,7 +33,11 @@ _PANELS = {
 _BY_HAND = ("NODE_RANK", "GMS_LAUNCH_NODE_RANK", "GMS_LAUNCH_HOSTS")
 
 
-def _typed(read: Callable[[str], float], value: object, minimum: float) -> Any:
+#: Of whole numbers that are no settings: lines, MiB, seeds.
+MOST = 2**53
+
+
+def _typed(read: Callable[[str], float], value: object, minimum: float, maximum: float = MOST) -> Any:
     """What a person typed for an option, as `numbers` reads it; a default is none of their typing."""
     if not isinstance(value, str):
         return value
@@ -42,12 +47,14 @@ def _typed(read: Callable[[str], float], value: object, minimum: float) -> Any:
         raise typer.BadParameter(str(exc)) from None
     if number < minimum:
         raise typer.BadParameter(f"{value} is below {minimum:g}")
+    if number > maximum:
+        raise typer.BadParameter(f"{shortened(value)} is above {maximum:.0f}")
     return number
 
 
 def seconds(value: str) -> float:
-    """A duration: finite, and above 0."""
-    found = float(_typed(numbers.real, value, -math.inf))
+    """A duration: above 0, and no longer than those of settings."""
+    found = float(_typed(numbers.real, value, -math.inf, LONGEST))
     if found <= 0:
         raise typer.BadParameter(f"{value} is no time to wait: give seconds above 0")
     return found
@@ -60,6 +67,14 @@ def duration(name: str, meaning: str) -> Any:
 
 def number(value: str) -> int:
     return int(_typed(numbers.whole, value, 0))
+
+
+def descriptor(value: str) -> int:
+    """A file descriptor that this process was given; a default is none of anybody's typing."""
+    fd = int(_typed(numbers.whole, value, 0))
+    if isinstance(value, str) and not os.path.exists(f"/proc/self/fd/{fd}") and fd > 2:
+        raise typer.BadParameter(f"there is no file descriptor {fd}")
+    return fd
 
 
 def positive(value: str) -> int:

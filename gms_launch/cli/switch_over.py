@@ -15,12 +15,13 @@ from gms_launch.cohort.failover import Failover
 from gms_launch.cohort.records import CommandRecord
 from gms_launch.control.errand import Known, followed
 from gms_launch.errors import DeadlineError, UsageError
-from gms_launch.numbers import numbered
+from gms_launch.numbers import count, numbered
 from gms_launch.observe import journal
 from gms_launch.run import contact, rundir
 from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.services import frontend
 from gms_launch.services.base import NotReadyError
+from gms_launch.settings.rules import shortened
 
 #: Pause between two looks for a moment without requests (seconds); the frontend announces nothing.
 IDLE_POLL = 0.05
@@ -41,9 +42,9 @@ def _cohort(text: str | None, found: RunFile) -> int:
     if text is None:
         return -1
     cohorts = int(found.settings.get("shadows", 1)) + 1
-    if not (text.isascii() and text.isdigit() and int(text) < cohorts):
-        raise UsageError(f"--to {text}: the run has cohorts 0 to {cohorts - 1}")
-    return int(text)
+    if (cohort := count(text)) is None or cohort >= cohorts:
+        raise UsageError(f"--to {shortened(text)}: the run has cohorts 0 to {cohorts - 1}")
+    return cohort
 
 
 def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, known: Known, cause: str) -> Failover:

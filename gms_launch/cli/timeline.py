@@ -12,6 +12,7 @@ from gms_launch.errors import NoContactError, UsageError
 from gms_launch.observe import history
 from gms_launch.run import rundir
 from gms_launch.run.rundir import RunDir
+from gms_launch.settings.rules import shortened
 
 #: Of an HTML page (characters).
 PAGE_WIDTH = 140
@@ -45,8 +46,9 @@ def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) ->
     if html is not None:
         try:
             console.save_html(str(html))
-        except OSError as exc:
-            raise UsageError(f"--html {html} cannot be written: {exc.strerror}") from None
+        except (OSError, ValueError) as exc:
+            why = exc.strerror if isinstance(exc, OSError) else exc
+            raise UsageError(f"--html {shortened(str(html))} cannot be written: {why}") from None
         print(f"written to {html}")
 
 

@@ -44,26 +44,31 @@ def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> N
         return
     settings = with_kill_wait(settings)
     place = topology.discover(settings)
-    # Everything that can go wrong on this node, before the leader is looked for.
-    reservation = ports.Reservation(_ports_dir(), place.address, LOOPBACK)
-    layout = prepare(settings, place, reservation)
-    if detach:
-        # The background agent makes its own reservation, of the same ports.
-        reservation.close()
-        background.start(settings)
-        return
+    with contextlib.closing(ports.Reservation(_ports_dir(), place.address, LOOPBACK)) as reservation:
+        # Everything that can go wrong on this node, before the leader is looked for.
+        layout = prepare(settings, place, reservation)
+        if detach:
+            # The background agent makes its own reservation, of the same ports.
+            reservation.close()
+            background.start(settings)
+        else:
+            _agent(layout, reservation, notify_fd, until_eof)
+
+
+def _agent(layout: Layout, reservation: ports.Reservation, notify_fd: int, until_eof: bool) -> None:
+    """Look for the leader if it is another node, and be this node's agent."""
     reporter: Notify | Terminal = Notify(notify_fd, stays=until_eof) if notify_fd >= 0 else Terminal(layout)
+    leads = layout.topology.is_leader
     try:
-        if not place.is_leader:
+        if not leads:
             layout = follow(layout, reservation, reporter.progress)
-        if place.is_leader and (moved := ports.moved(settings, layout.ports)):
+        if leads and (moved := ports.moved(layout.settings, layout.ports)):
             reporter.progress(f"ports in use here, so others were taken: {moved}")
         run_agent(layout, reporter, until_eof)
     except LaunchError as exc:
         reporter.failed(exc)
         raise
     finally:
-        reservation.close()
         reporter.close()
 
 
@@ -74,7 +79,8 @@ def named(settings: Settings) -> Settings:
     chosen = rundir.slurm_run_id(os.environ)
     if not chosen and settings.nnodes > 1 and settings.was_set("leader_addr"):
         chosen = rundir.shared_run_id(settings.leader_addr)
-    return replace(settings, run_id=chosen or rundir.new_run_id(), sources={**settings.sources, "run_id": "made up"})
+    source = {"run_id": "SLURM_JOB_ID" if chosen else "made up"}
+    return checked(replace(settings, run_id=chosen or rundir.new_run_id(), sources={**settings.sources, **source}))
 
 
 def with_kill_wait(settings: Settings) -> Settings:

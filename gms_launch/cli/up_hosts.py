@@ -12,6 +12,7 @@ import re
 import signal
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import FrameType
@@ -21,7 +22,8 @@ from gms_launch.cli.reporters import Notify, Terminal
 from gms_launch.errors import LaunchError, NoContactError, UsageError, by_code
 from gms_launch.numbers import numbered
 from gms_launch.run import rundir, topology
-from gms_launch.settings.declared import Settings
+from gms_launch.settings.declared import MOST_NODES, Settings
+from gms_launch.settings.rules import host_problem, shortened
 from gms_launch.transport import gms_launch, ssh
 
 #: What a stop may take beyond kill_wait before the connections are closed under it (seconds).
@@ -69,12 +71,16 @@ def expand(hosts: str) -> list[str]:
     found: list[str] = []
     for part in re.split(r",(?![^\[]*\])", hosts):
         if not part.strip():
-            raise UsageError(f"--hosts {hosts!r}: there is an empty name in it")
+            raise UsageError(f"--hosts {shortened(hosts)}: there is an empty name in it")
         names = topology.expand(part.strip()) if "[" in part else [part.strip()]
         found += names
-    for host in found:
-        ssh.split(host)
-        if found.count(host) > 1:
+        if len(found) > MOST_NODES:
+            raise UsageError(f"--hosts names more than {MOST_NODES} hosts")
+    for host, times in Counter(found).items():
+        _, name, _ = ssh.split(host)
+        if why := host_problem(name):
+            raise UsageError(f"--hosts: {shortened(host)}: {why}")
+        if times > 1:
             raise UsageError(f"--hosts names {host} twice; one agent runs on each host")
     return found
 

@@ -35,6 +35,8 @@ PLACEHOLDERS = (
     *("incarnation", "leader_address", "address", "namespace", "master_port", "system_port", "nixl_port", "vllm_port"),
     *("gms_dir", "lock_path", "gms_memory", "cache_dir", "scratch_dir"),
 )
+#: Names of variables and of ports: what a shell and a placeholder can hold.
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _PHASES = {"parked": Phase.PARKED, "waking": Phase.WAKING, "active": Phase.ACTIVE}
 
 
@@ -132,8 +134,16 @@ def read(file: str) -> CommandEngine:
         raise UsageError(f"engine file {path}: command is empty")
     texts = {"command": described.command, "headless": described.headless}
     texts |= {f"environment.{k}": [v] for k, v in described.environment.items()}
+    for name in (*described.environment, *described.unset, *described.ports):
+        if not _NAME.match(name):
+            raise UsageError(f"engine file {path}: {name!r} is no name: use letters, digits and underscores")
+    for module in described.needs:
+        if not all(map(_NAME.match, module.split("."))):
+            raise UsageError(f"engine file {path}: needs: {module!r} is no name of a module")
     for where, words in texts.items():
         for word in words:
+            if "\0" in word:
+                raise UsageError(f"engine file {path}: {where}: there is a NUL in {word!r}")
             _check_placeholders(path, where, word, described.ports)
     for name, port in described.ports.items():
         if not 0 < port < 65536:
@@ -162,18 +172,20 @@ def read(file: str) -> CommandEngine:
 def _pattern(path: Path, where: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except re.error as exc:
+    except (re.error, OverflowError, RecursionError) as exc:
         raise UsageError(f"engine file {path}: {where}: {pattern!r} is no regular expression: {exc}") from None
 
 
 def _check_placeholders(path: Path, where: str, word: str, ports: Mapping[str, int]) -> None:
     known = {*PLACEHOLDERS, *(f"port_{name}" for name in ports)}
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(word) if name is not None]
+        parts = [part[1:] for part in string.Formatter().parse(word) if part[1] is not None]
     except ValueError as exc:
         raise UsageError(f"engine file {path}: {where}: {word!r}: {exc}; a brace is written twice") from None
-    for name in names:
+    for name, shape, conversion in parts:
         if name not in known:
             raise UsageError(
                 f"engine file {path}: {where}: {{{name}}} is not known; known are {', '.join(sorted(known))}"
             )
+        if shape or conversion:
+            raise UsageError(f"engine file {path}: {where}: {word!r}: a placeholder is a name in braces and no more")

@@ -8,6 +8,7 @@ from pathlib import Path
 from gms_launch.errors import UsageError
 from gms_launch.run import contents
 from gms_launch.settings.declared import Settings
+from gms_launch.settings.rules import shortened
 
 #: Files that a model's weights may be in.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -19,7 +20,13 @@ def check(settings: Settings) -> None:
     """Raise `UsageError` unless the model is a directory with a config and weights that can be read."""
     if not settings.model:
         raise UsageError("no model was given: --model DIRECTORY (or MODEL); `gms-launch demo-model` makes a small one")
-    path = Path(settings.model)
+    try:
+        _check(settings, Path(settings.model))
+    except OSError as exc:  # a name too long, a place that may not be entered
+        raise UsageError(f"model {shortened(settings.model)} cannot be looked at: {exc.strerror}") from None
+
+
+def _check(settings: Settings, path: Path) -> None:
     if HUB_NAME.fullmatch(settings.model) and not path.exists() and settings.engine != "command":
         raise UsageError(
             f"model {settings.model!r}: names of the hub are not taken, since every engine would look for it by "

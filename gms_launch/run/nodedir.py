@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gms_launch.errors import RefusedError, UsageError
 from gms_launch.process import proc
+from gms_launch.settings.rules import shortened
 
 LOCAL_ROOT = Path("/dev/shm")
 #: In a node directory: the path of the run directory that its copies are of.
@@ -136,7 +137,10 @@ class NodeDir:
 
 def must_be_writable(path: Path, setting: str) -> None:
     """Raise `UsageError` unless `path` is a directory that takes files, or one that can be made there."""
-    there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists() or p.is_symlink())
+    try:
+        there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists() or p.is_symlink())
+    except OSError as exc:
+        raise UsageError(f"{setting} {shortened(str(path))}: {exc.strerror}") from None
     if not there.is_dir():
         raise UsageError(f"{setting} {path}: {there} is no directory")
     if not os.access(there, os.W_OK | os.X_OK):

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from gms_launch.errors import NoContactError, RefusedError, UsageError
 from gms_launch.process import proc
 from gms_launch.run.nodedir import END, KEPT_IN, NodeDir, user_root
-from gms_launch.settings.rules import RUN_ID
+from gms_launch.settings.rules import RUN_ID, shortened, unprintable
 from gms_launch.spool.files import trouble, write_private
 from gms_launch.spool.reading import PATIENCE, within
 
@@ -32,8 +32,14 @@ TARGETS = ".metrics-targets"
 
 
 def home() -> Path:
-    """Where runs are recorded: GMS_LAUNCH_HOME, else ~/.gms-launch."""
-    return Path(os.environ.get("GMS_LAUNCH_HOME") or Path.home() / ".gms-launch")
+    """Where runs are recorded: GMS_LAUNCH_HOME, else ~/.gms-launch. Raises `UsageError` for what can be no path."""
+    text = os.environ.get("GMS_LAUNCH_HOME", "")
+    if wrong := unprintable(text):
+        raise UsageError(f"GMS_LAUNCH_HOME {shortened(text)}: there is {wrong} in it")
+    try:
+        return Path(text or Path.home() / ".gms-launch")
+    except RuntimeError as exc:
+        raise UsageError(f"{exc}; say where runs are recorded with GMS_LAUNCH_HOME") from None
 
 
 def named(environ: Mapping[str, str]) -> str:
@@ -42,8 +48,11 @@ def named(environ: Mapping[str, str]) -> str:
 
 
 def slurm_run_id(environ: Mapping[str, str]) -> str:
-    """The run id of a Slurm job; empty outside of Slurm."""
-    return environ.get("SLURM_JOB_ID", "")
+    """The run id of a Slurm job; empty outside of Slurm. Raises `UsageError` for what is no job's number."""
+    job = environ.get("SLURM_JOB_ID", "")
+    if job and not RUN_ID.match(job):
+        raise UsageError(f"SLURM_JOB_ID is {shortened(job)}, and Slurm would have put a number there; unset it")
+    return job
 
 
 def slurm_step(environ: Mapping[str, str]) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 
 from gms_launch.errors import UsageError
 from gms_launch.numbers import count, numbered
-from gms_launch.settings.declared import Settings
+from gms_launch.settings.declared import MOST_NODES, Settings
+from gms_launch.settings.rules import shortened
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Topology:
     @property
     def is_leader(self) -> bool:
         return self.node_rank == 0
+
+
+#: Of node lists: names, ranges and users and ports of --hosts. What else a node set understands, nobody means.
+_NODELIST = re.compile(r"[A-Za-z0-9._@:,/\[\]-]*")
 
 
 # -- Slurm ---------------------------------------------------------------------------------------------------------
@@ -53,7 +58,7 @@ def from_slurm(environ: Mapping[str, str], hands_off: bool = False) -> dict[str,
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     tasks = len(nodes) if tasks is None else tasks
     counts = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    per_node = [int(n) for n in re.findall(r"([0-9]+)(?:\(x[0-9]+\))?(?:,|$)", counts)]
+    per_node = [int(n) for n in re.findall(r"([0-9]{1,9})(?:\(x[0-9]+\))?(?:,|$)", counts)]
     if tasks > len(nodes) or max(per_node, default=1) > 1:
         raise UsageError(
             f"step {job}.{environ['SLURM_STEP_ID']} has {numbered(tasks, 'task')} on {numbered(len(nodes), 'node')}; "
@@ -89,8 +94,8 @@ def _number(environ: Mapping[str, str], *names: str) -> int | None:
         if text := environ.get(name):
             if (number := count(text)) is None:
                 raise UsageError(
-                    f"{name} is {text!r}, and Slurm would have put a number there; unset it, or say --nnodes and "
-                    "--node-rank"
+                    f"{name} is {shortened(text)}, and Slurm would have put a number there; unset it, or say "
+                    "--nnodes and --node-rank"
                 )
             return number
     return None
@@ -107,14 +112,35 @@ def _gpus(environ: Mapping[str, str], nnodes: int) -> dict[str, Any]:
 
 def expand(nodelist: str) -> list[str]:
     """The hosts of a nodelist such as `node[1-3,7],login`, in Slurm's order. Raises `UsageError`."""
+    if not _NODELIST.fullmatch(nodelist):
+        raise UsageError(f"node list {shortened(nodelist)} cannot be read: expected something like node[1-3,7],login")
+    # Part by part: a node set sorts, and Slurm counts its nodes in the order of its own list.
+    parts = re.split(r",(?![^\[]*\])", nodelist)
+    # Counted first: a node set holds every number of a range.
+    if sum(map(_size, parts)) > MOST_NODES:
+        raise UsageError(f"node list {shortened(nodelist)} names more than {MOST_NODES} nodes")
     from ClusterShell.NodeSet import NodeSet, NodeSetException
 
     try:
-        # Part by part: a node set sorts, and Slurm counts its nodes in the order of its own list.
-        parts = re.split(r",(?![^\[]*\])", nodelist)
         return [name for part in parts for name in NodeSet(part, autostep=None, resolver=None)]
-    except NodeSetException as exc:
-        raise UsageError(f"node list {nodelist!r} cannot be read: {exc}") from None
+    except (NodeSetException, ValueError) as exc:
+        raise UsageError(f"node list {shortened(nodelist)} cannot be read: {exc}") from None
+
+
+def _size(part: str) -> int:
+    """How many nodes a part of a nodelist names, at most: the product of its brackets' numbers."""
+    size = 1
+    for bracket in re.findall(r"\[([^\]]*)\]", part):
+        size *= sum(_span(numbers.partition("/")[0]) for numbers in bracket.split(","))
+    return size
+
+
+def _span(numbers: str) -> int:
+    first, dash, last = numbers.partition("-")
+    if any(n.isdigit() and count(n) is None for n in (first, last)):
+        return MOST_NODES + 1  # more digits than anybody counts
+    low, high = count(first), count(last if dash else first)
+    return 1 if low is None or high is None else max(1, high - low + 1)  # what is no range is refused when it is read
 
 
 # -- addresses -----------------------------------------------------------------------------------------------------
@@ -216,9 +242,10 @@ def must_be_ours(address: str, setting: str) -> None:
         found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(found[0], found[1]) as probe:
             probe.bind(found[4])
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else exc
         raise UsageError(
-            f"{setting} {address}: this node ({socket.gethostname()}) cannot listen there ({exc.strerror}); it has "
+            f"{setting} {address}: this node ({socket.gethostname()}) cannot listen there ({why}); it has "
             + _listed(addresses())
         ) from None
 
@@ -231,5 +258,6 @@ def resolve(name: str) -> str:
         pass
     try:
         return str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
-    except OSError as exc:
-        raise UsageError(f"leader_addr {name!r} has no address: {exc.strerror}") from None
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else exc
+        raise UsageError(f"leader_addr {shortened(name)} has no address: {why}") from None

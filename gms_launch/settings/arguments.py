@@ -59,6 +59,24 @@ def walk(args: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield (name.replace("_", "-") if name.startswith("--") else name), value
 
 
+def _owned_by(name: str) -> str:
+    """The flag of ours that an engine's parser would take `name` for, as argparse takes the beginning of a name.
+
+    Empty for a name that is written out, and for any other.
+    """
+    owned = (*REFUSED, *FIXED)
+    if name in owned or len(name) < 2 or name == "--":
+        return ""
+    if name.startswith("--"):
+        return next((o for o in owned if o.startswith(name)), "")
+    # One dash: -tp may be cut short, and -n2 is -n 2.
+    return next((o for o in owned if not o.startswith("--") and (o.startswith(name) or _glued(o, name))), "")
+
+
+def _glued(short: str, name: str) -> bool:
+    return len(short) == 2 and name.startswith(short) and name[2:].isdigit()
+
+
 #: Flags whose value is a JSON object.
 JSON = ("--kv-events-config", "--kv-transfer-config", "--speculative-config")
 
@@ -72,7 +90,11 @@ def _is_object(text: str) -> bool:
 
 def problem(args: Sequence[str]) -> str:
     """What is wrong with the arguments, in one line; empty when nothing is."""
+    if args and not args[0].startswith("-"):
+        return f"engine arguments begin with a flag, and {args[0]!r} is none"
     for name, value in walk(args):
+        if owned := _owned_by(name):
+            return f"engine argument {name} would be taken for {owned}: write it out, or give another"
         if name in REFUSED:
             return f"engine argument {name}: {REFUSED[name]}"
         if name in FIXED and value != FIXED[name][0]:

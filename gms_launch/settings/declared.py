@@ -12,11 +12,20 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 ENV_PREFIX = "GMS_LAUNCH_"
+#: Of every duration (seconds): two weeks. poll() takes 24 days, and nobody means more.
+LONGEST = 14 * 24 * 3600.0
+#: Of a text, unless its setting says more (characters): as long as the kernel's longest path.
+LONGEST_TEXT = 4095
+#: Nodes of a run, and ranks of an engine: far beyond what there is, and little enough to be laid out in a moment.
+MOST_NODES, MOST_RANKS = 4096, 65536
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting. `name` is the TOML key, the dataclass field and, with dashes, the flag, unless `word` is that."""
+    """One setting. `name` is the TOML key, the dataclass field and, with dashes, the flag, unless `word` is that.
+
+    `maximum` of a text is its length.
+    """
 
     name: str
     kind: type
@@ -55,7 +64,7 @@ def port(default: int, help_: str, recipe: str | None = None, maximum: int = 655
 
 def seconds(default: float, help_: str) -> Any:
     """A duration."""
-    return setting(default, help_ + " (seconds)", "timing", minimum=0.05)
+    return setting(default, help_ + " (seconds)", "timing", minimum=0.05, maximum=LONGEST)
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,8 @@ class Settings:
     served_model_name: str = setting("", "name clients ask for; the model path when empty", "engine")
     engine: str = setting("vllm", "which engine to run", "engine", choices=("vllm", "reference", "command"))
     engine_file: str = setting("", "TOML file that describes the engine `command`", "engine")
-    tp: int = setting(1, "tensor-parallel size over all nodes", "engine", recipe="TP", minimum=1)
-    pp: int = setting(1, "pipeline-parallel size over all nodes", "engine", minimum=1)
+    tp: int = setting(1, "tensor-parallel size over all nodes", "engine", recipe="TP", minimum=1, maximum=MOST_RANKS)
+    pp: int = setting(1, "pipeline-parallel size over all nodes", "engine", minimum=1, maximum=MOST_RANKS)
     shadows: int = setting(1, "shadow cohorts parked behind the primary", "engine", minimum=0, maximum=9)
     activation: str = setting(
         "lock",
@@ -82,11 +91,13 @@ class Settings:
     python: str = setting("", "interpreter for engines and frontend; this one when empty", "engine")
     namespace: str = setting("dynamo", "Dynamo namespace the engines register in", "engine")
     cache_dir: str = setting("", "engines' compile caches; ~/.cache/gms-launch when empty", "engine")
-    nnodes: int = setting(1, "nodes of the run", "topology", recipe="NNODES", minimum=1)
-    node_rank: int = setting(0, "rank of this node, 0 is the leader", "topology", recipe="NODE_RANK", minimum=0)
+    nnodes: int = setting(1, "nodes of the run", "topology", recipe="NNODES", minimum=1, maximum=MOST_NODES)
+    node_rank: int = setting(
+        0, "rank of this node, 0 is the leader", "topology", recipe="NODE_RANK", minimum=0, maximum=MOST_NODES
+    )
     leader_addr: str = setting("127.0.0.1", "name or address of the leader node", "topology", recipe="LEADER_ADDR")
     interface: str = setting("", "network interface that the nodes share, where a node has several", "topology")
-    hosts: str = setting("", "start an agent on each of these hosts by SSH; the first leads", "topology")
+    hosts: str = setting("", "start an agent on each of these hosts by SSH; the first leads", "topology", maximum=2**16)
     gms_server: str = setting(
         "auto",
         "which GMS server: upstream where gpu_memory_service can be imported (auto), or one of the two",
@@ -106,7 +117,7 @@ class Settings:
         choices=("auto", "host", "cuda"),
     )
     virtual_gpus: int = setting(1, "devices to make up on a machine without GPUs", "gms", minimum=1, maximum=16)
-    virtual_gpu_mib: int = setting(4096, "memory of a made-up device (MiB)", "gms", minimum=1)
+    virtual_gpu_mib: int = setting(4096, "memory of a made-up device (MiB)", "gms", minimum=1, maximum=2**24)
     etcd_bin: str = setting("", "etcd binary; found on PATH when empty", "services")
     nats_bin: str = setting("", "nats-server binary; found on PATH when empty", "services")
     nats: bool = setting(True, "run NATS; --no-nats keeps events on ZMQ and needs no NATS", "services")
@@ -153,6 +164,7 @@ class Settings:
         "how long requests wait for an engine that starts, where no shadow is parked (seconds)",
         "timing",
         minimum=0,
+        maximum=LONGEST,
     )
     health_interval: float = seconds(
         5.0,
@@ -174,9 +186,13 @@ class Settings:
     restart_backoff: float = seconds(1.0, "first delay before a cohort that failed early is started again; doubles")
     restart_backoff_max: float = seconds(60.0, "longest delay between two starts of a cohort")
     restart_window: float = seconds(600.0, "window in which starts are counted")
-    restart_limit: int = setting(5, "failed starts in the window after which a cohort is given up", "timing", minimum=1)
+    restart_limit: int = setting(
+        5, "failed starts in the window after which a cohort is given up", "timing", minimum=1, maximum=1000
+    )
     group_kill: bool = setting(True, "test switch: with --no-group-kill nothing is killed when a rank dies", "run")
-    log_max_mib: int = setting(64, "size at which a log is rotated (MiB); one old part is kept", "run", minimum=1)
+    log_max_mib: int = setting(
+        64, "size at which a log is rotated (MiB); one old part is kept", "run", minimum=1, maximum=2**20
+    )
     engine_args: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 

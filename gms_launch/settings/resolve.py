@@ -16,15 +16,22 @@ from typing import Any
 from gms_launch.errors import UsageError
 from gms_launch.numbers import real, whole
 from gms_launch.settings import rules
-from gms_launch.settings.declared import BY_NAME, ENV_PREFIX, SETTINGS, Setting, Settings
+from gms_launch.settings.declared import BY_NAME, ENV_PREFIX, LONGEST_TEXT, SETTINGS, Setting, Settings
 
 #: Names with our prefix that are not settings: the process tag, and where runs are recorded.
 RESERVED_ENV = frozenset({"GMS_LAUNCH_TAG", "GMS_LAUNCH_HOME", "GMS_LAUNCH_CONFIG"})
+
+#: A settings file or an engine file is smaller than this (bytes); a device that never ends is read no further.
+LARGEST_FILE = 2**20
+#: What a message repeats of a wrong value (characters).
+LONGEST_SHOWN = 120
 
 
 def parse(setting: Setting, value: Any, source: str) -> Any:
     """Turn `value` into the setting's type, or raise `UsageError` that names the source."""
     where = f"{setting.name} (from {source})"
+    if isinstance(value, str) and (wrong := rules.unprintable(value)):
+        raise UsageError(f"{where}: there is {wrong} in it")
     if setting.kind is bool:
         if isinstance(value, bool):
             return value
@@ -33,9 +40,9 @@ def parse(setting: Setting, value: Any, source: str) -> Any:
             return True
         if word in {"0", "false", "no", "off"}:
             return False
-        raise UsageError(f"{where}: {value!r} is neither true nor false")
+        raise UsageError(f"{where}: {_short(value)} is neither true nor false")
     if isinstance(value, bool) or (setting.kind is str and not isinstance(value, str)):
-        raise UsageError(f"{where}: expected {setting.kind.__name__}, found {value!r}")
+        raise UsageError(f"{where}: expected {setting.kind.__name__}, found {_short(value)}")
     parsed: Any
     try:
         if isinstance(value, str) and setting.kind is not str:
@@ -46,15 +53,26 @@ def parse(setting: Setting, value: Any, source: str) -> Any:
             parsed = setting.kind(value)
         if isinstance(parsed, float) and not math.isfinite(parsed):
             raise ValueError("TOML has nan and inf")
-    except (TypeError, ValueError):
-        raise UsageError(f"{where}: {value!r} is not a valid {setting.kind.__name__}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{where}: {_short(value)} is not a valid {setting.kind.__name__}") from None
     if setting.choices and parsed not in setting.choices:
-        raise UsageError(f"{where}: {parsed!r} is not one of {', '.join(setting.choices)}")
+        raise UsageError(f"{where}: {_short(parsed)} is not one of {', '.join(setting.choices)}")
+    if isinstance(parsed, str):
+        if len(parsed) > (longest := int(setting.maximum or LONGEST_TEXT)):
+            raise UsageError(f"{where}: {_short(parsed)} is longer than {longest} characters")
+        return parsed
     if setting.minimum is not None and not parsed >= setting.minimum:
-        raise UsageError(f"{where}: {parsed} is below {_plain(setting.minimum)}")
+        raise UsageError(f"{where}: {_short(parsed)} is below {_plain(setting.minimum)}")
     if setting.maximum is not None and not parsed <= setting.maximum:
-        raise UsageError(f"{where}: {parsed} is above {_plain(setting.maximum)}")
+        raise UsageError(f"{where}: {_short(parsed)} is above {_plain(setting.maximum)}")
     return parsed
+
+
+def _short(value: Any) -> str:
+    """What was given, for a message. A number of thousands of digits cannot even be printed."""
+    if isinstance(value, int) and abs(value) > 10**18:
+        return "a number of more than 18 digits"
+    return rules.shortened(value) if isinstance(value, str) else repr(value)[:LONGEST_SHOWN]
 
 
 def _plain(number: float) -> str:
@@ -71,13 +89,21 @@ def read_toml(path: Path, table_name: str = "gms-launch", what: str = "settings 
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
         import tomli as tomllib
+    if wrong := rules.unprintable(str(path)):
+        raise UsageError(f"{what} {str(path)!r}: there is {wrong} in its name")
     try:
-        data: dict[str, Any] = tomllib.loads(path.read_text())
+        with open(path, "rb") as file:
+            text = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         raise UsageError(f"{what} {path} does not exist") from None
-    except OSError as exc:
-        raise UsageError(f"{what} {path} cannot be read: {exc.strerror}") from None
-    except ValueError as exc:
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else exc
+        raise UsageError(f"{what} {path} cannot be read: {why}") from None
+    if len(text) > LARGEST_FILE:
+        raise UsageError(f"{what} {path} is larger than {LARGEST_FILE >> 20} MiB: it is none")
+    try:
+        data: dict[str, Any] = tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as exc:
         raise UsageError(f"{what} {path} is not valid TOML: {exc}") from None
     table = data.get(table_name, data)
     if not isinstance(table, dict):
@@ -88,7 +114,7 @@ def read_toml(path: Path, table_name: str = "gms-launch", what: str = "settings 
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)  # a poor guess leads away
+    close = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.8)  # a poor guess leads away
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -107,11 +133,12 @@ def resolve(
     """
     for key in toml or {}:
         if key not in BY_NAME:
-            raise UsageError(f"{toml_path}: unknown setting {key!r}{_suggest(key, list(BY_NAME))}")
+            raise UsageError(f"{toml_path}: unknown setting {_short(key)}{_suggest(key, list(BY_NAME))}")
     known_env = [s.env for s in SETTINGS] + [env for s in SETTINGS for _, env in s.old]
     for key in environ:
         if key.startswith(ENV_PREFIX) and key not in RESERVED_ENV and key not in known_env:
-            raise UsageError(f"environment: unknown setting {key}{_suggest(key, known_env)}")
+            shown = key if key.isprintable() else repr(key)
+            raise UsageError(f"environment: unknown setting {shown[:LONGEST_SHOWN]}{_suggest(key, known_env)}")
 
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}

@@ -6,6 +6,7 @@ between deadlines.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 from gms_launch.errors import UsageError
 from gms_launch.numbers import numbered
 from gms_launch.settings import arguments
+from gms_launch.urls import public
 
 if TYPE_CHECKING:
     from gms_launch.settings.declared import Settings
@@ -23,6 +25,10 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}\Z")
 
 #: A part of the names by which Dynamo's processes find each other: dots and slashes separate parts.
 NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
+#: A part of a host's name between two dots. No underscore is allowed there by the standard, and some sites have one.
+_LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\Z")
+#: What the resolver takes for an address though it is none of the usual form: 0, 127.1, 0x7f000001.
+_NUMERIC = re.compile(r"[0-9]+|0[xX][0-9a-fA-F]*")
 #: Distance between the first ports of two cohorts, as upstream staggers them.
 COHORT_STRIDE = 100
 
@@ -36,12 +42,38 @@ def longest_liveness(lease_ttl: float) -> float:
     return (lease_ttl / 2 - 1) / 1.5
 
 
+def unprintable(text: str) -> str:
+    """What keeps `text` out of paths, logs and command lines: a control character, or bytes that are no UTF-8.
+
+    Empty when nothing does.
+    """
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u2028\u2029" for c in text):
+        return "a control character"
+    return "what is no UTF-8" if any("\ud800" <= c <= "\udfff" for c in text) else ""
+
+
+def host_problem(host: str) -> str:
+    """Why `host` can be no name and no address of a host, in a few words; empty when it can."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    else:
+        return "it is a multicast address" if address.is_multicast else ""
+    if not host.isascii():
+        return "names with other letters are written as xn--..."
+    labels = host.removesuffix(".").split(".")
+    if len(host) > 253 or not all(map(_LABEL.match, labels)):
+        return "it is neither a name nor an address"
+    return "it is no address" if _NUMERIC.fullmatch(labels[-1]) else ""
+
+
 def check(s: Settings) -> None:
     """Raise `UsageError` for the first contradiction between settings."""
     if s.run_id and not RUN_ID.match(s.run_id):
         raise UsageError(
-            f"run_id {s.run_id!r}: use 1-20 letters, digits, dots, dashes or underscores, starting with a letter "
-            "or digit (it becomes part of socket paths, which are short)"
+            f"run_id {shortened(s.run_id)}: use 1-20 letters, digits, dots, dashes or underscores, starting with a "
+            "letter or digit (it becomes part of socket paths, which are short)"
         )
     if s.node_rank >= s.nnodes:
         raise UsageError(f"node_rank {s.node_rank} does not exist with nnodes {s.nnodes}: ranks count from 0")
@@ -94,11 +126,14 @@ def check(s: Settings) -> None:
             "and restarting etcd takes up to 2 s; use 5 or more"
         )
     if not NAMESPACE.match(s.namespace):
-        raise UsageError(f"namespace {s.namespace!r}: use letters, digits, dashes and underscores (no dots or slashes)")
+        raise UsageError(
+            f"namespace {shortened(s.namespace)}: use letters, digits, dashes and underscores (no dots or slashes)"
+        )
     for url in s.etcd_endpoints.split(",") if s.etcd_endpoints else ():
         _check_url("--etcd-endpoints", url.strip(), ("http", "https"), "http://HOST:2379")
     if s.nats_server:
         _check_url("--nats-server", s.nats_server, ("nats", "tls", "ws", "wss"), "nats://HOST:4222")
+    _check_hosts(s)
     _check_ports(s)
     if s.engine_file and s.engine != "command":
         raise UsageError(f"--engine-file describes the engine `command`, and --engine is {s.engine}")
@@ -106,14 +141,34 @@ def check(s: Settings) -> None:
         raise UsageError(wrong)
 
 
+def _check_hosts(s: Settings) -> None:
+    for name, host in ("leader_addr", s.leader_addr), ("frontend_host", s.frontend_host):
+        if host and (why := host_problem(host)):
+            raise UsageError(f"{name} {shortened(host)}: {why}")
+    if s.leader_addr in ("", "0.0.0.0", "255.255.255.255") or ":" in s.leader_addr:
+        raise UsageError(
+            f"leader_addr {s.leader_addr!r} is no IPv4 address of one node: give a name or an address by which the "
+            "others reach the leader"
+        )
+
+
+def shortened(text: str, longest: int = 120) -> str:
+    """`text` in quotes for a message, its end left out when it is long."""
+    return repr(text) if len(text) <= longest else repr(text[:longest]) + "..."
+
+
 def _check_url(flag: str, text: str, schemes: tuple[str, ...], example: str) -> None:
+    """The message must not hold the login that the URL may have."""
+    why = "is no URL"
     try:
         parts = urlsplit(text)
-        good = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0
+        good = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", text)
+        if good and (wrong := host_problem(parts.hostname or "")):
+            good, why = False, f"has no host that can be: {wrong}"
     except ValueError:  # a port that is none, a bracket that is not closed
         good = False
-    if not good or any(c.isspace() for c in text):
-        raise UsageError(f"{flag} {text!r} is no URL; expected something like {example}")
+    if not good:
+        raise UsageError(f"{flag} {shortened(public(text))} {why}; expected something like {example}")
 
 
 def _ranges(s: Settings) -> Mapping[str, Iterable[int]]:

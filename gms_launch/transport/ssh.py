@@ -100,10 +100,13 @@ class Remote:
 
 def split(host: str) -> tuple[str | None, str, int | None]:
     """User, name and port of `[user@]host[:port]`. Raises `UsageError`."""
-    found = re.fullmatch(r"(?:([^@\s]+)@)?([^@:\s]+)(?::([0-9]+))?", host)
+    found = re.fullmatch(r"(?:([^@\s]+)@)?([^@:\s]+)(?::([0-9]{1,9}))?", host)
     if found is None:
-        raise UsageError(f"host {host!r}: expected [user@]host[:port]")
-    return found.group(1), found.group(2), int(found.group(3)) if found.group(3) else None
+        raise UsageError(f"host {host[:120]!r}: expected [user@]host[:port]")
+    port = int(found.group(3)) if found.group(3) else None
+    if port is not None and not 0 < port < 65536:
+        raise UsageError(f"host {host!r}: {port} is no port (1 to 65535)")
+    return found.group(1), found.group(2), port
 
 
 def options(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gms_launch.errors import UsageError
-from gms_launch.settings.declared import SETTINGS, Settings
+from gms_launch.settings.declared import SETTINGS, Setting, Settings
 from gms_launch.settings.resolve import read_toml, resolve
 
 
@@ -158,3 +158,42 @@ def test_only_a_close_match_is_suggested() -> None:
         with pytest.raises(UsageError) as caught:
             resolve({}, {}, {name: 1})
         assert ("did you mean" in str(caught.value)) == bool(guess) and guess in str(caught.value)
+
+
+NUMBERS = [s for s in SETTINGS if s.kind in (int, float)]
+#: What is no number, whatever Python thinks of some.
+NO_NUMBER = [
+    "",
+    " ",
+    "x",
+    "nan",
+    "inf",
+    "-inf",
+    "1e999",
+    "1e308",
+    "-1",
+    "9" * 30,
+    "9" * 5000,
+    "٣",
+    "²",
+    "1_0",
+    "0x10",
+    " 7",
+]
+
+
+@pytest.mark.parametrize("setting", NUMBERS, ids=lambda s: s.name)
+def test_every_number_has_bounds_and_is_written_in_digits(setting: Setting) -> None:
+    assert setting.minimum is not None and setting.maximum is not None
+    for text in [*NO_NUMBER, *(["1.5", "1e5"] if setting.kind is int else [])]:
+        for flags, environ, toml in (
+            ({setting.name: text}, {}, None),
+            ({}, {setting.env: text}, None),
+            ({}, {}, {setting.name: text}),
+        ):
+            if text or flags:  # an empty variable counts as unset
+                with pytest.raises(UsageError):
+                    resolve(flags, environ, toml)
+    for value in float("inf"), float("nan"), 10**400, -(10**400), 1e300, True, [1], {"a": 1}, setting.maximum + 1:
+        with pytest.raises(UsageError):
+            resolve({}, {}, {setting.name: value})
