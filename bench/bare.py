@@ -15,10 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 
-from gms_launch.control.gateway import Gateway
+from gms_launch.control.access import Access
+from gms_launch.control.door import Door
 from gms_launch.gms import gpus
 from tests import support
 from tests.support import free_port
@@ -162,14 +162,15 @@ class BareStack:
     def _revoke_dead(self) -> None:
         """Forget instances nobody listens for any more, as an operator would with etcdctl."""
         url = self._env()["ETCD_ENDPOINTS"]
-        found = Gateway((url,)).get_prefix("v1/instances/dynamo/backend/generate/")
+        door = Door(Access((url,)))
+        found = door.get_prefix("v1/instances/dynamo/backend/generate/")
         for key, value in found.items():
             host, port = json.loads(value)["transport"]["tcp"].split("/")[0].rsplit(":", 1)
             with socket.socket() as probe:
                 if probe.connect_ex((host, int(port))) == 0:
                     continue
-            body = json.dumps({"ID": str(int(key.rpartition("/")[2], 16))}).encode()
-            urllib.request.urlopen(f"{url}/v3/lease/revoke", body, timeout=5).close()
+            door.revoke(int(key.rpartition("/")[2], 16))
+        door.close()
 
 
 def gpu_used() -> int:

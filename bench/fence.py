@@ -29,11 +29,12 @@ from typing import Any
 from bench.failover import summary
 from bench.stopping import stoppable
 from gms_launch.cohort.records import EndedRecord
-from gms_launch.control.client import Access, Etcd
+from gms_launch.control.client import Etcd
 from gms_launch.control.keys import prefix
 from gms_launch.control.watch import Change, Watch
 from gms_launch.engines.reference.demo_model import make
 from gms_launch.process import proc
+from gms_launch.run.rundir import RunDir
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
 
@@ -104,8 +105,7 @@ def measure(kills: int, nodes: int) -> dict[str, Any]:
         model = Path(name) / "model"
         make(model, 8)
         with LabRun(lab, model).hand() as run:
-            password = json.loads((run.home / "credentials.json").read_text())["admin_password"]
-            etcd = Etcd(Access(tuple(run.run_file()["etcd_endpoints"]), "root", password))
+            etcd = Etcd(RunDir(run.home).credentials().access(tuple(run.run_file()["etcd_endpoints"])))
             watch = Watch(etcd, [prefix(f"/gms-launch/{run.run}/ended/")], lambda _: None, seen)
             watch.start()
             agents = [p for node in lab.nodes.values() for p in node.pids("gms-launch")]

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from bench.bare import free_port
 from bench.stopping import stoppable
-from gms_launch.control.client import Access, Etcd
+from gms_launch.control.access import Access
+from gms_launch.control.client import Etcd
 from gms_launch.control.keys import prefix
 from gms_launch.control.watch import Watch
 

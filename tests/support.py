@@ -11,13 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gms_launch.control.access import Access
 from gms_launch.process import lifecycle, proc
+from gms_launch.run.rundir import RunDir
 
 T = TypeVar("T")
 GMS_LAUNCH = [sys.executable, "-m", "gms_launch"]
@@ -79,6 +82,18 @@ class EtcdServer:
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+
+def etcdctl(access: Access, *args: str) -> subprocess.CompletedProcess[str]:
+    """etcd's own client, with what `access` has to show."""
+    env = os.environ | {"ETCDCTL_API": "3"}
+    flags = ["--endpoints", ",".join(access.endpoints), "--dial-timeout", "2s", "--command-timeout", "5s"]
+    with tempfile.TemporaryDirectory() as name:
+        for flag, text in (("cacert", access.ca), ("cert", access.cert), ("key", access.key)):
+            if text:
+                (Path(name) / flag).write_text(text)
+                flags += [f"--{flag}", f"{name}/{flag}"]
+        return subprocess.run(["etcdctl", *flags, *args], env=env, capture_output=True, text=True, check=False)
 
 
 def gms_launch(
@@ -173,6 +188,17 @@ class Deployment:
     def agent(self) -> proc.ProcessId:
         run = self.run_file
         return proc.ProcessId(run["agent_pid"], run["agent_start"])
+
+    @property
+    def access(self) -> Access:
+        """The run's etcd, as its agents reach it."""
+        return RunDir(self.home / self.run).credentials().access(tuple(self.run_file["etcd_endpoints"]))
+
+    def etcdctl(self, *args: str) -> str:
+        """Ask the run's etcd, as its agents may."""
+        done = etcdctl(self.access, *args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def alive(self) -> list[int]:
         return [info.pid for info, _ in proc.tagged(self.run)]

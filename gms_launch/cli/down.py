@@ -72,7 +72,7 @@ def stop(directory: RunDir, found: RunFile, timeout: float) -> bool:
     command = CommandRecord(uuid.uuid4().hex, "stop", time.time())
     deadline = time.monotonic() + timeout
     try:
-        with Errand(contact.gateway(directory, found), Keys(directory.run), command) as errand:
+        with Errand(contact.door(directory, found), Keys(directory.run), command) as errand:
             while (now := directory.read()) is None or now.ended is None:
                 if time.monotonic() > deadline:
                     raise DeadlineError(

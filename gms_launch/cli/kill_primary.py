@@ -16,8 +16,8 @@ from typing import Any
 from gms_launch.cohort.failover import Failover, fold
 from gms_launch.cohort.model import CohortView, Phase, primary
 from gms_launch.cohort.records import CommandRecord, CommandResult, EventRecord
+from gms_launch.control.door import Door
 from gms_launch.control.errand import Errand, Known, followed
-from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
 from gms_launch.numbers import numbered
@@ -50,7 +50,7 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
     killed: float | None = None
     with followed() as known:
         try:
-            door = contact.gateway(directory, found)
+            door = contact.door(directory, found)
             look.read(directory, door)
         except NoContactError as exc:
             if not found.live:
@@ -75,7 +75,7 @@ def show(failover: Failover, as_json: bool) -> None:
     views.console().print(views.failover(failover))
 
 
-def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float, known: Known) -> CommandResult:
+def ask(directory: RunDir, door: Door, command: CommandRecord, timeout: float, known: Known) -> CommandResult:
     """Let the controller do it; returns its answer, which is `known` from then on.
 
     What is not answered in time is withdrawn.
@@ -92,7 +92,7 @@ def ask(directory: RunDir, door: Gateway, command: CommandRecord, timeout: float
                         f"the leader's agent did not answer within {wait:g} s: {errand.withdraw()}; "
                         "its log may tell why (`gms-launch logs agent`)"
                     )
-                time.sleep(POLL)  # etcd's JSON gateway has no watch that is worth its set-up here
+                time.sleep(POLL)  # a watch is not worth its set-up here
             if result.ok:
                 known.text = f"the request was granted ({result.detail}) and is carried out; {SEE}"
         except NoContactError as exc:

@@ -15,10 +15,11 @@ from gms_launch.engines import vllm
 from gms_launch.errors import LaunchError, UsageError
 from gms_launch.gms import devices
 from gms_launch.run import model, ports, topology
+from gms_launch.run.credentials import Credentials
 from gms_launch.run.fit import GIB, Fit, fit
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import HIDDEN, Layout
-from gms_launch.run.rundir import Credentials, RunDir
+from gms_launch.run.rundir import RunDir
 from gms_launch.run.topology import Topology
 from gms_launch.settings.declared import Settings
 from gms_launch.settings.resolve import checked
@@ -32,7 +33,7 @@ def layout(settings: Settings, place: Topology | None = None) -> Layout:
         settings=settings,
         topology=place or topology.discover(settings),
         ports=ports.layout(settings, lambda _: True, engines.get(settings.engine, settings.engine_file).ports),
-        credentials=Credentials(HIDDEN, "dynamo", HIDDEN, "dynamo", HIDDEN),
+        credentials=Credentials.hidden(HIDDEN),
         run_dir=RunDir.of(run),
         node_dir=NodeDir.of(run, settings.gms_socket_dir, settings.node_rank),
     )

@@ -14,8 +14,8 @@ import uuid
 from gms_launch.cli import kill_primary, switch_over
 from gms_launch.cohort.model import Phase, Redundancy
 from gms_launch.cohort.records import CommandRecord
+from gms_launch.control.door import Door
 from gms_launch.control.errand import Known, followed
-from gms_launch.control.gateway import Gateway
 from gms_launch.errors import DeadlineError, LaunchError, UsageError
 from gms_launch.observe import history, look
 from gms_launch.observe.snapshot import Snapshot
@@ -36,7 +36,7 @@ def main(
     if found.settings.get("engine") != "command" and (problem := arguments.problem(engine_args or ())):
         raise UsageError(problem)
     patience = timeout if timeout is not None else float(found.settings.get("start_timeout", 1800.0))
-    door = contact.gateway(directory, found)
+    door = contact.door(directory, found)
     begun = time.time()
     args = tuple(engine_args) if engine_args else None
     command = CommandRecord(uuid.uuid4().hex, "roll", begun, engine_args=args)
@@ -53,7 +53,7 @@ def main(
         _until_full(directory, door, patience)
 
 
-def _until_restarted(directory: RunDir, door: Gateway, patience: float, quiet: bool, known: Known) -> Snapshot:
+def _until_restarted(directory: RunDir, door: Door, patience: float, quiet: bool, known: Known) -> Snapshot:
     """Wait until every shadow is parked with the new arguments; `patience` is for each of them.
 
     Raises `LaunchError` when the run went back to the old ones, and `DeadlineError`.
@@ -109,7 +109,7 @@ def _why_back(directory: RunDir) -> str:
     )
 
 
-def _until_full(directory: RunDir, door: Gateway, patience: float) -> None:
+def _until_full(directory: RunDir, door: Door, patience: float) -> None:
     """Wait until the old primary's slot is parked again, with the new arguments."""
     deadline = time.monotonic() + patience
     while look.read(directory, door)[1].redundancy is not Redundancy.FULL:

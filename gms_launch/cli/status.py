@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from gms_launch.control.gateway import Gateway
+from gms_launch.control.door import Door
 from gms_launch.observe import look
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.observe.stamp import stamp
@@ -20,7 +20,7 @@ PAUSE = 0.5
 
 def main(run: str | None, watch: bool, as_json: bool) -> None:
     directory, found = rundir.find(run)
-    door = contact.gateway(directory, found)
+    door = contact.door(directory, found)
     shot = look.now(directory, found, door)
     if as_json and not watch:
         print(json.dumps(shot.to_json(), indent=1))
@@ -40,17 +40,17 @@ def main(run: str | None, watch: bool, as_json: bool) -> None:
             sys.stdout.flush()
 
 
-def _follow(directory: RunDir, found: RunFile, door: Gateway, first: Snapshot) -> Iterator[Snapshot]:
+def _follow(directory: RunDir, found: RunFile, door: Door, first: Snapshot) -> Iterator[Snapshot]:
     """The state, and again whenever it has changed."""
     yield first
     while True:
-        time.sleep(PAUSE)  # etcd's JSON gateway has no watch that is worth its set-up here
+        time.sleep(PAUSE)  # a watch is not worth its set-up here
         shot = look.now(directory, found, door)
         if shot != first or bool(shot.leader_silent) != bool(first.leader_silent):
             yield (first := shot)
 
 
-def _live(directory: RunDir, found: RunFile, door: Gateway, shot: Snapshot) -> None:
+def _live(directory: RunDir, found: RunFile, door: Door, shot: Snapshot) -> None:
     """A view for people, whose ages move on."""
     from rich.live import Live
 

@@ -54,7 +54,7 @@ def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, known:
     """
     command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), to=to, cause=cause)
     news = journal.Tail(directory.events)
-    answer = kill_primary.ask(directory, contact.gateway(directory, found), command, timeout, known)
+    answer = kill_primary.ask(directory, contact.door(directory, found), command, timeout, known)
     victim = answer.cohort_id, answer.incarnation
     return kill_primary.follow(news, directory, found, victim, timeout, known)
 

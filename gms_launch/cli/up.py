@@ -19,10 +19,11 @@ from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError, RefusedError
 from gms_launch.observe.stamp import Formatter
 from gms_launch.process import proc
-from gms_launch.run import nodedir, ports, rundir, topology
+from gms_launch.run import credentials, nodedir, ports, rundir, topology
+from gms_launch.run.credentials import Credentials
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import Layout
-from gms_launch.run.rundir import Credentials, RunDir, RunFile
+from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.run.topology import Topology
 from gms_launch.settings.declared import Settings
 from gms_launch.settings.resolve import checked
@@ -62,6 +63,9 @@ def _agent(layout: Layout, reservation: ports.Reservation, notify_fd: int, until
     try:
         if not leads:
             layout = follow(layout, reservation, reporter.progress)
+        else:
+            place = layout.topology
+            layout = replace(layout, credentials=credentials.make((place.leader_address, place.address)))
         if leads and (moved := ports.moved(layout.settings, layout.ports)):
             reporter.progress(f"ports in use here, so others were taken: {moved}")
         run_agent(layout, reporter, until_eof)
@@ -109,7 +113,7 @@ def prepare(settings: Settings, place: Topology, reservation: ports.Reservation)
         settings=settings,
         topology=place,
         ports=ports.layout(settings, free, engines.get(settings.engine, settings.engine_file).ports),
-        credentials=Credentials.generate(),
+        credentials=Credentials.hidden(""),
         run_dir=RunDir.of(run),
         node_dir=NodeDir.of(run, settings.gms_socket_dir, place.node_rank),
         attempt=secrets.token_hex(8),
@@ -262,6 +266,7 @@ def run_file(layout: Layout) -> RunFile:
         node_dir=str(layout.node_dir.path),
         etcd_endpoints=layout.etcd_endpoints,
         etcd_auth=layout.own_etcd,
+        etcd_ca=layout.etcd_access.ca,
         frontend_url=layout.frontend_url,
         model_name=layout.model_name,
         settings=layout.settings.to_json(),

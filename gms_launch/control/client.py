@@ -1,9 +1,10 @@
-"""The one door to etcd: keys, leases, transactions, users.
+"""The one door to etcd: keys, leases, transactions.
 
-`Etcd` wraps the `etcd3` client and adds what that lacks: several endpoints, reconnecting, authenticating again when
-the token is no longer known, and a limit on how long a call may keep trying. Watching is in `watch`, keeping a lease
-alive in `lease`; both use `Etcd.connection`. Every method may block for up to its `retry` seconds: call from a thread,
-never from the agent's loop. Nothing else in the package imports etcd3 or grpc.
+`Etcd` wraps the `etcd3` client and adds what that lacks: several endpoints, reconnecting, and a limit on how long a
+call may keep trying. Watching is in `watch`, keeping a lease alive in `lease`, who may do what in `roles`, etcd's
+alarms in `alarms`; all use `Etcd.connection` or `Etcd.call`. Who we are is what our certificate says: there is no
+password. Every method may block for up to its `retry` seconds: call from a thread, never from the agent's loop.
+Nothing else in the package imports etcd3 or grpc.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from gms_launch.control import etcd3_loader
+from gms_launch.control.access import Access, split_endpoint
 from gms_launch.errors import NoContactError, UsageError
 
 etcd3 = etcd3_loader.load()
@@ -24,6 +25,7 @@ etcd3 = etcd3_loader.load()
 import grpc  # noqa: E402 - after etcd3_loader, beside the only module that needs it
 
 T = TypeVar("T")
+RpcError = grpc.RpcError
 
 #: A frozen server is noticed within keepalive time + timeout, and a dead one retried at least every 2 s.
 _CHANNEL_OPTIONS = [
@@ -38,19 +40,15 @@ _CHANNEL_OPTIONS = [
     # A new channel shall be a new TCP connection, and not that of a channel whose packets are lost.
     ("grpc.use_local_subchannel_pool", 1),
 ]
-_TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED", "CANCELLED", "UNKNOWN"}
+_TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN"}
 
 
-@dataclass(frozen=True)
-class Access:
-    """How to reach and convince etcd. `ca`, `cert` and `key` are paths of PEM files; a password may be None."""
+class _Client(etcd3.Etcd3Client):  # type: ignore[misc, name-defined]
+    """etcd3's client, which would read the certificates from files: a home that hangs must not hang a connection."""
 
-    endpoints: tuple[str, ...]
-    user: str | None = None
-    password: str | None = None
-    ca: str | None = None
-    cert: str | None = None
-    key: str | None = None
+    def _get_secure_creds(self, ca_cert: str, cert_key: str | None = None, cert_cert: str | None = None) -> Any:
+        texts = [text.encode() if text is not None else None for text in (ca_cert, cert_key, cert_cert)]
+        return grpc.ssl_channel_credentials(*texts)
 
 
 @dataclass(frozen=True)
@@ -66,26 +64,10 @@ class KeyValue:
 
 @dataclass(frozen=True)
 class Connection:
-    """A connected client, its call metadata, and the number of the connection it belongs to."""
+    """A connected client, and the number of the connection it belongs to."""
 
     client: Any
     generation: int
-
-    @property
-    def metadata(self) -> Any:
-        return self.client.metadata
-
-
-def split_endpoint(url: str) -> tuple[str, int, bool]:
-    """Host, port and TLS of an endpoint URL; the scheme may be missing. Raises `UsageError`."""
-    parts = urlsplit(url if "//" in url else "//" + url, scheme="http")
-    try:
-        port = parts.port
-    except ValueError:
-        port = None
-    if parts.scheme not in {"http", "https"} or not parts.hostname or not port:
-        raise UsageError(f"etcd endpoint {url!r}: expected something like http://10.0.0.1:2379")
-    return parts.hostname, port, parts.scheme == "https"
 
 
 def describe(error: BaseException) -> str:
@@ -164,29 +146,11 @@ class Etcd:
                 self._generation += 1
 
     def _connect(self, number: int, timeout: float) -> Any:
-        """A client of the endpoint whose turn it is; logging in may take `timeout` seconds."""
+        """A client of the endpoint whose turn it is."""
         access = self._access
         host, port, tls = split_endpoint(access.endpoints[number % len(access.endpoints)])
-        options: dict[str, Any] = {
-            "host": host,
-            "port": port,
-            "timeout": timeout,
-            "grpc_options": _CHANNEL_OPTIONS,
-        }
-        if tls:
-            options |= {"ca_cert": access.ca, "cert_cert": access.cert, "cert_key": access.key}
-        if access.user is None:
-            return etcd3.client(**options)
-        try:
-            client = etcd3.client(user=access.user, password=access.password, **options)
-        except grpc.RpcError as exc:
-            # A store that was wiped has no users yet: reach it all the same, so that they can be made again.
-            if exc.code() is grpc.StatusCode.FAILED_PRECONDITION and "not enabled" in (exc.details() or ""):
-                return etcd3.client(**options)
-            raise
-        # grpc refuses call credentials on a plaintext channel; the token rides in the metadata instead.
-        client.call_credentials = None
-        return client
+        secure = {"ca_cert": access.ca, "cert_cert": access.cert or None, "cert_key": access.key or None} if tls else {}
+        return _Client(host=host, port=port, timeout=timeout, grpc_options=_CHANNEL_OPTIONS, **secure)
 
     def call(self, request: Callable[[Any], T], retry: float = 8.0) -> T:
         """Run `request(client)`, again and again while the cluster cannot be reached, for up to `retry` seconds.
@@ -260,7 +224,6 @@ class Etcd:
             reply = client.kvstub.Txn(
                 rpc.TxnRequest(compare=[made], success=[put], failure=[look]),
                 timeout=self._timeout,
-                metadata=client.metadata,
             )
             # A repeated attempt finds what the first one stored.
             return bool(reply.succeeded) or any(kv.value == value for kv in reply.responses[0].response_range.kvs)
@@ -282,9 +245,18 @@ class Etcd:
         request = etcd3.etcdrpc.RangeRequest(key=prefix.encode(), range_end=stop.encode())
 
         def ask(client: Any) -> Any:
-            return client.kvstub.Range(request, timeout=self.timeout, metadata=client.metadata)
+            return client.kvstub.Range(request, timeout=self.timeout)
 
         return {kv.key.decode(): kv.value for kv in self.call(ask, retry).kvs if kv.lease == lease}
+
+    def delete_first_version(self, key: str) -> bool:
+        """Delete a key that nobody has put again since it was made; False when somebody has, or it is gone."""
+        rpc, name = etcd3.etcdrpc, key.encode()
+        made = rpc.Compare(key=name, target=rpc.Compare.VERSION, result=rpc.Compare.EQUAL, version=1)
+        delete = rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=name))
+        request = rpc.TxnRequest(compare=[made], success=[delete])
+        # Not tried again: a second attempt would find its own work and deny it.
+        return bool(self.call(lambda c: c.kvstub.Txn(request, timeout=self._timeout), retry=0.0).succeeded)
 
     def delete(self, key: str, retry: float = 8.0) -> bool:
         return bool(self.call(lambda c: c.delete(key), retry))
@@ -301,6 +273,15 @@ class Etcd:
     def grant(self, ttl: float, retry: float = 8.0) -> int:
         """A new lease of `ttl` seconds (etcd counts whole ones); returns its id."""
         return int(self.call(lambda c: c.lease(max(1, round(ttl))).id, retry))
+
+    def time_to_live(self, key: str) -> tuple[int, int] | None:
+        """Of the lease that `key` is on: seconds left, and seconds granted; None without one, or when it is over."""
+        found = self.call(lambda c: c.get(key)[1], retry=0.0)
+        lease = found.lease_id if found is not None else 0
+        if not lease:
+            return None
+        told = self.call(lambda c: c.get_lease_info(lease), retry=0.0)
+        return (int(told.TTL), int(told.grantedTTL)) if told.TTL > 0 else None
 
     def keep(self, lease: int, retry: float = 1.0) -> bool:
         """Keep a lease of anybody's alive once; False when it no longer exists. Raises `NoContactError`."""
@@ -333,7 +314,7 @@ class Etcd:
 
     def _renewed(self, client: Any, lease: int, timeout: float) -> bool:
         request = etcd3.etcdrpc.LeaseKeepAliveRequest(ID=lease)
-        replies = client.leasestub.LeaseKeepAlive(iter([request]), timeout, metadata=client.metadata)
+        replies = client.leasestub.LeaseKeepAlive(iter([request]), timeout)
         try:
             return bool(next(replies).TTL > 0)
         finally:
@@ -348,42 +329,3 @@ class Etcd:
                 return False
             raise
         return True
-
-    # -- users -------------------------------------------------------------------------------------------------
-
-    def enable_auth(self, root_password: str, users: Mapping[str, tuple[str, Sequence[str]]]) -> None:
-        """Make user root and `users` (name -> password, prefixes it may read and write) and switch passwords on.
-
-        May be repeated: what exists already is left as it is. The connection must be allowed to do it.
-        """
-        rpc = etcd3.etcdrpc
-
-        def request(client: Any) -> None:
-            auth = rpc.AuthStub(client.channel)
-
-            def step(method: Any, message: Any) -> None:
-                try:
-                    method(message, timeout=self._timeout, metadata=client.metadata)
-                except grpc.RpcError as exc:
-                    text = exc.details() or ""
-                    if "already" not in text and "is not enabled" not in text:
-                        raise
-
-            step(auth.RoleAdd, rpc.AuthRoleAddRequest(name="root"))
-            step(auth.UserAdd, rpc.AuthUserAddRequest(name="root", password=root_password))
-            step(auth.UserGrantRole, rpc.AuthUserGrantRoleRequest(user="root", role="root"))
-            for name, (password, prefixes) in users.items():
-                step(auth.RoleAdd, rpc.AuthRoleAddRequest(name=name))
-                for prefix in prefixes:
-                    permission = {
-                        "permType": 2,  # READWRITE
-                        "key": prefix.encode(),
-                        "range_end": etcd3.utils.increment_last_byte(prefix.encode()),
-                    }
-                    step(auth.RoleGrantPermission, rpc.AuthRoleGrantPermissionRequest(name=name, perm=permission))
-                step(auth.UserAdd, rpc.AuthUserAddRequest(name=name, password=password))
-                step(auth.UserGrantRole, rpc.AuthUserGrantRoleRequest(user=name, role=name))
-            step(auth.AuthEnable, rpc.AuthEnableRequest())
-
-        self.call(request)
-        self.drop(self._generation)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 from gms_launch.cohort.records import CommandRecord, CommandResult
-from gms_launch.control.gateway import Gateway
+from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys
 from gms_launch.errors import LaunchError, NoContactError
 
@@ -28,7 +28,7 @@ class Errand:
     `outcome` says, once it was withdrawn, what is true of it: for people.
     """
 
-    def __init__(self, door: Gateway, keys: Keys, command: CommandRecord) -> None:
+    def __init__(self, door: Door, keys: Keys, command: CommandRecord) -> None:
         self._door = door
         self._key, self._result = keys.command(command.uuid), keys.result(command.uuid)
         self._command = command

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from gms_launch.control import terms
-from gms_launch.control.client import Access, Etcd, KeyValue
+from gms_launch.control import roles, terms
+from gms_launch.control.access import Access
+from gms_launch.control.client import Etcd, KeyValue
 from gms_launch.control.keys import DYNAMO_INSTANCES, DYNAMO_ROOT, Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
@@ -164,9 +165,9 @@ class ControlLink:
         """End a lease of anybody's. Blocks."""
         return self._etcd.revoke(lease)
 
-    def enable_auth(self, root_password: str, users: Mapping[str, tuple[str, Sequence[str]]]) -> None:
-        """See `Etcd.enable_auth`. Blocks."""
-        self._etcd.enable_auth(root_password, users)
+    def establish(self, users: Mapping[str, Sequence[str]], again: bool = False) -> None:
+        """See `roles.establish`. Blocks."""
+        roles.establish(self._etcd, users, again)
 
     def close(self, timeout: float) -> None:
         """Stop listening and write what is left, for at most `timeout` seconds. Blocks."""

@@ -87,9 +87,7 @@ class Watch(threading.Thread):
         """What is in the ranges, all at one revision, and that."""
         rpc = etcd3.etcdrpc
         steps = [rpc.RequestOp(request_range=rpc.RangeRequest(**r)) for r in ranges]
-        reply = connection.client.kvstub.Txn(
-            rpc.TxnRequest(success=steps), timeout=self._etcd.timeout, metadata=connection.metadata
-        )
+        reply = connection.client.kvstub.Txn(rpc.TxnRequest(success=steps), timeout=self._etcd.timeout)
         kvs = [kv for response in reply.responses for kv in response.response_range.kvs]
         found = [KeyValue(kv.key.decode(), kv.value, kv.create_revision, kv.mod_revision, kv.lease) for kv in kvs]
         return {kv.key: kv for kv in found}, reply.header.revision
@@ -118,7 +116,7 @@ class Watch(threading.Thread):
         for where, revision in zip(self._ranges, self._seen, strict=True):
             create = rpc.WatchCreateRequest(**where, start_revision=revision + 1, progress_notify=True)
             requests.put(rpc.WatchRequest(create_request=create))
-        call = rpc.WatchStub(connection.client.channel).Watch(iter(requests.get, None), metadata=connection.metadata)
+        call = rpc.WatchStub(connection.client.channel).Watch(iter(requests.get, None))
         self._call = call
         which: dict[int, int] = {}  # etcd's number of a range -> ours; it answers in the order of the requests
         try:

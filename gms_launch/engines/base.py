@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.steps import Step
+from gms_launch.control.access import Access
 from gms_launch.process.lifecycle import Command
 
 if TYPE_CHECKING:
@@ -31,9 +32,7 @@ class DynamoPlane:
 
     address: str
     namespace: str
-    etcd_endpoints: tuple[str, ...]
-    etcd_user: str
-    etcd_password: str
+    etcd: Access
     lease_ttl: float
     event_plane: str
     nats_url: str
@@ -48,10 +47,14 @@ class DynamoPlane:
             # Explicit: releases up to 1.2 would pick NATS, and a set NATS_SERVER alone changes nothing.
             "DYN_EVENT_PLANE": self.event_plane,
             "DYN_NAMESPACE": self.namespace,
-            "ETCD_ENDPOINTS": ",".join(self.etcd_endpoints),
+            "ETCD_ENDPOINTS": ",".join(self.etcd.endpoints),
             "ETCD_LEASE_TTL": str(round(self.lease_ttl)),
-            "ETCD_AUTH_USERNAME": self.etcd_user or None,
-            "ETCD_AUTH_PASSWORD": self.etcd_password or None,
+            # PEM text, in spite of their names; a user's name beside them would switch TLS off.
+            "ETCD_AUTH_CA": self.etcd.ca,
+            "ETCD_AUTH_CLIENT_CERT": self.etcd.cert,
+            "ETCD_AUTH_CLIENT_KEY": self.etcd.key,
+            "ETCD_AUTH_USERNAME": None,
+            "ETCD_AUTH_PASSWORD": None,
             # Without these Dynamo listens on the machine's default address, or on all: and none of it asks who comes.
             "DYN_SYSTEM_HOST": LOOPBACK,
             "DYN_TCP_RPC_HOST": LOOPBACK,

@@ -17,7 +17,9 @@ from gms_launch.node.node import Node
 from gms_launch.numbers import numbered
 from gms_launch.process import strays
 from gms_launch.run import contents
+from gms_launch.run.credentials import ETCD
 from gms_launch.services import etcd, nats
+from gms_launch.services.pem import PemFiles
 
 #: How often is said which nodes are waited for (seconds).
 TELL_AGAIN = 30.0
@@ -33,6 +35,8 @@ async def start(me: Node) -> None:
     me.progress(f"run {layout.run} on {layout.topology.host}: {place}{layout.run_dir.path}")
     await clear_node(me)
     if leader and layout.own_etcd:
+        credentials = layout.credentials
+        PemFiles.of(layout.node_dir.path, ETCD).write(credentials.ca, credentials.leaves[ETCD])
         await me.start_service(layout.etcd_service())
         if wanting := etcd.reserve(layout.node_dir.etcd_data):
             me.progress(f"no room could be taken for etcd's records ({wanting}): a full /dev/shm will end the run")

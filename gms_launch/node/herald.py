@@ -34,7 +34,7 @@ class Herald:
         acted: Callable[[tuple[int, int]], None],
     ) -> None:
         self._layout, self._mirror, self._heard, self._acted = layout, mirror, heard, acted
-        self._key = word.secret(layout.credentials.admin_password, layout.attempt)
+        self._key = word.secret(layout.credentials.secret, layout.attempt)
         self._leash: Leash | None = None
         self._retired = not layout.settings.group_kill
         self._loop: asyncio.AbstractEventLoop | None = None

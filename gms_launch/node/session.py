@@ -11,17 +11,17 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from gms_launch.cohort import membership
 from gms_launch.cohort.records import EventRecord, NodeRecord, RunRecord, RunState
 from gms_launch.control import terms
-from gms_launch.control.keys import prefix
+from gms_launch.control.keys import DYNAMO_ROOT, prefix
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
 from gms_launch.node.reporter import Reporter
+from gms_launch.run.credentials import DYNAMO, USES
 from gms_launch.run.plan import Layout
 from gms_launch.run.rundir import RunFile
 from gms_launch.spool.reading import PATIENCE, within
@@ -80,24 +80,21 @@ class Session:
     # -- opening and closing, in a thread ------------------------------------------------------------------------
 
     def open(self, record: NodeRecord) -> None:
-        """Connect to etcd, with passwords on if it is ours, and take this node's place. Blocks.
+        """Connect to etcd, have it ask who everybody is if it is ours, and take this node's place. Blocks.
 
-        Raises `NoContactError`, and `UsageError` when another agent has this node rank.
+        Raises `NoContactError`, `RefusedError` when somebody else has been at our etcd, and `UsageError` when another
+        agent has this node rank.
         """
-        from gms_launch.control.client import Access
         from gms_launch.control.link import ControlLink
 
         layout, keys = self._layout, self.mirror.keys
-        access = Access(layout.etcd_endpoints)
-        if layout.own_etcd:
-            access = replace(access, user="root", password=layout.credentials.admin_password)
-        link = ControlLink(access, self._post)
+        link = ControlLink(layout.etcd_access, self._post)
         self._link = self._report.link = link
         # A leader's etcd is young; the others have just heard from it.
         link.connect(keys, self._settings.service_timeout if layout.topology.is_leader else 2.0)
         if layout.topology.is_leader:
             if layout.own_etcd:
-                self._enable_auth()
+                link.establish(roles())
             link.forget(keys)
         else:
             self._compare(link, record)
@@ -136,11 +133,15 @@ class Session:
             link.put_now(keys.refusal(f"{record.boot_id}-{record.agent_pid}"), text.encode())
             raise UsageError(f"{text}; run {run.run} goes on without this node until one comes that fits")
 
-    def _enable_auth(self) -> None:
+    def _establish_again(self) -> None:
+        """Our etcd may have lost its data, and knows nobody then. Blocks."""
         assert self._link is not None
-        credentials = self._layout.credentials
-        users = {credentials.dynamo_user: (credentials.dynamo_password, ["v1/"])}
-        self._link.enable_auth(credentials.admin_password, users)
+        try:
+            self._link.establish(roles(), again=True)
+        except NoContactError as exc:
+            log.warning("whether etcd asks who everybody is cannot be told: %s", exc)
+        except LaunchError as exc:
+            self._post(self._member.give_up, exc)
 
     def close(self) -> None:
         """Write what is left and end. Blocks for a second at most."""
@@ -160,7 +161,7 @@ class Session:
         if self.mirrored.is_set():
             if self._layout.topology.is_leader:
                 if not self.mirror.desired and self._layout.own_etcd:
-                    self._loop.run_in_executor(None, self._enable_auth)
+                    self._loop.run_in_executor(None, self._establish_again)
                 # The leader's own memory is newer than a store that lost it.
                 self.mirror.desired = {**self.mirror.desired, **known}
                 for cohort_id, record in known.items():
@@ -268,6 +269,11 @@ class Session:
             return
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._renewed.wait(), max(0.0, since + seconds - time.monotonic()))
+
+
+def roles() -> dict[str, tuple[str, ...]]:
+    """Who may what in the run's own etcd, besides its agents, which may all."""
+    return {USES[DYNAMO].cn: (DYNAMO_ROOT,)}
 
 
 def reach(endpoints: tuple[str, ...], timeout: float) -> str:

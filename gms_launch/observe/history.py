@@ -24,7 +24,7 @@ def events(directory: RunDir, run: RunFile) -> list[EventRecord]:
     if not run.live:
         return known
     try:
-        door = contact.gateway(directory, run)
+        door = contact.door(directory, run)
         found = door.get_prefix(Keys(directory.run).events)
         door.close()
     except NoContactError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gms_launch.control import terms
-from gms_launch.control.gateway import Gateway
+from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import NoContactError
@@ -16,7 +16,7 @@ from gms_launch.run.rundir import RunDir, RunFile
 SILENT = 3
 
 
-def read(directory: RunDir, door: Gateway) -> tuple[Mirror, snapshot.Snapshot]:
+def read(directory: RunDir, door: Door) -> tuple[Mirror, snapshot.Snapshot]:
     """The run's keys and what they amount to. Raises `NoContactError`."""
     mirror = Mirror(directory.run)
     events = Keys(directory.run).events
@@ -29,7 +29,7 @@ def read(directory: RunDir, door: Gateway) -> tuple[Mirror, snapshot.Snapshot]:
     return mirror, snapshot.build(mirror)
 
 
-def now(directory: RunDir, run: RunFile, door: Gateway) -> snapshot.Snapshot:
+def now(directory: RunDir, run: RunFile, door: Door) -> snapshot.Snapshot:
     """The run at this moment, and whether its leader's agent still reports. Raises `NoContactError`."""
     mirror, shot = read(directory, door)
     if shot.stopping:

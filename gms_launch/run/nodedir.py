@@ -119,7 +119,7 @@ class NodeDir:
         return sorted(self.gms.glob("failover*.lock"))
 
     def clear(self) -> None:
-        """Remove what an earlier agent of this run left in it: its etcd has other passwords. What is ours stays."""
+        """Remove what an earlier agent of this run left in it: its etcd knew other lives. What is ours stays."""
         for path in self.path.iterdir():
             if not any(path.match(own) for own in OWN):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

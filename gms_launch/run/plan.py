@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gms_launch import engines
+from gms_launch.control.access import Access
 from gms_launch.engines import installed
 from gms_launch.engines.base import LOOPBACK, DynamoPlane, Engine, RankSpec
 from gms_launch.errors import UsageError
@@ -24,19 +25,21 @@ from gms_launch.gms import devices, gpus
 from gms_launch.numbers import numbered
 from gms_launch.process.lifecycle import Command
 from gms_launch.run import model
+from gms_launch.run.credentials import DYNAMO, ETCD, Credentials
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.ports import Ports
-from gms_launch.run.rundir import Credentials, RunDir
+from gms_launch.run.rundir import RunDir
 from gms_launch.run.topology import Topology
 from gms_launch.services import etcd, frontend, gms, nats
 from gms_launch.services.base import Service, find_binary
+from gms_launch.services.pem import PemFiles
 from gms_launch.settings.declared import Settings
 
 #: NATS and the frontend may be silent for longer than etcd: nobody ends because of them.
 LATER = 4
 #: What stands for a secret in a printed plan.
 HIDDEN = "<hidden>"
-_SECRET = ("PASSWORD", "SECRET")
+_SECRET = ("PASSWORD", "SECRET", "CLIENT_KEY")
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,13 @@ class Layout:
     @property
     def etcd_endpoints(self) -> tuple[str, ...]:
         if self.own_etcd:
-            return (f"http://{etcd.host(self.topology.leader_address)}:{self.ports.etcd}",)
+            return (f"https://{etcd.host(self.topology.leader_address)}:{self.ports.etcd}",)
         return tuple(e.strip() for e in self.settings.etcd_endpoints.split(",") if e.strip())
+
+    @property
+    def etcd_access(self) -> Access:
+        """Etcd, as an agent reaches it."""
+        return self.credentials.access(self.etcd_endpoints)
 
     @property
     def own_nats(self) -> bool:
@@ -118,9 +126,7 @@ class Layout:
         return DynamoPlane(
             address=self.topology.address,
             namespace=self.settings.namespace,
-            etcd_endpoints=self.etcd_endpoints,
-            etcd_user=self.credentials.dynamo_user if self.own_etcd else "",
-            etcd_password=self.credentials.dynamo_password if self.own_etcd else "",
+            etcd=self.credentials.access(self.etcd_endpoints, DYNAMO),
             lease_ttl=self.settings.dynamo_lease_ttl,
             event_plane="zmq" if self.settings.event_plane == "auto" else self.settings.event_plane,
             nats_url=nats_url,
@@ -168,7 +174,8 @@ class Layout:
             port=self.ports.etcd,
             peer_port=self.ports.etcd_peer,
             data=self.node_dir.etcd_data,
-            password=self.credentials.admin_password,
+            pem=PemFiles.of(self.node_dir.path, ETCD),
+            access=self.etcd_access,
         )
         return etcd.service(member, binary, self.settings.service_timeout, self.settings.service_liveness)
 
@@ -244,7 +251,7 @@ class Layout:
 
     def _meeting_secret(self, cohort_id: int, incarnation: int) -> str:
         """Of one life: every node's agent makes the same of what only agents know."""
-        key, life = self.credentials.admin_password, f"meeting {self.attempt} {cohort_id} {incarnation}"
+        key, life = self.credentials.secret, f"meeting {self.attempt} {cohort_id} {incarnation}"
         return hmac.digest(key.encode(), life.encode(), "sha256").hex()
 
     # -- checks and printing -----------------------------------------------------------------------------------

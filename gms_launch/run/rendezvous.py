@@ -65,7 +65,7 @@ def find_leader(directory: RunDir, settings: Settings, progress: Callable[[str],
 
 
 def _ask(directory: RunDir, run: RunFile, settings: Settings) -> Found | None:
-    door = contact.gateway(directory, run, timeout=2.0)
+    door = contact.door(directory, run, timeout=2.0)
     try:
         value = door.get_prefix(Keys(directory.run).run).get(Keys(directory.run).run)
         if value is None:
@@ -92,7 +92,7 @@ def refuse(directory: RunDir, run: RunFile, text: str) -> None:
     """Tell the leader that this node may not take its place, and why; what runs already is not disturbed by it."""
     from gms_launch.process.proc import boot_id
 
-    door = contact.gateway(directory, run, timeout=2.0)
+    door = contact.door(directory, run, timeout=2.0)
     try:
         door.put(Keys(directory.run).refusal(f"{boot_id()}-{time.time_ns()}"), text.encode())
     except (NoContactError, RefusedError):

@@ -18,10 +18,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import msgspec
+
+from gms_launch import __version__
+from gms_launch.control import tls
+from gms_launch.control.access import Access
 from gms_launch.errors import NoContactError, RefusedError, UsageError
 from gms_launch.process import proc
+from gms_launch.run.credentials import Credentials
 from gms_launch.run.nodedir import END, KEPT_IN, NodeDir, user_root
 from gms_launch.settings.rules import RUN_ID, shortened, unprintable
 from gms_launch.spool.files import trouble, write_private
@@ -73,24 +78,6 @@ def new_run_id() -> str:
 
 
 @dataclass(frozen=True)
-class Credentials:
-    """Passwords of one run, made up at its start. `admin` is etcd's root; `dynamo` sees only Dynamo's keys."""
-
-    admin_password: str
-    dynamo_user: str
-    dynamo_password: str
-    nats_user: str
-    nats_password: str
-
-    @classmethod
-    def generate(cls) -> Credentials:
-        return cls(secrets.token_hex(16), "dynamo", secrets.token_hex(16), "dynamo", secrets.token_hex(16))
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-
-@dataclass(frozen=True)
 class NodeEnd:
     """How a node of the run ended. `clean`: nothing of the run is alive there, proved; else `detail` says why not.
 
@@ -109,7 +96,8 @@ class RunFile:
     """What `run.json` says: enough to find the run, to join it, and to know how it ended.
 
     `attempt` tells this run from an earlier one of the same name. `slurm` is "job.restart.step" under Slurm.
-    `unwritten` counts events and lines of the agent's log that had not come to the home when the run ended.
+    `unwritten` counts events and lines of the agent's log that had not come to the home when the run ended. `etcd_ca`
+    is the certificate, as PEM text, that its etcd's follows from; empty for one without TLS.
     """
 
     run: str
@@ -135,6 +123,7 @@ class RunFile:
     reason: str = ""
     nodes: tuple[NodeEnd, ...] = ()
     unwritten: int = 0
+    etcd_ca: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -156,12 +145,11 @@ class RunFile:
         return proc.alive(self.agent) if self.local else True
 
     def responds(self, timeout: float = 2.0) -> bool:
-        """True when something listens at the run's etcd."""
-        for url in self.etcd_endpoints:
-            parts = urlsplit(url)
-            with contextlib.suppress(OSError), socket.create_connection((parts.hostname, parts.port or 80), timeout):
-                return True
-        return False
+        """True when the run's etcd answers: one that holds a certificate of this run, and not another one's.
+
+        An etcd of the user's own is not the run's alone, so that says little; nor does one without TLS.
+        """
+        return tls.answers(Access(self.etcd_endpoints, self.etcd_ca), timeout)
 
     @property
     def slurm_job(self) -> str:
@@ -298,11 +286,19 @@ class RunDir:
         """Raises `OSError`."""
         write_private(self.run_json, run.to_json())
 
-    def credentials(self) -> Credentials:
+    def credentials(self, run: RunFile | None = None) -> Credentials:
+        """What only the run's own processes know. `run` tells whose they are. Raises `NoContactError`."""
         try:
-            return Credentials(**json.loads(self.text(self.credentials_json)))
+            return Credentials.from_json(self.text(self.credentials_json))
         except OSError as exc:
             raise NoContactError(f"{self.credentials_json} cannot be read: {exc.strerror}") from None
+        except msgspec.MsgspecError:
+            version = f"gms-launch {run.version}" if run is not None else "another version of gms-launch"
+            raise NoContactError(
+                f"{self.credentials_json} has no certificates that this gms-launch ({__version__}) understands: run "
+                f"{self.run} was started by {version}, which asks its etcd in another way; use that version for it "
+                "(`gms-launch down` on the leader's machine ends it all the same)"
+            ) from None
 
 
 def kept(directory: RunDir, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""etcd on the leader node: command line, readiness, passwords.
+"""etcd on the leader node: command line, readiness, certificates.
 
 Its data is in the node-local directory, so that a restarted etcd knows everything it knew; it is a cluster of one.
 """
@@ -9,51 +9,69 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from gms_launch.control.access import Access
 from gms_launch.errors import LaunchError
 from gms_launch.process.lifecycle import Command
-from gms_launch.services.base import NotReadyError, Service, http_get
+from gms_launch.services.base import NotReadyError, Service
+from gms_launch.services.pem import PemFiles
 from gms_launch.spool import files
 
-#: Room for etcd's records, which are a few MiB in a run of days (bytes).
+#: Room for etcd's records, which are a few MiB in a run of days (bytes). It takes no more: it raises an alarm then.
 RESERVED = 64 * 1024 * 1024
-#: Tokens of a parked engine must be good after weeks without a request (seconds); etcd's default is 300.
-TOKEN_TTL = 10 * 365 * 24 * 3600
+#: How long etcd remembers what was (a watch that breaks for longer reads everything anew).
+HISTORY = "10m"
+#: The name in its certificate, and in that of a peer.
+CN = "etcd"
 
 
 @dataclass(frozen=True)
 class Member:
-    """The run's etcd: its name, where it listens (on that address only), where its data is, root's password."""
+    """The run's etcd: its name, where it listens, where its data is, what it shows, and how an agent asks it.
+
+    Clients come from everywhere; peers it has none, so that port is on the loopback.
+    """
 
     run: str
     address: str
     port: int
     peer_port: int
     data: Path
-    password: str
+    pem: PemFiles
+    access: Access
 
 
 def service(member: Member, binary: str, timeout: float, liveness: float = 0.0) -> Service:
-    """etcd, ready within `timeout` seconds and restarted when it is silent for `liveness` (0: never)."""
-    run, port, address = member.run, member.port, host(member.address)
-    client, peer = f"http://{address}:{port}", f"http://{address}:{member.peer_port}"
+    """etcd, ready within `timeout` seconds and restarted when it is silent for `liveness` (0: never).
+
+    From its first moment nobody gets a word in who has no certificate of the run.
+    """
+    run, pem = member.run, member.pem
+    client, peer = f"https://{host(member.address)}:{member.port}", f"https://127.0.0.1:{member.peer_port}"
     argv = (
         *(binary, "--name", run, "--data-dir", str(member.data)),
         *("--listen-client-urls", client, "--advertise-client-urls", client),
+        *("--client-cert-auth", "--trusted-ca-file", str(pem.ca)),
+        *("--cert-file", str(pem.cert), "--key-file", str(pem.key)),
+        # It would forward what it is told as etcd itself and not as whoever asks.
+        "--enable-grpc-gateway=false",
         *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+        *("--peer-client-cert-auth", "--peer-trusted-ca-file", str(pem.ca), "--peer-cert-allowed-cn", CN),
+        *("--peer-cert-file", str(pem.cert), "--peer-key-file", str(pem.key)),
         *("--initial-cluster", f"{run}={peer}", "--initial-cluster-token", run),
         # One member elects itself: the default of a second would be the longest part of a restart.
         *("--heartbeat-interval", "20", "--election-timeout", "200"),
-        # Passwords are random and long, so hashing need not be slow.
-        *("--bcrypt-cost", "4", "--auth-token-ttl", str(TOKEN_TTL)),
-        *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "1h"),
+        # Nobody logs in with a password: those that etcd wants are thrown away, and need not be hashed slowly.
+        *("--bcrypt-cost", "4"),
+        *("--quota-backend-bytes", str(RESERVED)),
+        *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", HISTORY),
         *("--logger", "zap", "--log-level", "warn"),
     )
     env: dict[str, str | None] = {"ETCD_UNSUPPORTED_ARCH": None, "ETCDCTL_API": None}
     return Service(
-        *("etcd", Command(argv, env), lambda: probe(client, member.password), timeout),
-        port=port,
+        *("etcd", Command(argv, env), lambda: probe(member.access), timeout),
+        port=member.port,
         liveness=liveness,
-        alive=lambda: _alive(member.address, port, max(0.2, liveness / 4)),
+        alive=lambda: probe(member.access, max(0.2, liveness / 4)),
         essential=True,  # every Dynamo process ends itself when its lease does
     )
 
@@ -73,22 +91,17 @@ def reserve(data: Path) -> str:
         os.close(fd)
 
 
-def probe(url: str, password: str) -> None:
+def probe(access: Access, timeout: float = 2.0) -> None:
     """A linearizable read, which needs an elected leader. Raises `NotReadyError`."""
-    from gms_launch.control.client import Access, Etcd
+    from gms_launch.control.client import Etcd
 
-    etcd = Etcd(Access((url,), "root", password), timeout=2.0)
+    etcd = Etcd(access, timeout)
     try:
         etcd.get("/gms-launch/ready", retry=0.0)
     except LaunchError as exc:
         raise NotReadyError(str(exc)) from None
     finally:
         etcd.close()
-
-
-def _alive(address: str, port: int, timeout: float) -> None:
-    """GET /health reads through the leader and needs no password. Raises `NotReadyError`."""
-    http_get(address, port, "/health", timeout)
 
 
 def host(address: str) -> str:

@@ -143,7 +143,7 @@ class Settings:
     )
     frontend_port: int = port(8000, "HTTP port of the frontend", recipe="FRONTEND_PORT")
     etcd_port: int = port(2379, "etcd client port")
-    etcd_peer_port: int = port(2380, "etcd peer port")
+    etcd_peer_port: int = port(2380, "etcd peer port, on the loopback")
     nats_port: int = port(4222, "NATS client port")
     word_port: int = port(2390, "UDP port on which a node hears from the others that a life has ended")
     master_port: int = port(29500, "first port where the ranks of cohort 0 meet; + 100 a cohort")

@@ -26,9 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gms_launch.control.gateway import Gateway
+from gms_launch.control.door import Door
 from gms_launch.gms import probe
 from gms_launch.process import proc
+from gms_launch.run.rundir import RunDir
 from tests.load import Load
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
@@ -296,9 +297,9 @@ def check(run: LabRun, inode: int, load: Load) -> None:
             if written != 1:
                 raise BrokenError(f"the weights of node {node_rank} were published {written} times")
     file = run.run_file()
-    secret = json.loads((run.home / "credentials.json").read_text())
-    gateway = Gateway(tuple(file["etcd_endpoints"]), "root", secret["admin_password"])
-    eventually(lambda: len(gateway.get_prefix(INSTANCES)) == 1, 15, "one registered engine, and no dead one")
+    door = Door(RunDir(run.home).credentials().access(tuple(file["etcd_endpoints"])))
+    eventually(lambda: len(door.get_prefix(INSTANCES)) == 1, 15, "one registered engine, and no dead one")
+    door.close()
     serving: dict[tuple[int, int], float] = {}
     for event in run.events():
         who = (event["cohort_id"], event["incarnation"])

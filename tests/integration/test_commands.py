@@ -6,26 +6,24 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from gms_launch.cohort.records import CommandRecord, CommandResult
+from gms_launch.control.access import Access
+from gms_launch.control.client import Etcd
+from gms_launch.control.door import Door
 from gms_launch.control.errand import Errand
-from gms_launch.control.gateway import Gateway
 from gms_launch.control.keys import Keys
 from gms_launch.observe.journal import Tail
-from gms_launch.run.rundir import Credentials, RunDir
 from tests.support import GMS_LAUNCH, Deployment, EtcdServer, eventually, stopped
 
 
 def asked(run: Deployment) -> list[str]:
     """The keys of the commands that stand."""
-    directory = RunDir(run.home / run.run)
-    credentials: Credentials = directory.credentials()
-    door = Gateway(tuple(run.run_file["etcd_endpoints"]), "root", credentials.admin_password)
+    door = Door(run.access)
     try:
         return list(door.get_prefix(Keys(run.run).commands))
     finally:
@@ -104,9 +102,11 @@ def test_who_is_interrupted_after_the_request_was_taken_is_told_what_is_known(tm
 
 def test_a_command_that_was_answered_before_it_was_withdrawn_says_how(tmp_path: Path) -> None:
     etcd, keys = EtcdServer(tmp_path).start(), Keys("r")
-    door = Gateway((etcd.url,))
+    door = Door(Access((etcd.url,)))
     try:
-        eventually(lambda: socket.socket().connect_ex(("127.0.0.1", etcd.port)) == 0, what="etcd answers")
+        client = Etcd(Access((etcd.url,)))
+        client.get("/ready", retry=20.0)
+        client.close()
         for ok, says in ((None, "carries it out"), (True, "was granted by then (killed)"), (False, "nothing was done")):
             command = CommandRecord(f"c{ok}", "kill", 0.0)
             with Errand(door, keys, command) as errand:

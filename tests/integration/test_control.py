@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import queue
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gms_launch.control.client import Access, Etcd
-from gms_launch.control.gateway import Gateway
+from gms_launch.control import tls
+from gms_launch.control.access import Access
+from gms_launch.control.authority import Authority
+from gms_launch.control.client import Etcd
+from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
+from gms_launch.control.roles import establish
 from gms_launch.control.watch import Change, Watch
-from gms_launch.errors import NoContactError
+from gms_launch.errors import NoContactError, RefusedError
+from gms_launch.services.pem import PemFiles
 from tests.support import EtcdServer, eventually, free_port
 
 
@@ -300,96 +304,89 @@ def test_another_endpoint_is_used_when_one_is_dead(etcd: EtcdServer) -> None:
     client.close()
 
 
-def test_password(store: Etcd, etcd: EtcdServer) -> None:
-    store.enable_auth("secret", {"dynamo": ("other", ["v1/"])})
-    with pytest.raises(Exception, match=r"user name is empty|permission denied"):
-        store.put("/a/1", b"1", retry=0.0)
-    admin = Etcd(Access((etcd.url,), "root", "secret"), timeout=1.0)
-    admin.enable_auth("secret", {"dynamo": ("other", ["v1/"])})  # may be repeated
-    admin.put("/a/1", b"1")
-    limited = Etcd(Access((etcd.url,), "dynamo", "other"), timeout=1.0)
-    limited.put("v1/x", b"1")
-    with pytest.raises(Exception, match="permission denied"):
-        limited.put("/a/1", b"2", retry=0.0)
+#: Where the servers of these tests are.
+HOSTS = ("127.0.0.1",)
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return Authority.create()
+
+
+@pytest.fixture
+def secure(fast_dir: Path, authority: Authority) -> Iterator[EtcdServer]:
+    """An etcd that wants a certificate from everybody."""
+    files = PemFiles.of(fast_dir, "etcd")
+    files.write(authority.cert, authority.leaf("etcd", HOSTS, server=True, client=True))
+    flags = ("--trusted-ca-file", files.ca, "--cert-file", files.cert, "--key-file", files.key)
+    server = EtcdServer(fast_dir, "--client-cert-auth", *map(str, flags), scheme="https").start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def known_as(cn: str, etcd: EtcdServer, authority: Authority) -> Etcd:
+    """A client whose certificate says that it is `cn`."""
+    leaf = authority.leaf(cn, client=True)
+    return Etcd(Access((etcd.url,), authority.cert, leaf.cert, leaf.key), timeout=2.0)
+
+
+def test_a_certificate_says_who_may_what(secure: EtcdServer, authority: Authority) -> None:
+    root, dynamo = (known_as(cn, secure, authority) for cn in ("root", "dynamo"))
+    establish(root, {"dynamo": ["v1/"]})
+    root.put("/a/1", b"1")
+    dynamo.put("v1/x", b"1")
+    for forbidden in (lambda: dynamo.put("/a/1", b"2"), lambda: dynamo.get("/a/1"), lambda: dynamo.put("v2", b"2")):
+        with pytest.raises(Exception, match="permission denied"):
+            forbidden()
+    with pytest.raises(Exception, match=r"user name not found|permission denied"):
+        known_as("etcd", secure, authority).put("v1/x", b"2")
     seen = Seen()
-    watch = seen.watch(admin)
+    watch = seen.watch(root)
     seen.wait(standing)
-    etcd.kill()
-    etcd.start()  # tokens are gone; both must log in again by themselves
-    admin.put("/a/2", b"2")
+    secure.kill()
+    secure.start()  # and it still knows
+    root.put("/a/2", b"2")
     seen.change("/a/2", b"2")
     watch.stop()
-    assert Gateway((etcd.url,), "root", "secret").get_prefix("/a/") == {"/a/1": b"1", "/a/2": b"2"}
+    with pytest.raises(Exception, match="permission denied"):
+        dynamo.put("/a/1", b"2")
+    establish(root, {"dynamo": ["v1/"]}, again=True)  # nothing to do
+    door = Door(Access((secure.url,), authority.cert, *astuple(authority.leaf("root", client=True))))
+    assert door.get_prefix("/a/") == {"/a/1": b"1", "/a/2": b"2"}
+    assert door.clock_skew() == 0.0
+    for client in (root, dynamo, door):
+        client.close()
 
 
-def test_tokens_that_ran_out_are_renewed(fast_dir: Path) -> None:
-    server = EtcdServer(fast_dir, "--auth-token-ttl", "1").start()
-    try:
-        Etcd(Access((server.url,)), timeout=1.0).enable_auth("secret", {})
-        admin = Etcd(Access((server.url,), "root", "secret"), timeout=1.0)
-        admin.put("/a/1", b"1")
-        time.sleep(3.0)  # the token's life is the server's clock
-        admin.put("/a/1", b"2")
-        assert admin.get("/a/1") == b"2"
-    finally:
-        server.kill()
+def test_a_store_that_knows_somebody_already_is_not_taken(secure: EtcdServer, authority: Authority) -> None:
+    root = known_as("root", secure, authority)
+    establish(root, {"dynamo": ["v1/"]})
+    for again, users in ((False, {"dynamo": ["v1/"]}), (True, {})):
+        with pytest.raises(RefusedError, match="knows dynamo, root already"):
+            establish(root, users, again)
+    root.close()
 
 
-def test_tls(fast_dir: Path) -> None:
-    ca, cert, key = make_certificates(fast_dir)
-    server = EtcdServer(
-        fast_dir,
-        *("--client-cert-auth", "--trusted-ca-file", ca, "--cert-file", cert, "--key-file", key),
-        scheme="https",
-    ).start()
-    try:
-        client = Etcd(Access((server.url,), ca=ca, cert=cert, key=key), timeout=2.0)
-        client.put("/a/1", b"1")
-        seen = Seen()
-        watch = seen.watch(client)
-        assert seen.wait(lambda k, _: k == "snapshot") == {"/a/1": b"1"}
-        watch.stop()
+def test_who_has_no_certificate_of_the_run_is_not_heard(secure: EtcdServer, authority: Authority) -> None:
+    ours, stranger = known_as("root", secure, authority), Authority.create()
+    ours.put("/a/1", b"1")
+    seen = Seen()
+    watch = seen.watch(ours)
+    assert seen.wait(lambda k, _: k == "snapshot") == {"/a/1": b"1"}
+    watch.stop()
+    theirs = stranger.leaf("root", client=True)
+    for access in (
+        Access((secure.url.replace("https", "http"),)),
+        Access((secure.url,), authority.cert),
+        Access((secure.url,), authority.cert, theirs.cert, theirs.key),
+        Access((secure.url,), stranger.cert, theirs.cert, theirs.key),
+    ):
+        client = Etcd(access, timeout=1.0)
         with pytest.raises(NoContactError):
-            Etcd(Access((server.url.replace("https", "http"),)), timeout=1.0).put("/a/1", b"2", retry=0.0)
-    finally:
-        server.kill()
-
-
-def make_certificates(directory: Path) -> tuple[str, str, str]:
-    """One self-made authority and one certificate for 127.0.0.1, as server and client."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
-    now = datetime.datetime.now(datetime.timezone.utc)
-    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-
-    def build(name: str, issuer: str, public: Any) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
-            .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
-            .public_key(public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-        )
-
-    authority = build("ca", "ca", ca_key.public_key()).add_extension(
-        x509.BasicConstraints(ca=True, path_length=None), critical=True
-    )
-    own = (
-        build("node", "ca", key.public_key())
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
-        )
-    )
-    pem = serialization.Encoding.PEM
-    (directory / "ca.pem").write_bytes(authority.sign(ca_key, hashes.SHA256()).public_bytes(pem))
-    (directory / "cert.pem").write_bytes(own.sign(ca_key, hashes.SHA256()).public_bytes(pem))
-    (directory / "key.pem").write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption())
-    )
-    return str(directory / "ca.pem"), str(directory / "cert.pem"), str(directory / "key.pem")
+            client.put("/a/1", b"2", retry=0.0)
+        client.close()
+    assert tls.answers(Access((secure.url,), authority.cert), 5.0)
+    assert not tls.answers(Access((secure.url,), stranger.cert), 5.0), "another run's, on the same port"
+    ours.close()

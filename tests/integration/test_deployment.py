@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.control.client import Access, Etcd
+from gms_launch.control.client import Etcd
 from gms_launch.process import proc
 from tests.support import GMS_LAUNCH, Deployment, eventually, gms_launch, stopped
 
@@ -63,8 +63,7 @@ def test_twenty_failovers_in_a_row(run: Deployment) -> None:
     assert sum(c["incarnation"] for c in run.status()["cohorts"]) == 22
     timeline = json.loads(run.cli("timeline", "--json").stdout)
     assert [f["complete"] for f in timeline["failovers"]] == [True] * 20
-    password = json.loads((run.home / run.run / "credentials.json").read_text())["admin_password"]
-    etcd = Etcd(Access(tuple(run.run_file["etcd_endpoints"]), "root", password))
+    etcd = Etcd(run.access)
     eventually(
         lambda: etcd.get_prefix(f"/gms-launch/{run.run}/ended/") == {}, what="no word is left of lives long gone"
     )
@@ -403,7 +402,7 @@ def test_an_agent_goes_on_when_nobody_reads_what_it_says(tmp_path: Path, model: 
 
 
 def test_up_under_the_name_of_a_run_whose_agent_was_killed(tmp_path: Path, model: Path) -> None:
-    """As a requeued job does, which keeps its number: etcd's old data has other passwords."""
+    """As a requeued job does, which keeps its number: etcd's old data is of another start."""
     extra = ["--health-interval", "0.1"]
     with Deployment(tmp_path / "home", model, *extra, REFERENCE_START_SECONDS="4") as run:
         before = run.text()

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from gms_launch.process import proc
-from tests.support import Deployment, eventually, stopped
+from gms_launch.run.credentials import DYNAMO
+from gms_launch.run.rundir import RunDir
+from tests.support import Deployment, etcdctl, eventually, stopped
 
 Deploy = Callable[..., Deployment]
 QUICK = ("--health-interval", "0.2", "--health-timeout", "1.5")
@@ -357,13 +359,7 @@ def test_a_wiped_etcd_is_filled_again(deploy: Deploy) -> None:
     assert eventually(run.text, 60) == before
     found = run.wait_full(60)
     assert min(c["incarnation"] for c in found["cohorts"]) >= 2
-    anonymous = subprocess.run(
-        ["etcdctl", "--endpoints", run.run_file["etcd_endpoints"][0], "get", "--prefix", "/gms-launch/"],
-        env=os.environ | {"ETCDCTL_API": "3"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert anonymous.returncode != 0, "passwords are on again"
+    dynamo = RunDir(run.home / run.run).credentials().access(run.access.endpoints, DYNAMO)
+    assert "permission denied" in etcdctl(dynamo, "get", "--prefix", "/gms-launch/").stderr, "who may what is known"
     assert run.cli("kill-primary").returncode == 0
     assert run.text() == before

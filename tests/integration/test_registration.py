@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gms_launch.run.rundir import RunDir
 from tests.support import Deployment, eventually
-
-
-def etcdctl(run: Deployment, *args: str) -> str:
-    """Ask the run's own etcd, as its root."""
-    password = RunDir(run.home / run.run).credentials().admin_password
-    done = subprocess.run(
-        ["etcdctl", "--endpoints", run.run_file["etcd_endpoints"][0], "--user", f"root:{password}", *args],
-        env=os.environ | {"ETCDCTL_API": "3"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout
 
 
 def lease(run: Deployment) -> str:
     """The lease of the one engine that is registered, in hex."""
-    (key,) = [k for k in etcdctl(run, "get", "--prefix", "--keys-only", "v1/instances/").split() if "generate" in k]
+    (key,) = [k for k in run.etcdctl("get", "--prefix", "--keys-only", "v1/instances/").split() if "generate" in k]
     return key.rpartition("/")[2]
 
 
@@ -85,7 +70,7 @@ def test_a_primary_that_loses_its_lease_and_lives_on_is_dead(tmp_path: Path, mod
     with Deployment(tmp_path / "home", model, REFERENCE_FAULT="*.1:unregistered=hang") as run:
         found = run.wait_full()
         before, primary = run.text(), found["primary"]
-        etcdctl(run, "lease", "revoke", lease(run))
+        run.etcdctl("lease", "revoke", lease(run))
         (why,) = eventually(lambda: run.events("hung"))
         assert life(why) == (primary, 1) and "has not been registered with Dynamo for 2 s" in why["detail"]
         assert eventually(run.text) == before
@@ -95,7 +80,7 @@ def test_a_primary_that_loses_its_lease_and_lives_on_is_dead(tmp_path: Path, mod
 def test_a_primary_whose_key_is_deleted_is_dead_although_its_lease_lives(tmp_path: Path, model: Path) -> None:
     with Deployment(tmp_path / "home", model) as run:
         before, primary = run.text(), run.wait_full()["primary"]
-        etcdctl(run, "del", "--prefix", "v1/instances/")
+        run.etcdctl("del", "--prefix", "v1/instances/")
         (why,) = eventually(lambda: run.events("hung"))
         assert why["cohort_id"] == primary and "has not been registered with Dynamo for 2 s" in why["detail"]
         assert eventually(run.text) == before

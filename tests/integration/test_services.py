@@ -16,8 +16,10 @@ import pytest
 from gms_launch.gms.devices import virtual_devices
 from gms_launch.process import lifecycle
 from gms_launch.process.lifecycle import Command
+from gms_launch.run import credentials
 from gms_launch.services import etcd, gms, nats
 from gms_launch.services.base import NotReadyError, Service, find_binary, restart_delay
+from gms_launch.services.pem import PemFiles
 from gms_launch.services.runner import ServiceError, ServiceRunner
 from gms_launch.spool.output import Output
 from tests.support import free_port
@@ -37,7 +39,11 @@ def output(directory: Path) -> Callable[[str], Output]:
 
 def etcd_service(directory: Path, timeout: float = 20.0, port: int | None = None) -> Service:
     binary = find_binary("etcd_bin", "", "etcd", "etcd-server")
-    member = etcd.Member("t", "127.0.0.1", port or free_port(), free_port(), directory / "e", "pw")
+    secrets, port = credentials.make(("127.0.0.1",)), port or free_port()
+    files = PemFiles.of(directory, credentials.ETCD)
+    files.write(secrets.ca, secrets.leaves[credentials.ETCD])
+    access = secrets.access((f"https://127.0.0.1:{port}",))
+    member = etcd.Member("t", "127.0.0.1", port, free_port(), directory / "e", files, access)
     return etcd.service(member, binary, timeout)
 
 

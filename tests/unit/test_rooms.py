@@ -26,7 +26,7 @@ ROOMS: Mapping[str, str] = {
     "settings": "",
     "transport": "",
     "control": "cohort",
-    "engines": "cohort gms process settings",
+    "engines": "cohort control gms process settings",  # what to show an etcd
     "services": "cohort control engines gms process spool",  # etcd's readiness is a read through our own door
     "run": "cohort control engines gms process services settings spool",  # the leader is found by its etcd
     "observe": "cohort control process run spool",  # is an agent of this very machine

@@ -18,7 +18,8 @@ ROOT = Path(gms_launch.__file__).parent
 MAY = {
     "process/scratch.py": "compared with file times",
     "process/clock.py": "the offset, once",
-    "control/gateway.py": "how far two machines' clocks are apart",
+    "control/door.py": "how far two machines' clocks are apart",
+    "control/authority.py": "from when a certificate is good",
     "run/rendezvous.py": "an end in run.json is of this start or of an earlier one",
     "run/rundir.py": "how old a run.json of another machine is",
     "observe/views.py": "a run none of whose agents is on this machine",

@@ -183,6 +183,7 @@ ALLOWED = {
     "run/nodedir.py": "a start's directory in memory; its removal at the end",
     "run/ports.py": "a start's reservations, before anything runs",
     "node/gates.py": "locks, made before anything runs",
+    "services/pem.py": "a server's certificates, in the node directory, before it is started",
     "services/nats.py": "NATS's settings, without which it cannot be started",
     "cli/sweep.py": "removes what dead runs left",
     "cli/doctor.py": "a command of its own, and its business",
