@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,7 +145,7 @@ class Load:
 
     `streams` and `unary` requests of `tokens` tokens are always in flight, every other one through chat; `rate` more
     come each second, of `short` tokens. `prompts` is how many different questions there are; `timeout` (seconds) is
-    for one answer.
+    for one answer. `headers` go with every request, `tls` says whose certificate is good.
     """
 
     def __init__(
@@ -160,7 +161,10 @@ class Load:
         timeout: float = 60.0,
         model: str = "tiny",
         texts: dict[Question, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        self._headers, self._tls = headers, tls
         self.url, self.model = url, model
         self._counts, self._rate, self._timeout = (streams, unary), rate, timeout
         self._tokens, self.short, self._prompts = tokens, short, prompts
@@ -247,7 +251,8 @@ class Load:
 
     async def _main(self) -> None:
         limits = aiohttp.ClientTimeout(total=self._timeout)
-        async with aiohttp.ClientSession(timeout=limits, connector=aiohttp.TCPConnector(limit=0)) as session:
+        connector = aiohttp.TCPConnector(limit=0, ssl=self._tls or True)
+        async with aiohttp.ClientSession(timeout=limits, connector=connector, headers=self._headers) as session:
             await self._learn(session)
             self._ready.set()
             places = [self._keep(session, n, n < self._counts[0]) for n in range(sum(self._counts))]

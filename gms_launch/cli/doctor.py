@@ -23,6 +23,7 @@ from gms_launch.run.fit import GIB
 from gms_launch.run.nodedir import LOCAL_ROOT, must_be_writable, private_directory, user_root
 from gms_launch.run.plan import no_gpu
 from gms_launch.run.rundir import home
+from gms_launch.services import certificate
 from gms_launch.services.base import find_binary
 from gms_launch.settings.declared import Settings
 
@@ -154,6 +155,13 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
             return f"{why}: a dead engine's port is bound instead, and requests of that moment may be lost"
         return f"move to the next engine, at most {numbered(settings.migration_limit, 'time')}"
 
+    def proxy() -> str:
+        return layout(settings).front.described()
+
+    def certified() -> str:
+        certificate.check(settings.tls_cert, settings.tls_key)
+        return f"{settings.tls_cert}, with its key {settings.tls_key}"
+
     check("topology", place)
     check("model", model)
     check("python", interpreter)
@@ -170,6 +178,10 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         check("etcd", lambda: find_binary("etcd_bin", settings.etcd_bin, "etcd", "etcd-server"))
     if settings.nats and not settings.nats_server:
         check("nats", lambda: find_binary("nats_bin", settings.nats_bin, "nats-server", "nats-server"))
+    if settings.api_key_file:
+        check("proxy", proxy)
+    if settings.tls_cert:
+        check("certificate", certified)
     check("ports", fixed_ports)
     check("run directory", shared)
     check("node-local directory", local)

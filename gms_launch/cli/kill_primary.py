@@ -82,7 +82,16 @@ def ask(directory: RunDir, door: Door, command: CommandRecord, timeout: float, k
 
     Raises `RefusedError`, `DeadlineError` and `NoContactError`.
     """
-    wait = min(timeout, 10.0)
+    result = answered(door, directory, command, min(timeout, 10.0), known)
+    if not result.ok:
+        raise RefusedError(result.detail)
+    return result
+
+
+def answered(
+    door: Door, directory: RunDir, command: CommandRecord, wait: float, known: Known | None = None
+) -> CommandResult:
+    """What the leader's agent says to a command, within `wait` seconds. Raises `DeadlineError`, `NoContactError`."""
     deadline = time.monotonic() + wait
     with Errand(door, Keys(directory.run), command) as errand:
         try:
@@ -93,12 +102,10 @@ def ask(directory: RunDir, door: Door, command: CommandRecord, timeout: float, k
                         "its log may tell why (`gms-launch logs agent`)"
                     )
                 time.sleep(POLL)  # a watch is not worth its set-up here
-            if result.ok:
+            if result.ok and known is not None:
                 known.text = f"the request was granted ({result.detail}) and is carried out; {SEE}"
         except NoContactError as exc:
             raise NoContactError(f"{exc}, after it was asked: {errand.withdraw()}") from None
-    if not result.ok:
-        raise RefusedError(result.detail)
     return result
 
 

@@ -8,30 +8,24 @@ from __future__ import annotations
 
 import time
 import uuid
-from urllib.parse import urlsplit
 
 from gms_launch.cli import kill_primary
 from gms_launch.cohort.failover import Failover
 from gms_launch.cohort.records import CommandRecord
 from gms_launch.control.errand import Known, followed
 from gms_launch.errors import DeadlineError, UsageError
-from gms_launch.numbers import count, numbered
+from gms_launch.numbers import count
 from gms_launch.observe import journal
 from gms_launch.run import contact, rundir
 from gms_launch.run.rundir import RunDir, RunFile
-from gms_launch.services import frontend
-from gms_launch.services.base import NotReadyError
 from gms_launch.settings.rules import shortened
-
-#: Pause between two looks for a moment without requests (seconds); the frontend announces nothing.
-IDLE_POLL = 0.05
 
 
 def main(run: str | None, to: str | None, when_idle: float | None, timeout: float, as_json: bool) -> None:
     directory, found = rundir.find(run)
     cohort = _cohort(to, found)
     if when_idle is not None:
-        wait_idle(found, when_idle)
+        wait_idle(directory, found, when_idle)
     with followed() as known:
         failover = hand_over(directory, found, cohort, timeout, known, "switch-over")
     kill_primary.show(failover, as_json)
@@ -59,25 +53,15 @@ def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, known:
     return kill_primary.follow(news, directory, found, victim, timeout, known)
 
 
-def wait_idle(found: RunFile, seconds: float) -> None:
-    """Wait for a moment in which the frontend has no request. Raises `DeadlineError` when none came."""
-    where = urlsplit(found.frontend_url)
-    deadline = time.monotonic() + seconds
-    seen = "nothing was heard from it"
-    while True:
-        try:
-            counted = frontend.traffic(where.hostname or "", where.port or 80)
-            if counted is None:
-                seen = "its metrics do not tell how many requests it has"
-            elif counted[1] == 0:
-                return
-            else:
-                inside = int(counted[1])
-                seen = f"{numbered(inside, 'request')} {'was' if inside == 1 else 'were'} in flight at the last look"
-        except NotReadyError as exc:
-            seen = str(exc)
-        if time.monotonic() > deadline:
-            raise DeadlineError(
-                f"no quiet moment within {seconds:g} s (--when-idle): {found.frontend_url}: {seen}; nothing was done"
-            )
-        time.sleep(IDLE_POLL)
+def wait_idle(directory: RunDir, found: RunFile, seconds: float) -> None:
+    """Wait for a moment in which the frontend has no request. Raises `DeadlineError` when none came.
+
+    The leader's agent looks: the frontend may be on its node's loopback, and may ask for a key.
+    """
+    command = CommandRecord(uuid.uuid4().hex, "idle", time.time(), wait=seconds, cause="switch-over")
+    result = kill_primary.answered(contact.door(directory, found), directory, command, seconds + 10.0)
+    if not result.ok:
+        raise DeadlineError(
+            f"no quiet moment within {seconds:g} s (--when-idle): {found.frontend_url}: {result.detail}; "
+            "nothing was done"
+        )

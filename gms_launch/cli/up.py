@@ -166,7 +166,7 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
 
         async def announce() -> None:
             await agent.node.ready.wait()
-            reporter.ready(f"{layout.frontend_url}/v1/completions, model {layout.model_name}")
+            reporter.ready(f"{layout.front.url}/v1/completions, model {layout.model_name}{layout.front.hint}")
 
         if until_eof:
             loop.add_reader(0, _input_ended, agent, loop)
@@ -267,7 +267,7 @@ def run_file(layout: Layout) -> RunFile:
         etcd_endpoints=layout.etcd_endpoints,
         etcd_auth=layout.own_etcd,
         etcd_ca=layout.etcd_access.ca,
-        frontend_url=layout.frontend_url,
+        frontend_url=layout.front.url,
         model_name=layout.model_name,
         settings=layout.settings.to_json(),
         attempt=layout.attempt,

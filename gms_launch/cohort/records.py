@@ -287,11 +287,12 @@ class EventRecord(Record):
 
 @dataclass(frozen=True)
 class CommandRecord(Record):
-    """`commands/<uuid>`: something that is asked for. `verb` is kill, roll or stop (of users), or kill-rank (of the
-    leader, to the agent of the node that `scope` names as rank:N).
+    """`commands/<uuid>`: something that is asked for. `verb` is kill, roll, idle or stop (of users), or kill-rank (of
+    the leader, to the agent of the node that `scope` names as rank:N).
 
     `to` is the cohort that shall take over, -1 for any; `engine_args` are those of a roll, None for the same again.
-    `taken` names the agent that carries it out, once one does. `cause` is the verb that a person used.
+    `taken` names the agent that carries it out, once one does. `cause` is the verb that a person used. `idle` asks the
+    leader for a moment without requests, within `wait` seconds.
     """
 
     uuid: str
@@ -305,6 +306,7 @@ class CommandRecord(Record):
     engine_args: tuple[str, ...] | None = None
     taken: str = ""
     cause: str = "kill-primary"
+    wait: float = 0.0
 
 
 @dataclass(frozen=True)

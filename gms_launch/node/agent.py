@@ -24,7 +24,7 @@ from gms_launch.cohort.reconciler import Desire
 from gms_launch.cohort.records import CommandRecord, RunState, Wanted
 from gms_launch.cohort.view import Memory
 from gms_launch.errors import LaunchError, by_code
-from gms_launch.node import begin, end, lead, upkeep
+from gms_launch.node import begin, end, lead, quiet, upkeep
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
 from gms_launch.node.tasks import until
@@ -174,6 +174,7 @@ class Agent:
                 self.node.stop("the run is being stopped")
         if self.node.is_leader:
             lead.tell_refusals(self.node)
+            quiet.answer(self.node)
             for node in self.node.mirror.nodes.values():
                 if node.failed and node.node_rank != self.node.node_rank:
                     self.node.fail(by_code(node.exit_code, f"{membership.name(node)}: {node.failed}"))

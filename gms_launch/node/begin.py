@@ -13,6 +13,7 @@ from functools import partial
 from gms_launch.cohort import membership
 from gms_launch.cohort.records import RunState
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
+from gms_launch.node import upkeep
 from gms_launch.node.node import Node
 from gms_launch.numbers import numbered
 from gms_launch.process import strays
@@ -73,9 +74,21 @@ async def start(me: Node) -> None:
         if layout.own_nats:
             nats.configure(layout.nats_server)
             await me.start_service(layout.nats_service())
-        await me.start_service(layout.frontend_service())
-        me.progress(f"frontend: {layout.frontend_url}")
+        await _open_the_door(me)
         me.progress(f"starting {numbered(me.settings.cohorts, 'cohort')} of engine {me.settings.engine}")
+
+
+async def _open_the_door(me: Node) -> None:
+    front = me.layout.front
+    try:
+        keys = await me.loop.run_in_executor(None, front.configure)
+    except OSError as exc:
+        raise LaunchError(f"the proxy's files cannot be written in {me.layout.node_dir.path}: {exc}") from None
+    for service in me.layout.front_services():
+        await me.start_service(service)
+    if front.proxied:
+        me.spawn(upkeep.follow_keys(me, keys))
+    me.progress(f"frontend: {front.url}{front.hint}")
 
 
 async def clear_node(me: Node) -> None:

@@ -62,7 +62,7 @@ class Canary:
     """
 
     def __init__(self, layout: Layout) -> None:
-        self._where = (layout.frontend_address, layout.ports.frontend)
+        self._where = layout.front.where
         self._model = layout.model_name
         self._interval, self._timeout = layout.settings.canary_interval, layout.settings.canary_timeout
         self._names = (f"gms-launch-canary-{k}" for k in itertools.count())
@@ -77,7 +77,7 @@ class Canary:
         reason = ""
         while True:
             try:
-                counted = await loop.run_in_executor(None, frontend.traffic, *self._where)
+                counted = await loop.run_in_executor(None, frontend.traffic, self._where)
             except NotReadyError:
                 clock.token(time.monotonic())  # the frontend is away: that says nothing of the engine
             else:
@@ -101,7 +101,7 @@ class Canary:
         try:
             # Half of what is left after the interval: two requests fail before the engine is taken for dead.
             patience = max(1.0, (self._timeout - self._interval) / 2)
-            frontend.one_token(*self._where, self._model, patience, next(self._names))
+            frontend.one_token(self._where, self._model, patience, next(self._names))
         except NotReadyError as exc:
             return str(exc)
         return ""

@@ -21,7 +21,7 @@ class TokenWatch:
     """Looks for a token that came through the frontend after this was made. In a thread. `why` says why none came."""
 
     def __init__(self, layout: Layout) -> None:
-        self._where = (layout.frontend_address, layout.ports.frontend)
+        self._where = layout.front.where
         self._model = layout.model_name
         self._before: float | None = None
         self._listed_at: float | None = None
@@ -32,13 +32,13 @@ class TokenWatch:
         """True once one did. Sends a request for one if the model is there and nobody else asks."""
         try:
             if self._listed_at is None:
-                counted = frontend.traffic(*self._where)
+                counted = frontend.traffic(self._where)
                 self._before = counted[0] if counted else self._before
-                if not frontend.listed(*self._where, self._model):
+                if not frontend.listed(self._where, self._model):
                     self.why = f"nothing serves {self._model}: the frontend lists no engine for it"
                     return False
                 self._listed_at = self._quiet_since = time.monotonic()
-            now, counted = time.monotonic(), frontend.traffic(*self._where)
+            now, counted = time.monotonic(), frontend.traffic(self._where)
             if counted is not None:
                 tokens, in_flight = counted
                 if tokens > (self._before or 0.0):
@@ -47,7 +47,7 @@ class TokenWatch:
                     self._quiet_since = now  # that one's token will do
                 if now - self._quiet_since < QUIET:
                     return False
-            frontend.one_token(*self._where, self._model)
+            frontend.one_token(self._where, self._model)
         except NotReadyError as exc:
             self.why = str(exc)
             return False

@@ -46,7 +46,7 @@ class Discovery:
         self._ended: set[Life] = set()
         self._waking: dict[Life, float] = {}
         self._standing = Standing(lambda: report.link, layout.settings.dynamo_lease_ttl)
-        count = partial(frontend.moves, layout.frontend_address, layout.ports.frontend)
+        count = partial(frontend.moves, layout.front.where)
         on = bool(layout.settings.migration_limit)
         self._holds = Holds(on, report, spawn, self._around, self._keep, self._revoke, count)
 

@@ -157,7 +157,7 @@ class Reporter:
             created=self.started,
             nnodes=layout.topology.nnodes,
             shadows=layout.settings.shadows,
-            frontend_url=layout.frontend_url,
+            frontend_url=layout.front.url,
             model_name=layout.model_name,
             attempt=layout.attempt,
         )

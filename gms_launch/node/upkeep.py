@@ -3,17 +3,67 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
+from gms_launch.errors import UsageError
 from gms_launch.node.node import Node
+from gms_launch.numbers import numbered
 from gms_launch.process import strays
+from gms_launch.run.front import Front
+from gms_launch.services import proxy
+from gms_launch.spool.reading import PATIENCE, within
 from gms_launch.spool.writer import Place
 
 #: How often what waits for the disk is kept within bounds, and what is wrong there is told (seconds).
 WRITING = 1.0
 #: How often GMS is asked, and what would not die is killed again (seconds).
 HOUSEKEEPING = 10.0
+#: How often the file of the clients' keys is read (seconds).
+KEYS = 2.0
 #: Between two ticks of a second: an agent that is that late stood still, and was not merely busy (seconds).
 STALL = 5.0
+
+
+async def follow_keys(me: Node, known: tuple[str, ...]) -> None:
+    """Take other keys when the file has others: for requests from then on, and no stream is cut.
+
+    The file may be on a home that hangs. One that is wrong changes nothing, and is told once.
+    """
+    front, told = me.layout.front, ""
+    while True:
+        await asyncio.sleep(KEYS)
+        try:
+            found = await asyncio.to_thread(within, PATIENCE, partial(_keys, front), known)
+            if found == known:
+                told = ""
+                continue
+            wrong = found if isinstance(found, str) else await asyncio.to_thread(_renew, front, found)
+            if not wrong and not isinstance(found, str):
+                known, told = found, ""
+                me.report.emit("keys", detail=f"{numbered(len(found), 'key')} from now on")
+            elif wrong != told:
+                told = wrong
+                me.report.emit("keys_refused", detail=wrong)
+                me.progress(f"clients' keys stay as they were: {wrong}")
+        except Exception as exc:
+            me.report.unexpected("the clients' keys", exc)
+
+
+def _keys(front: Front) -> tuple[str, ...] | str:
+    """The keys, or what is wrong with their file."""
+    try:
+        return front.keys()
+    except UsageError as exc:
+        return str(exc)
+
+
+def _renew(front: Front, hashes: tuple[str, ...]) -> str:
+    """Give the proxy other keys; why that failed, or nothing."""
+    try:
+        proxy.renew(front.proxy, hashes)
+    except OSError as exc:
+        return str(exc)
+    return ""
 
 
 async def notice_stalls(me: Node) -> None:

@@ -26,17 +26,16 @@ from gms_launch.numbers import numbered
 from gms_launch.process.lifecycle import Command
 from gms_launch.run import model
 from gms_launch.run.credentials import DYNAMO, ETCD, Credentials
+from gms_launch.run.front import LATER, Front
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.ports import Ports
 from gms_launch.run.rundir import RunDir
 from gms_launch.run.topology import Topology
-from gms_launch.services import etcd, frontend, gms, nats
+from gms_launch.services import etcd, gms, nats
 from gms_launch.services.base import Service, find_binary
 from gms_launch.services.pem import PemFiles
 from gms_launch.settings.declared import Settings
 
-#: NATS and the frontend may be silent for longer than etcd: nobody ends because of them.
-LATER = 4
 #: What stands for a secret in a printed plan.
 HIDDEN = "<hidden>"
 _SECRET = ("PASSWORD", "SECRET", "CLIENT_KEY")
@@ -91,12 +90,8 @@ class Layout:
         return self.run_dir.logs / f"node{self.topology.node_rank}"
 
     @property
-    def frontend_address(self) -> str:
-        return self.settings.frontend_host or self.topology.leader_address
-
-    @property
-    def frontend_url(self) -> str:
-        return f"http://{etcd.host(frontend.connect_address(self.frontend_address))}:{self.ports.frontend}"
+    def front(self) -> Front:
+        return Front(self.settings, self.topology, self.ports, self.node_dir)
 
     @property
     def own_etcd(self) -> bool:
@@ -195,15 +190,8 @@ class Layout:
         liveness = LATER * self.settings.service_liveness
         return nats.service(self.nats_server, binary, self.settings.service_timeout, liveness)
 
-    def frontend_service(self) -> Service:
-        front = frontend.Frontend(
-            address=self.frontend_address,
-            port=self.ports.frontend,
-            plane=self.plane,
-            migration_limit=self.settings.migration_limit,
-        )
-        liveness = LATER * self.settings.service_liveness
-        return frontend.service(front, self.python, self.settings.service_timeout, liveness)
+    def front_services(self) -> list[Service]:
+        return self.front.services(self.plane, self.python)
 
     def lock_of(self, cohort_id: int) -> Path:
         """The lock that a cohort waits for: one for all, or one of its own that the leader's agent holds."""
@@ -285,10 +273,7 @@ class Layout:
                 self.etcd_service()
             if self.own_nats:
                 self.nats_service()
-            if installed.look(self.settings.python, ("dynamo.frontend",)).missing:
-                raise UsageError(
-                    f"dynamo.frontend cannot be imported by {self.python}; pip install 'gms-launch[dynamo]'"
-                )
+            self.front.check()
 
     def _size(self) -> str:
         """The wanted GPUs by the settings that say how many."""
@@ -304,7 +289,7 @@ class Layout:
                 found.append(("etcd", self.etcd_service().command))
             if self.own_nats:
                 found.append(("nats", self.nats_service().command))
-            found.append(("frontend", self.frontend_service().command))
+            found += [(s.name, s.command) for s in self.front_services()]
         for cohort_id in range(self.settings.cohorts):
             port = self.ports.master(cohort_id, 1)
             name = f"cohort {cohort_id} rank {self.topology.node_rank}"
@@ -323,7 +308,7 @@ class Layout:
             "engine": self.settings.engine,
             "gms_server": self.gms_kind,
             "gms_memory": self.gms_memory,
-            "frontend_url": self.frontend_url,
+            "frontend_url": self.front.url,
             "run_dir": str(self.run_dir.path),
             "node_dir": str(self.node_dir.path),
             "ports": {
@@ -336,6 +321,7 @@ class Layout:
                 "nixl": list(ports.nixl),
                 "vllm": list(ports.vllm),
                 "word": ports.word,
+                **({"frontend_inner": ports.frontend_inner} if ports.frontend_inner else {}),
                 **{name: list(numbers) for name, numbers in ports.extra.items()},
             },
             "processes": [
@@ -357,7 +343,7 @@ def no_gpu() -> str:
 #: Settings in which the nodes of a run may differ.
 _OWN = frozenset(
     {"node_rank", "leader_addr", "interface", "hosts", "gms_socket_dir", "etcd_bin", "nats_bin", "python"}
-    | {"virtual_gpus", "run_id", "kill_wait", "cache_dir", "metrics_host", "metrics_port"}
+    | {"virtual_gpus", "run_id", "kill_wait", "cache_dir", "haproxy_bin", "metrics_host", "metrics_port"}
 )
 
 

@@ -36,6 +36,8 @@ class Ports:
     nixl: tuple[int, ...]
     vllm: tuple[int, ...]
     word: int
+    #: Dynamo's frontend, on loopback behind the proxy; 0 where there is none.
+    frontend_inner: int = 0
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def master(self, cohort_id: int, incarnation: int) -> int:
@@ -106,6 +108,7 @@ def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, 
     chooser = _Chooser(settings, free)
     one, usable = chooser.one, chooser.usable
     frontend = one("frontend_port", settings.frontend_port)
+    inner = one("frontend_inner_port", settings.frontend_inner_port) if settings.api_key_file else 0
     etcd = one("etcd_port", settings.etcd_port)
     peer = one("etcd_peer_port", settings.etcd_peer_port)
     nats = one("nats_port", settings.nats_port)
@@ -125,7 +128,7 @@ def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, 
         if settings.was_set("master_port"):
             raise UsageError(f"master_port {settings.master_port}: it or a port of its range is in use on this node")
         base += span
-    return Ports(frontend, etcd, peer, nats, base, system, nixl, vllm, word, own)
+    return Ports(frontend, etcd, peer, nats, base, system, nixl, vllm, word, inner, own)
 
 
 def is_free(address: str, port: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import re
 import shutil
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,19 +48,35 @@ class Service:
     essential: bool = False
 
 
-def http_get(address: str, port: int, path: str, timeout: float = 2.0) -> str:
-    """The body of an answer 200. Raises `NotReadyError` for any other and for none."""
-    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+def connect(
+    address: str, port: int, timeout: float, context: ssl.SSLContext | None = None
+) -> http.client.HTTPConnection:
+    """A connection for one request: HTTPS with a `context`, else HTTP."""
+    if context is None:
+        return http.client.HTTPConnection(address, port, timeout=timeout)
+    return http.client.HTTPSConnection(address, port, timeout=timeout, context=context)
+
+
+def http_answer(
+    address: str, port: int, path: str, timeout: float = 2.0, context: ssl.SSLContext | None = None
+) -> tuple[int, str]:
+    """Status and body of what comes to a GET. Raises `NotReadyError` when nothing does."""
+    connection = connect(address, port, timeout, context)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
-        body = answer.read().decode(errors="replace")
+        return answer.status, answer.read().decode(errors="replace")
     except (OSError, http.client.HTTPException) as exc:
         raise NotReadyError(f"GET {path}: {exc or type(exc).__name__}") from None
     finally:
         connection.close()
-    if answer.status != 200:
-        raise NotReadyError(f"GET {path}: HTTP {answer.status}: {body[:200]}")
+
+
+def http_get(address: str, port: int, path: str, timeout: float = 2.0, context: ssl.SSLContext | None = None) -> str:
+    """The body of an answer 200. Raises `NotReadyError` for any other and for none."""
+    status, body = http_answer(address, port, path, timeout, context)
+    if status != 200:
+        raise NotReadyError(f"GET {path}: HTTP {status}: {body[:200]}")
     return body
 
 
@@ -68,6 +85,12 @@ def restart_delay(failures: int) -> float:
     if failures <= 1:
         return 0.0
     return min(RESTART_MAX, 0.2 * 2.0 ** min(failures - 2, 10))
+
+
+def shown(path: str | Path) -> str:
+    """A path for a message: no longer than one reads."""
+    text = str(path)
+    return text if len(text) <= 300 else text[:300] + "..."
 
 
 def find_binary(setting: str, configured: str, name: str, package: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 from dataclasses import dataclass
+from functools import cache
 
 from gms_launch.engines.base import DynamoPlane
 from gms_launch.process.lifecycle import Command
-from gms_launch.services.base import NotReadyError, Service, http_get
+from gms_launch.services.base import NotReadyError, Service, connect, http_get
 
 #: For requests that move to another engine: a dead one is not avoided for 5 s, which would be all there are (1.4 and
 #: later); and comments in open streams keep clients and proxies from giving up in the gap (1.5 and later).
@@ -18,14 +20,50 @@ MOVING: dict[str, str | None] = {
 }
 
 
+#: Settings of Dynamo's that would change how the frontend is reached behind our back.
+OWNED = ("DYN_TLS_CERT_PATH", "DYN_TLS_KEY_PATH", "DYN_TLS_CLIENT_CA_CERT_PATH")
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the agent's own requests to the frontend go: always on the frontend's own machine."""
+
+    address: str
+    port: int
+    tls: bool = False
+
+    @property
+    def context(self) -> ssl.SSLContext | None:
+        return unverified() if self.tls else None
+
+
+@cache
+def unverified() -> ssl.SSLContext:
+    """For requests of ours to a listener of ours on this machine.
+
+    The certificate is made out to the name by which clients come, and may run out while the run goes on: neither says
+    that the frontend hangs. What is asked there is no secret, and the listener is known by its pid.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 @dataclass(frozen=True)
 class Frontend:
-    """A run's frontend: where it listens, how it finds the engines, how often it moves a request."""
+    """A run's frontend: where it listens, how it finds the engines, how often it moves a request, its certificate."""
 
     address: str
     port: int
     plane: DynamoPlane
     migration_limit: int
+    tls_cert: str = ""
+    tls_key: str = ""
+
+    @property
+    def where(self) -> Where:
+        return Where(connect_address(self.address), self.port, bool(self.tls_cert))
 
 
 def service(front: Frontend, python: str, timeout: float, liveness: float = 0.0) -> Service:
@@ -34,10 +72,11 @@ def service(front: Frontend, python: str, timeout: float, liveness: float = 0.0)
         *(python, "-m", "dynamo.frontend", "--http-host", front.address, "--http-port", str(front.port)),
         *("--namespace", front.plane.namespace, "--migration-limit", str(front.migration_limit)),
     )
-    command = Command(argv, front.plane.environment() | (MOVING if front.migration_limit else {}))
-    return Service(
-        *("frontend", command, lambda: probe(front.address, front.port), timeout), port=front.port, liveness=liveness
-    )
+    environment = front.plane.environment() | (MOVING if front.migration_limit else {})
+    if front.tls_cert:
+        environment |= {"DYN_TLS_CERT_PATH": front.tls_cert, "DYN_TLS_KEY_PATH": front.tls_key}
+    command = Command(argv, environment)
+    return Service("frontend", command, lambda: probe(front.where), timeout, port=front.port, liveness=liveness)
 
 
 def connect_address(address: str) -> str:
@@ -45,44 +84,44 @@ def connect_address(address: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
 
 
-def probe(address: str, port: int) -> None:
+def probe(where: Where) -> None:
     """GET /health answers 200, with or without engines. Raises `NotReadyError`."""
-    _get(address, port, "/health")
+    _get(where, "/health")
 
 
-def _get(address: str, port: int, path: str) -> str:
-    return http_get(connect_address(address), port, path)
+def _get(where: Where, path: str) -> str:
+    return http_get(where.address, where.port, path, context=where.context)
 
 
-def listed(address: str, port: int, model: str) -> bool:
+def listed(where: Where, model: str) -> bool:
     """True when the frontend has an engine for `model`. Costs the engines nothing. Raises `NotReadyError`."""
     try:
-        return any(m["id"] == model for m in json.loads(_get(address, port, "/v1/models"))["data"])
+        return any(m["id"] == model for m in json.loads(_get(where, "/v1/models"))["data"])
     except (ValueError, KeyError, TypeError) as exc:
         raise NotReadyError(f"GET /v1/models: {exc!r}") from None
 
 
-def traffic(address: str, port: int) -> tuple[float, float] | None:
+def traffic(where: Where) -> tuple[float, float] | None:
     """Tokens that the frontend has passed on, and requests in flight; None when its metrics do not tell.
 
     Names as in Dynamo 1.1 to 1.6. Raises `NotReadyError`.
     """
     found: dict[str, float] = {}
-    for line in _get(address, port, "/metrics").splitlines():
+    for line in _get(where, "/metrics").splitlines():
         name, _, rest = line.partition("{")
         if name in _TRAFFIC:
             found[name] = found.get(name, 0.0) + float(rest.rpartition("}")[2])
     return (found.get(_TRAFFIC[0], 0.0), found.get(_TRAFFIC[1], 0.0)) if found else None
 
 
-def moves(address: str, port: int) -> tuple[float, float] | None:
+def moves(where: Where) -> tuple[float, float] | None:
     """How often requests have moved to another engine, and how many have failed for no fault of whoever asked.
 
     None when nobody answers. Names as in Dynamo 1.2 to 1.6.
     """
     moved = failed = 0.0
     try:
-        text = _get(address, port, "/metrics")
+        text = _get(where, "/metrics")
     except NotReadyError:
         return None
     for line in text.splitlines():
@@ -98,9 +137,9 @@ _ASKERS = ("validation", "cancelled", "not_implemented")
 _TRAFFIC = ("dynamo_frontend_output_tokens_total", "dynamo_frontend_inflight_requests")
 
 
-def one_token(address: str, port: int, model: str, timeout: float = 5.0, name: str = "gms-launch-confirm") -> None:
+def one_token(where: Where, model: str, timeout: float = 5.0, name: str = "gms-launch-confirm") -> None:
     """Ask for one token of `model`, under a request id that shows whose it is. Raises `NotReadyError`."""
-    connection = http.client.HTTPConnection(connect_address(address), port, timeout=timeout)
+    connection = connect(where.address, where.port, timeout, where.context)
     try:
         body = json.dumps({"model": model, "prompt": "ready?", "max_tokens": 1, "temperature": 0})
         headers = {"content-type": "application/json", "x-request-id": name}

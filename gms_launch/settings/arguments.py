@@ -91,7 +91,7 @@ def _is_object(text: str) -> bool:
 def problem(args: Sequence[str]) -> str:
     """What is wrong with the arguments, in one line; empty when nothing is."""
     if args and not args[0].startswith("-"):
-        return f"engine arguments begin with a flag, and {args[0]!r} is none"
+        return f"engine arguments begin with a flag, and {args[0][:120]!r} is none"
     for name, value in walk(args):
         if owned := _owned_by(name):
             return f"engine argument {name} would be taken for {owned}: write it out, or give another"

@@ -131,7 +131,20 @@ class Settings:
         "", "use this etcd (comma-separated URLs) instead of starting one", "services", recipe="ETCD_ENDPOINTS"
     )
     nats_server: str = setting("", "use this NATS (URL) instead of starting one", "services", recipe="NATS_SERVER")
-    frontend_host: str = setting("", "address the frontend listens on; the leader's when empty", "services")
+    frontend_host: str = setting(
+        "",
+        "address clients come in by; when empty the leader's with --api-key-file or --open-frontend, else loopback",
+        "services",
+    )
+    api_key_file: str = setting(
+        "", "file of the keys that clients must bring, one a line; none is asked for when empty", "services"
+    )
+    open_frontend: bool = setting(
+        False, "let anybody in who reaches the frontend, without a key, on another address than loopback", "services"
+    )
+    tls_cert: str = setting("", "certificate (PEM, with its chain) by which clients speak HTTPS", "services")
+    tls_key: str = setting("", "private key of --tls-cert (PEM, without a passphrase)", "services")
+    haproxy_bin: str = setting("", "haproxy binary, for --api-key-file; found on PATH when empty", "services")
     migration_limit: int = setting(
         50, "how often a request may move; 0: it ends with its engine", "services", minimum=0, maximum=2**32 - 1
     )
@@ -142,6 +155,7 @@ class Settings:
         0, "TCP port on which every agent serves metrics to Prometheus; 0: none", "ports", minimum=0, maximum=65535
     )
     frontend_port: int = port(8000, "HTTP port of the frontend", recipe="FRONTEND_PORT")
+    frontend_inner_port: int = port(8001, "port of the frontend behind the proxy that asks for keys")
     etcd_port: int = port(2379, "etcd client port")
     etcd_peer_port: int = port(2380, "etcd peer port, on the loopback")
     nats_port: int = port(4222, "NATS client port")

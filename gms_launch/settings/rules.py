@@ -134,6 +134,7 @@ def check(s: Settings) -> None:
     if s.nats_server:
         _check_url("--nats-server", s.nats_server, ("nats", "tls", "ws", "wss"), "nats://HOST:4222")
     _check_hosts(s)
+    _check_frontend(s)
     _check_ports(s)
     if s.engine_file and s.engine != "command":
         raise UsageError(f"--engine-file describes the engine `command`, and --engine is {s.engine}")
@@ -157,6 +158,29 @@ def shortened(text: str, longest: int = 120) -> str:
     return repr(text) if len(text) <= longest else repr(text[:longest]) + "..."
 
 
+def is_loopback(host: str) -> bool:
+    """True for an address, or the name, that only this machine's own processes reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_frontend(s: Settings) -> None:
+    """Who may come in, and how."""
+    if s.api_key_file and s.open_frontend:
+        raise UsageError("--api-key-file asks clients for a key, and --open-frontend for none; leave one out")
+    if bool(s.tls_cert) != bool(s.tls_key):
+        there, absent = ("tls_cert", "tls_key") if s.tls_cert else ("tls_key", "tls_cert")
+        raise UsageError(f"{there} (from {s.sources[there]}) needs --{absent.replace('_', '-')} too")
+    if s.frontend_host and not is_loopback(s.frontend_host) and not s.api_key_file and not s.open_frontend:
+        raise UsageError(
+            f"frontend_host {s.frontend_host} (from {s.sources['frontend_host']}) lets everybody in who reaches it, "
+            "and no key is asked for; ask for one (--api-key-file FILE), or leave it out and stay on loopback (ssh -L "
+            "reaches that), or say --open-frontend if everybody may use the model"
+        )
+
+
 def _check_url(flag: str, text: str, schemes: tuple[str, ...], example: str) -> None:
     """The message must not hold the login that the URL may have."""
     why = "is no URL"
@@ -173,7 +197,7 @@ def _check_url(flag: str, text: str, schemes: tuple[str, ...], example: str) -> 
 
 def _ranges(s: Settings) -> Mapping[str, Iterable[int]]:
     """Every port that follows from a setting, by the setting."""
-    single = ("frontend_port", "etcd_port", "etcd_peer_port", "nats_port", "word_port")
+    single = ("frontend_port", "frontend_inner_port", "etcd_port", "etcd_peer_port", "nats_port", "word_port")
     cohorts, wide = s.cohorts, COHORT_STRIDE * s.cohorts
     found = {name: range(getattr(s, name), getattr(s, name) + 1) for name in single}
     if s.metrics_port:

@@ -192,5 +192,5 @@ def test_switch_over_waits_for_a_quiet_moment_and_rolls_change_the_arguments(pai
 def in_flight(host: str, port: int) -> float:
     from gms_launch.services import frontend
 
-    counted = frontend.traffic(host, port)
+    counted = frontend.traffic(frontend.Where(host, port))
     return counted[1] if counted else 0.0

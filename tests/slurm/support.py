@@ -25,7 +25,11 @@ QUICK = ["--lease-ttl=2", "--node-wait=8"]
 
 
 class LabRun:
-    """One run. `start` is how: by `srun`, or by `hand` with the recipe's variables."""
+    """One run. `start` is how: by `srun`, or by `hand` with the recipe's variables. `closed`: who may come in is left
+    as it is without a word.
+    """
+
+    closed = False
 
     def __init__(self, lab: Lab, model: Path, *flags: str, nodes: Sequence[str] | None = None, **environ: str) -> None:
         self.lab, self.model, self.flags, self.environ = lab, model, flags, environ
@@ -41,7 +45,9 @@ class LabRun:
 
     def up(self, *more: str) -> list[str]:
         own = ["--engine", "reference", "--model", str(self.model), "--served-model-name", "tiny"]
-        return ["gms-launch", "up", "--run-id", self.run, *own, *self.flags, *more]
+        # Tests ask from the login node, which is another machine than the leader.
+        door = [] if self.closed else ["--open-frontend"]
+        return ["gms-launch", "up", "--run-id", self.run, *own, *door, *self.flags, *more]
 
     # -- starting and ending -------------------------------------------------------------------------------------
 

@@ -219,7 +219,7 @@ def test_a_start_that_fails_at_its_places_leaves_none(model: Path, monkeypatch: 
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "no.such.name.invalid"])
 def test_a_frontend_listens_on_an_address_of_this_node(model: Path, host: str) -> None:
-    code, text = call(*reference(model, "--frontend-host", host))
+    code, text = call(*reference(model, "--open-frontend", "--frontend-host", host))
     assert code == 2 and f"--frontend-host {host}: this node" in text and "cannot listen there" in text
 
 

@@ -20,6 +20,7 @@ MAY = {
     "process/clock.py": "the offset, once",
     "control/door.py": "how far two machines' clocks are apart",
     "control/authority.py": "from when a certificate is good",
+    "services/certificate.py": "a certificate is good today, or nothing is started",
     "run/rendezvous.py": "an end in run.json is of this start or of an earlier one",
     "run/rundir.py": "how old a run.json of another machine is",
     "observe/views.py": "a run none of whose agents is on this machine",
