@@ -16,11 +16,11 @@ from gms_launch.errors import LaunchError
 from gms_launch.gms import gpus
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.numbers import numbered
-from gms_launch.process import listener
+from gms_launch.process import listener, places
 from gms_launch.run import model as models
 from gms_launch.run import ports, topology
 from gms_launch.run.fit import GIB
-from gms_launch.run.nodedir import LOCAL_ROOT, must_be_writable, private_directory, user_root
+from gms_launch.run.nodedir import LOCAL_ROOT, must_be_writable, user_root, wanting
 from gms_launch.run.plan import no_gpu
 from gms_launch.run.rundir import home
 from gms_launch.services import certificate
@@ -133,17 +133,19 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         return f"frontend {found.frontend}, etcd {found.etcd}, nats {found.nats}"
 
     def shared() -> str:
+        places.check(home(), "GMS_LAUNCH_HOME")
         must_be_writable(home(), "GMS_LAUNCH_HOME")
+        places.check(layout(settings).cache_dir, "--cache-dir", private=True)
         home().mkdir(parents=True, exist_ok=True)
         if not os.access(home(), os.W_OK):
             raise LaunchError(f"{home()} is not writable; set GMS_LAUNCH_HOME")
         return f"{home()}, {shutil.disk_usage(home()).free >> 30} GiB free"
 
     def local() -> str:
-        private_directory(user_root())
+        user_root()
         free = shutil.disk_usage(LOCAL_ROOT).free
-        if free < 256 << 20:
-            raise LaunchError(f"{LOCAL_ROOT} has {free >> 20} MiB free; etcd and the sockets need 256")
+        if why := wanting(layout(settings).local_room):
+            raise LaunchError(why)
         layout(settings).node_dir.check()
         layout(settings).node_dir.usable()
         return f"{user_root()}, {free >> 20} MiB free"

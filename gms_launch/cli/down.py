@@ -100,7 +100,7 @@ def stop_agent(agent: proc.ProcessId, timeout: float) -> bool:
         return False
     try:
         # Checked after the descriptor was opened: from here on it means this process and no other.
-        if not proc.alive(agent):
+        if not proc.alive(agent) or proc.owner(agent.pid) != os.getuid():
             return False
         signal.pidfd_send_signal(fd, signal.SIGTERM)
         if _ended(agent, fd, timeout):

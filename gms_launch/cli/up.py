@@ -18,8 +18,8 @@ from gms_launch.cli.reporters import Notify, Terminal
 from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError, RefusedError
 from gms_launch.observe.stamp import Formatter
-from gms_launch.process import proc
-from gms_launch.run import credentials, nodedir, ports, rundir, topology
+from gms_launch.process import places, proc
+from gms_launch.run import credentials, dead, nodedir, ports, rundir, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import Layout
@@ -100,7 +100,6 @@ def with_kill_wait(settings: Settings) -> Settings:
 
 
 def _ports_dir() -> Any:
-    nodedir.private_directory(nodedir.user_root())
     return nodedir.user_root() / "ports"
 
 
@@ -120,7 +119,10 @@ def prepare(settings: Settings, place: Topology, reservation: ports.Reservation)
     )
     layout.check()
     layout.node_dir.usable()
+    places.check(rundir.home(), "GMS_LAUNCH_HOME")
     nodedir.must_be_writable(rundir.home(), "GMS_LAUNCH_HOME")
+    places.check(layout.cache_dir, "--cache-dir", private=True)
+    dead.make_room(layout.node_dir.path.name, layout.local_room)
     if place.is_leader:
         topology.must_be_ours(settings.frontend_host, "--frontend-host")
         layout.run_dir.refuse_live(rundir.slurm_step(os.environ))

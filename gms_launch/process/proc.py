@@ -110,11 +110,23 @@ def command_line(pid: int) -> str:
 
 
 def owner(pid: int) -> int | None:
-    """The user id that `pid` runs as."""
+    """The user id that `pid` runs as; None when it is gone, or has more than one (setuid)."""
+    found = credentials(pid)
+    return found[0] if found else None
+
+
+def credentials(pid: int) -> tuple[int, int] | None:
+    """User and group id of `pid`, where real, effective, saved and file system's agree; None where not, or it is gone.
+
+    Not from the owner of /proc/PID, which is root for every process that keeps others from looking into it.
+    """
     try:
-        return os.stat(f"/proc/{pid}").st_uid
+        with open(f"/proc/{pid}/status", "rb") as file:
+            fields = dict(line.split(b":", 1) for line in file.read().splitlines() if line[:4] in (b"Uid:", b"Gid:"))
     except OSError:
         return None
+    users, groups = ({int(n) for n in fields.get(name, b"").split()} for name in (b"Uid", b"Gid"))
+    return (users.pop(), groups.pop()) if len(users) == len(groups) == 1 else None
 
 
 def same_namespace(pid: int) -> bool:

@@ -120,6 +120,8 @@ def remove_tree(path: Path, timeout: float) -> str:
         path.rmdir()
     except FileNotFoundError:
         return ""
+    except RecursionError:
+        return "directories in it are nested too deeply"
     except OSError as exc:
         return exc.strerror or str(exc)
     return ""

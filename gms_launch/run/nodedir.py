@@ -1,5 +1,8 @@
 """The node-local directory of a run: mode 0700 under /dev/shm, for sockets, the lock, etcd's data, `engine-<id>.pgid`
 files, and copies of what the leader's run directory says (`RunDir.keep`).
+
+All runs of a user are below /dev/shm/gms-launch-UID. Where another user has taken that name, they are below one that
+nobody could foresee, /dev/shm/gms-launch-UID.XXXXXXXX, which is found by its owner.
 """
 
 from __future__ import annotations
@@ -8,10 +11,13 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from gms_launch.errors import RefusedError, UsageError
-from gms_launch.process import proc
+from gms_launch.process import places, proc
 from gms_launch.settings.rules import shortened
 
 LOCAL_ROOT = Path("/dev/shm")
@@ -21,9 +27,13 @@ KEPT_IN = "run-directory"
 END = "end.json"
 #: What an agent has put there before it clears what an earlier one left.
 OWN = ("agent.lock", KEPT_IN, "run.json", "credentials.json", "failover-*.lock")
+#: A sweep that only looks has an agent's place for an instant (seconds).
+SWEPT_WITHIN = 0.5
 #: sockaddr_un holds 107 bytes and a terminator; the longest name is gms_GPU-<36>_kv_cache.sock.
 SOCKET_NAME_MAX = len("gms_GPU-" + "0" * 36 + "_kv_cache.sock")
 SOCKET_PATH_MAX = 107
+#: For sockets, locks and what engines put into their temporary directory before anything is served (bytes).
+ROOM = 16 * 2**20
 #: Engines make sockets in their temporary directory: vLLM's are named by a UUID, multiprocessing's have 31 bytes.
 SCRATCH_NAME_MAX = 36
 
@@ -61,29 +71,44 @@ class NodeDir:
             )
 
     def usable(self) -> None:
-        """Raise `UsageError` when the GMS sockets could not be made, before anything is."""
+        """Raise `UsageError` when the GMS sockets could not be made, before anything is, and `RefusedError` when
+        others could make them: whoever has the lock decides that nobody serves."""
         if self.gms != self.path:
+            places.check(self.gms, "--gms-socket-dir", private=True)
             must_be_writable(self.gms, "--gms-socket-dir")
 
     def create(self) -> None:
         """Make the directory and take the agent's place on this node. Raises `RefusedError` if it is taken."""
         self.check()
-        private_directory(user_root())
-        self.path.mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(self.path / "agent.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise RefusedError(
-                f"another agent of run {self.path.name} is on this node (it holds {self.path}/agent.lock)"
-            ) from None
+        self._agent_lock = fd = self._take_place()
         me = proc.identity(os.getpid())
         assert me is not None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{me.pid} {me.start}\n".encode(), 0)
-        self._agent_lock = fd
         self.gms.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _take_place(self) -> int:
+        """The agent's lock. A sweep has it while it judges this directory, and while it removes it with the lock."""
+        deadline = time.monotonic() + SWEPT_WITHIN
+        while True:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(self.path / "agent.lock", flags, 0o600)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(os.fstat(fd), os.stat(self.path / "agent.lock")):
+                        return fd
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        os.close(fd)
+                        raise RefusedError(
+                            f"another agent of run {self.path.name} is on this node (it holds {self.path}/agent.lock)"
+                        ) from None
+                except FileNotFoundError:
+                    pass
+                os.close(fd)
+            time.sleep(0.02)
 
     def undo(self) -> None:
         """Remove the directory that `create` made, if this process has the agent's place in it."""
@@ -93,7 +118,7 @@ class NodeDir:
     def agent(self) -> proc.ProcessId | None:
         """The agent that took this directory last, alive or not; None when there is none on record."""
         try:
-            pid, start = (self.path / "agent.lock").read_text().split()
+            pid, start = places.read_own(self.path / "agent.lock").split()
         except (OSError, ValueError):
             return None
         return proc.ProcessId(int(pid), int(start))
@@ -147,20 +172,80 @@ def must_be_writable(path: Path, setting: str) -> None:
         raise UsageError(f"{setting} {path}: {there} takes no files of this user")
 
 
+def wanting(needed: int) -> str:
+    """Why `needed` bytes cannot be had for node-local files, for people; empty when they can. Raises `OSError`."""
+    free = shutil.disk_usage(LOCAL_ROOT).free
+    if free >= needed:
+        return ""
+    return (
+        f"{LOCAL_ROOT} has {free >> 20} MiB free, and this node's part of a run may take {needed >> 20} there (etcd's "
+        f"records and its log on the leader's, sockets); `du -s {LOCAL_ROOT}/*` shows who has it, and in a container "
+        "its size is a flag (docker's --shm-size)"
+    )
+
+
 def node_name(run: str, node_rank: int) -> str:
     """The name of a run's node-local directory: nodes of one run may share a machine. No run id has a plus in it."""
     return run if node_rank == 0 else f"{run}+{node_rank}"
 
 
-def user_root(uid: int | None = None) -> Path:
-    """The node-local directory of all runs of a user; this one unless given."""
-    return LOCAL_ROOT / f"gms-launch-{os.getuid() if uid is None else uid}"
+def user_root() -> Path:
+    """The node-local directory of all runs of this user, made if it is not there. Raises `RefusedError`.
+
+    Made rather than only named: a name that is free is anybody's until it is taken.
+    """
+    uid = os.getuid()
+    plain = LOCAL_ROOT / f"gms-launch-{uid}"
+    found = [plain] if places.own_directory(plain) else roots(uid)
+    if not found:
+        with _one_at_a_time():
+            found = roots(uid) or [_make_root(plain)]
+    if found[0].lstat().st_mode & 0o777 != 0o700:
+        found[0].chmod(0o700)
+    return found[0]
 
 
-def private_directory(path: Path) -> None:
-    """Make `path` or check that it is ours alone: /dev/shm is everybody's."""
-    path.mkdir(mode=0o700, exist_ok=True)
-    info = path.lstat()
-    if not path.is_dir() or path.is_symlink() or info.st_uid != os.getuid():
-        raise RefusedError(f"{path} is not a directory of this user; remove it, or ask its owner to")
-    path.chmod(0o700)
+def roots(uid: int, shm: Path | None = None) -> list[Path]:
+    """Every directory of a user's runs in /dev/shm, or in `shm`, the one in use first.
+
+    Others' under these names do not count.
+    """
+    shm = LOCAL_ROOT if shm is None else shm
+    plain = f"gms-launch-{uid}"
+    with contextlib.suppress(OSError):
+        names = [plain, *sorted(n for n in os.listdir(shm) if n.startswith(f"{plain}."))]
+        return [shm / n for n in names if places.own_directory(shm / n, uid)]
+    return []
+
+
+def _make_root(plain: Path) -> Path:
+    places.check(LOCAL_ROOT, "the directory for node-local files")
+    try:
+        with contextlib.suppress(FileExistsError):
+            plain.mkdir(mode=0o700)
+        if not places.own_directory(plain):  # somebody else's, or a file
+            return Path(tempfile.mkdtemp(prefix=f"{plain.name}.", dir=LOCAL_ROOT))
+    except OSError as exc:
+        raise RefusedError(
+            f"{plain} cannot be made: {exc.strerror}; runs of this user need a directory there"
+        ) from None
+    return plain
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Two of this user's commands shall not make two directories. Whoever holds this up does so for a second."""
+    try:
+        fd = os.open(LOCAL_ROOT, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise RefusedError(f"{LOCAL_ROOT}: {exc.strerror}; runs of this user need a directory there") from None
+    try:
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.01)  # nothing announces that a lock is free to somebody who will not wait for ever
+        yield
+    finally:
+        os.close(fd)

@@ -24,7 +24,7 @@ from gms_launch.errors import UsageError
 from gms_launch.gms import devices, gpus
 from gms_launch.numbers import numbered
 from gms_launch.process.lifecycle import Command
-from gms_launch.run import model
+from gms_launch.run import model, nodedir
 from gms_launch.run.credentials import DYNAMO, ETCD, Credentials
 from gms_launch.run.front import LATER, Front
 from gms_launch.run.nodedir import NodeDir
@@ -107,6 +107,11 @@ class Layout:
     def etcd_access(self) -> Access:
         """Etcd, as an agent reaches it."""
         return self.credentials.access(self.etcd_endpoints)
+
+    @property
+    def local_room(self) -> int:
+        """What the node-local directory may come to take (bytes). The memory of GMS is not in it: no file has it."""
+        return nodedir.ROOM + (etcd.ROOM if self.own_etcd and self.topology.is_leader else 0)
 
     @property
     def own_nats(self) -> bool:

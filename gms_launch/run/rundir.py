@@ -25,7 +25,7 @@ from gms_launch import __version__
 from gms_launch.control import tls
 from gms_launch.control.access import Access
 from gms_launch.errors import NoContactError, RefusedError, UsageError
-from gms_launch.process import proc
+from gms_launch.process import places, proc
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.nodedir import END, KEPT_IN, NodeDir, user_root
 from gms_launch.settings.rules import RUN_ID, shortened, unprintable
@@ -194,8 +194,8 @@ class RunDir:
         try:
             home().mkdir(parents=True, exist_ok=True, mode=0o700)
             shutil.rmtree(fresh.path, ignore_errors=True)
-            fresh.logs.mkdir(parents=True, mode=0o700)
-            fresh.path.chmod(0o700)
+            fresh.path.mkdir(mode=0o700)
+            fresh.logs.mkdir(mode=0o700)
             write_private(fresh.credentials_json, credentials.to_json())
             fresh.write(run)
         except OSError as exc:
@@ -233,7 +233,12 @@ class RunDir:
     def text(self, path: Path) -> str:
         """One of the files that the leader's agent keeps in its node directory too: that copy while the agent lives,
         since the shared home may be full, gone or hanging. Raises `OSError`."""
-        return kept(self, path.name) or path.read_text()
+        return kept(self, path.name) or self._on_home(path)
+
+    def _on_home(self, path: Path) -> str:
+        """Raises `OSError`, and `RefusedError` where others could have put it: it says whom we signal and believe."""
+        places.check(self.path, "run directory")
+        return path.read_text()
 
     def read(self) -> RunFile | None:
         """What run.json says, or what would stand there if the home had taken it. Raises `NoContactError`."""
@@ -241,7 +246,9 @@ class RunDir:
         if end is None:
             return self._decode(lambda: self.text(self.run_json))
         try:
-            on_home = self._decode(lambda: within(PATIENCE, self.run_json.read_text, end))
+            on_home = self._decode(
+                lambda: within(PATIENCE, lambda: end if places.flaw(self.path) else self.run_json.read_text(), end)
+            )
         except NoContactError:
             on_home = None
         ended = self._decode(lambda: end)
@@ -261,7 +268,9 @@ class RunDir:
     def _end_here(self) -> str | None:
         place = NodeDir.of(self.run).path
         try:
-            return (place / END).read_text() if (place / KEPT_IN).read_text() == str(self.path.absolute()) else None
+            if places.read_own(place / KEPT_IN) != str(self.path.absolute()):
+                return None
+            return places.read_own(place / END)
         except OSError:
             return None
 
@@ -305,10 +314,10 @@ def kept(directory: RunDir, name: str) -> str | None:
     """A file of the run as its leader's agent keeps it on this node; None without a live one here."""
     place = NodeDir.of(directory.run)
     try:
-        if (place.path / KEPT_IN).read_text() != str(directory.path.absolute()):
+        if places.read_own(place.path / KEPT_IN) != str(directory.path.absolute()):
             return None
         agent = place.agent()
-        return (place.path / name).read_text() if agent is not None and proc.alive(agent) else None
+        return places.read_own(place.path / name) if agent is not None and proc.alive(agent) else None
     except OSError:
         return None
 
@@ -345,14 +354,18 @@ def find(run: str | None) -> tuple[RunDir, RunFile]:
 
 
 def all_runs() -> list[tuple[RunDir, RunFile]]:
-    """Every recorded run, newest first. Directories that cannot be understood are left out."""
+    """Every recorded run, newest first. What cannot be understood, or is another user's, is left out.
+
+    Raises `RefusedError` when the home itself is another user's.
+    """
     found = []
+    places.check(home(), "GMS_LAUNCH_HOME")
     paths = {path.parent for path in home().absolute().glob("*/run.json")}
     for note in user_root().glob(f"*/{KEPT_IN}"):
         with contextlib.suppress(OSError):
-            paths |= {p for p in [Path(note.read_text())] if p.parent == home().absolute()}
+            paths |= {p for p in [Path(places.read_own(note))] if p.parent == home().absolute()}
     for directory in map(RunDir, paths):
-        with contextlib.suppress(NoContactError):
+        with contextlib.suppress(NoContactError, RefusedError):
             run = directory.read()
             if run is not None:
                 found.append((directory, run))

@@ -22,6 +22,8 @@ RESERVED = 64 * 1024 * 1024
 HISTORY = "10m"
 #: The name in its certificate, and in that of a peer.
 CN = "etcd"
+#: All that etcd takes: its records, and its log of two segments of 64 MB, one in use and the next.
+ROOM = RESERVED + 2 * 64_000_000
 
 
 @dataclass(frozen=True)

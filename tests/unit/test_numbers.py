@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gms_launch import numbers
-from gms_launch.cli.sweep import DeadRun
 from gms_launch.errors import UsageError
+from gms_launch.run import dead
 from gms_launch.run.topology import from_slurm
 from gms_launch.settings.resolve import resolve
 from gms_launch.transport import ssh
@@ -23,7 +23,8 @@ def test_what_is_no_number_to_people_is_none(text: str) -> None:
             read(text)
     with pytest.raises(UsageError, match="shadows"):
         resolve({"shadows": text or "-"}, {})
-    assert DeadRun(f"r+{text}", 0).node_rank == 0
+    assert not text or not dead.run_name(f"r+{text}")
+    assert dead.tagged_name(f"r/0/1/{text}") is None
 
 
 def test_numbers() -> None:

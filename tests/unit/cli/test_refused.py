@@ -95,7 +95,8 @@ def test_sweep_of_a_run_that_is_not_dead() -> None:
 def test_sweep_of_a_live_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from gms_launch.cli import sweep
 
-    monkeypatch.setattr(sweep, "look", lambda: ([], {(0, "busy+2")}))
+    for whose in ("own", "everybody"):
+        monkeypatch.setattr(sweep, whose, lambda *_: sweep.Report(living=["busy+2"]))
     code, text = call("sweep", "--run", "busy")
     assert code == 3 and "run busy is up on this node" in text and "gms-launch down --run busy" in text
 
