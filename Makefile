@@ -28,6 +28,7 @@ demo: setup
 
 demo-down: setup
 	$(BIN)/gms-launch down --run demo
+	find "$${TMPDIR:-/tmp}" -maxdepth 1 -type d -user "$$(id -u)" -name 'gms-launch-demo-model.*' -exec rm -rf {} +
 
 # The table of settings in docs/reference.md, from where they are declared.
 .PHONY: reference

@@ -2,7 +2,8 @@
 # The main job from start to end: a deployment, an answer, a kill, the same answer from the shadow, the timeline.
 set -euo pipefail
 run=demo
-model=${TMPDIR:-/tmp}/gms-launch-demo-model-$(id -u)
+# A name that nobody could have made first; `make demo-down` removes it.
+model=$(mktemp -d "${TMPDIR:-/tmp}/gms-launch-demo-model.XXXXXXXX")
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 ask() {
   python3 - "$url" <<'PY'
@@ -15,7 +16,7 @@ PY
 }
 
 say "a small model"
-[ -f "$model/model.safetensors" ] || gms-launch demo-model "$model"
+gms-launch demo-model "$model"
 
 # A demo that is still running is ended first.
 if gms-launch status --run $run >/dev/null 2>&1; then gms-launch down --run $run; fi

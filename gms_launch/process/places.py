@@ -65,10 +65,10 @@ def flaw(path: Path, private: bool = False) -> str:
                 here = Path("/")
             todo.extend(reversed(target.parts[1:] if target.is_absolute() else target.parts))
             continue
-        if who := _writers(info, sticky=False):
+        if who := _writers(there, info, sticky=False):
             return f"{there} can be written by {who}, who could exchange what is there; `chmod go-w {there}`"
         here, last = there, info
-    if private and (who := _writers(last, sticky=True)):
+    if private and (who := _writers(here, last, sticky=True)):
         return f"{here} can be written by {who}; name a directory of this user alone, for example one in it"
     return ""
 
@@ -100,13 +100,13 @@ def read_own(path: Path) -> str:
         return file.read()
 
 
-def _writers(info: os.stat_result, sticky: bool) -> str:
+def _writers(path: Path, info: os.stat_result, sticky: bool) -> str:
     """Who may write into a directory besides its owner and root; where it is sticky, nobody unless asked for."""
     if not stat.S_ISDIR(info.st_mode) or not info.st_mode & _OTHERS or (info.st_mode & stat.S_ISVTX and not sticky):
         return ""
     if info.st_mode & stat.S_IWOTH:
         return "everybody"
-    return "" if _group_of_one(info.st_gid) else f"group {_group(info.st_gid)}"
+    return "" if _group_of_one(info.st_gid) and not _has_list(path) else f"group {_group(info.st_gid)}"
 
 
 def _group_of_one(gid: int) -> bool:
@@ -116,6 +116,13 @@ def _group_of_one(gid: int) -> bool:
     with contextlib.suppress(KeyError):
         mine, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
         return mine.pw_gid == gid and group.gr_name == mine.pw_name and set(group.gr_mem) <= {mine.pw_name}
+    return False
+
+
+def _has_list(path: Path) -> bool:
+    """True when an access list may let in others than the group, whose bits then are those of all in the list."""
+    with contextlib.suppress(OSError):
+        return bool(os.getxattr(path, "system.posix_acl_access"))
     return False
 
 
