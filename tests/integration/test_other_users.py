@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -171,26 +172,28 @@ def people() -> Iterator[tuple[User, User, User, str]]:
 # -- sweep as root -------------------------------------------------------------------------------------------------
 
 
-def test_root_sweeps_what_is_dead_whatever_another_user_has_prepared(people: tuple[User, User, User, str]) -> None:
-    root, a, b, run = people
+@contextlib.contextmanager
+def unharmed(a: User, run: str) -> Iterator[None]:
+    """A's papers and living run are afterwards what they were before."""
     before = a.text(run)
     assert before
     a.sh('mkdir -p "$1/papers" && echo mine >"$1/papers/thesis"', a.home)
-    a.sh(
-        'cd "$1"; mkdir -m 700 dead+2; echo >dead+2/agent.lock; mkdir dead+2/etcd; ln -s "$2" dead+2/papers',
-        a.shm,
-        a.home / "papers",
-    )
-    left = a.start("sleep", "600", GMS_LAUNCH_TAG="dead/0/1/2")
-    eventually(lambda: "dead/0/1/2" in a.sh("cat /proc/[0-9]*/environ 2>/dev/null || :"))
+    yield
+    assert (a.at(a.home / "papers") / "thesis").exists(), "A's files are gone"
+    assert a.at(a.shm / run / "agent.lock").exists(), "the files of A's living run are gone"
+    assert a.text(run) == before and a.gms_launch("status", "--run", run).returncode == 0
 
-    # (a) the name of B's directory is a link to A's; (b) a tag that names the directory above; (c) A's, mounted in B's
-    b.sh('ln -s "$1" "$2"', a.home, b.shm)
-    assert "swept" in root.gms_launch("sweep", "--run", "dead").stdout
-    assert a.at(a.home / "papers" / "thesis").read_text() == "mine\n", "a link of B's was followed"
-    b.sh('rm "$1" && mkdir -m 755 "$1"', b.shm)
-    tags = ["../c/1/0", "a/b/1/²", "x+²/0/1/0", "/0/1/0", "../../etc/0/1/0", f"zz/0/1/{'9' * 5000}", "zz"]
-    tagged = [b.start("sleep", "600", GMS_LAUNCH_TAG=tag) for tag in tags]
+
+def test_sweep_follows_no_link_that_a_user_put_in_place_of_a_directory(people: tuple[User, User, User, str]) -> None:
+    root, a, b, run = people
+    b.sh('rm -rf "$2"; ln -s "$1" "$2"', a.home, b.shm)
+    with unharmed(a, run):
+        assert root.gms_launch("sweep").returncode == 0
+
+
+def test_sweep_follows_no_mount_of_a_user(people: tuple[User, User, User, str]) -> None:
+    root, a, b, run = people
+    b.sh('rm -rf "$1" && mkdir -m 755 "$1"', b.shm)
     mounted = b.start(
         *("unshare", "-Um", "--map-root-user", "sh", "-ec"),
         'mkdir "$1/zz"; mount --bind "$2" "$1/zz"; echo >"$3"; exec sleep 600',
@@ -198,7 +201,36 @@ def test_root_sweeps_what_is_dead_whatever_another_user_has_prepared(people: tup
         GMS_LAUNCH_TAG="zz/0/1/0",
     )
     eventually(lambda: b.at(b.home / "ready").exists())
-    # and whatever may make a sweep stumble
+    with unharmed(a, run):
+        assert f"run zz of user {b.uid}" in root.gms_launch("sweep").stdout
+        assert mounted.wait(10) == -signal.SIGKILL, "B's own process is dead"
+
+
+def test_sweep_takes_no_name_for_a_runs_that_is_none(people: tuple[User, User, User, str]) -> None:
+    root, a, b, run = people
+    b.sh('rm -rf "$1" && mkdir -m 755 "$1"', b.shm)
+    tags = ["../c/1/0", "a/b/1/²", "x+²/0/1/0", "/0/1/0", "../../etc/0/1/0", f"zz/0/1/{'9' * 5000}", "zz"]
+    tagged = [b.start("sleep", "601", GMS_LAUNCH_TAG=tag) for tag in tags]
+    eventually(lambda: len(b.sh("pgrep -u $(id -u) -fx 'sleep 601' || :").split()) == len(tags))
+    with unharmed(a, run):
+        done = root.gms_launch("sweep")
+        assert done.returncode == 0 and "nothing to sweep" in done.stdout, done.stdout + done.stderr
+        assert all(one.poll() is None for one in tagged)
+    b.sh("pkill -u $(id -u) -fx 'sleep 601'")
+    for one in tagged:
+        one.wait(10)
+
+
+def test_one_users_junk_keeps_nobody_elses_run_from_being_swept(people: tuple[User, User, User, str]) -> None:
+    root, a, b, run = people
+    a.sh(
+        'cd "$1"; mkdir -m 700 dead+2 gone; echo >dead+2/agent.lock; echo >gone/agent.lock; ln -s "$2" dead+2/papers',
+        a.shm,
+        a.home / "papers",
+    )
+    left = a.start("sleep", "600", GMS_LAUNCH_TAG="dead/0/1/2")
+    eventually(lambda: "dead/0/1/2" in a.sh("cat /proc/[0-9]*/environ 2>/dev/null || :"))
+    b.sh('rm -rf "$1" && mkdir -m 755 "$1"', b.shm)
     b.sh(
         """
         cd "$1"; mkdir dir sock loop fifo none deep 'x+²' 'x+9999999999'; echo file >file; mkfifo pipe
@@ -212,30 +244,21 @@ for _ in range(3000): os.mkdir("d"); os.chdir("d")'
         """,
         b.shm,
     )
-    a.sh('mkdir -m 700 "$1/gone" && echo >"$1/gone/agent.lock"', a.shm)
-
-    dry = root.gms_launch("sweep", "--dry-run")
-    assert f"run gone of user {a.uid}: no process, files" in dry.stdout and f"run {run} " not in dry.stdout
-    assert a.at(a.shm / "gone").exists() and mounted.poll() is None
-    begun = time.monotonic()
-    done = root.gms_launch("sweep")
-    assert time.monotonic() - begun < 60.0, "a Slurm epilog has a minute"
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert f"uid {b.uid}: {b.shm}/none/agent.lock: Permission denied" in done.stderr
-    assert "/deep could not be removed: directories in it are nested too deeply" in done.stderr
-    assert f"uid {a.uid}" not in done.stderr
-
-    assert a.at(a.home / "papers" / "thesis").read_text() == "mine\n"
-    assert a.text(run) == before, "a living run was touched"
-    assert a.gms_launch("status", "--run", run).returncode == 0
-    assert left.wait(10) == -9 and not a.at(a.shm / "dead+2").exists()
+    with unharmed(a, run):
+        dry = root.gms_launch("sweep", "--dry-run")
+        assert f"run gone of user {a.uid}: no process, files" in dry.stdout and f"run {run} " not in dry.stdout
+        assert a.at(a.shm / "gone").exists() and left.poll() is None
+        begun = time.monotonic()
+        done = root.gms_launch("sweep")
+        assert time.monotonic() - begun < 60.0, "a Slurm epilog has a minute"
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert f"uid {b.uid}: {b.shm}/none/agent.lock: Permission denied" in done.stderr
+        assert "/deep could not be removed: directories in it are nested too deeply" in done.stderr
+        assert f"uid {a.uid}" not in done.stderr
+    assert left.wait(10) == -signal.SIGKILL and not a.at(a.shm / "dead+2").exists()
     assert not a.at(a.shm / "gone").exists(), "what is dead is swept all the same"
     for name in ("dir", "sock", "loop", "fifo"):
         assert not b.at(b.shm / name).exists(), f"{name}: no agent made that lock"
-    mounted.kill()
-    for one in [*tagged, mounted]:
-        one.kill()
-        one.wait(10)
 
 
 def test_what_is_done_for_a_user_is_done_by_a_process_that_is_that_user_for_good() -> None:
