@@ -196,7 +196,8 @@ def test_sweep_follows_no_mount_of_a_user(people: tuple[User, User, User, str]) 
     b.sh('rm -rf "$1" && mkdir -m 755 "$1"', b.shm)
     mounted = b.start(
         *("unshare", "-Um", "--map-root-user", "sh", "-ec"),
-        'mkdir "$1/zz"; mount --bind "$2" "$1/zz"; echo >"$3"; exec sleep 600',
+        # In a /dev/shm of B's own, or else removing the name outside would end the mount.
+        'mount -t tmpfs none /dev/shm; mkdir -p "$1/zz"; mount --bind "$2" "$1/zz"; echo >"$3"; exec sleep 600',
         *("sh", b.shm, a.home, b.home / "ready"),
         GMS_LAUNCH_TAG="zz/0/1/0",
     )
