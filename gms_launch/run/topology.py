@@ -71,9 +71,8 @@ def from_slurm(environ: Mapping[str, str], hands_off: bool = False) -> dict[str,
             f"Slurm calls this node {name}, number {rank}, and its node list is {','.join(nodes)}; "
             "start the step without an own order of hosts (--distribution=arbitrary, SLURM_HOSTFILE)"
         )
-    found: dict[str, Any] = {"nnodes": len(nodes), "node_rank": rank}
-    if len(nodes) > 1:
-        found["leader_addr"] = nodes[0]
+    # Of a single node too: on its loopback nobody at the login node would reach the run.
+    found: dict[str, Any] = {"nnodes": len(nodes), "node_rank": rank, "leader_addr": nodes[0]}
     return found | _gpus(environ, len(nodes))
 
 

@@ -1,0 +1,163 @@
+"""`gms-launch submit`: a run as a batch job, from a login node.
+
+The script and the settings that were resolved here are saved beside the run's directory, so that what ran can be read
+and run again; variables of this shell do not reach into the job's settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
+from gms_launch.observe import look
+from gms_launch.observe.snapshot import Snapshot
+from gms_launch.run import contact, model
+from gms_launch.run.rundir import RunDir, RunFile, home, new_run_id
+from gms_launch.settings.declared import SETTINGS, Settings
+from gms_launch.settings.resolve import checked
+from gms_launch.settings.rules import RUN_ID
+from gms_launch.spool.files import trouble, write_private
+from gms_launch.transport import sbatch
+
+BODY = Path(sbatch.__file__).with_name("gms-launch.sbatch")
+#: Settings that Slurm decides, in the job.
+_SLURMS = ("node_rank", "leader_addr", "hosts", "nnodes")
+#: No longer: a task's or a successor's number is added to it, and names end at 20 characters.
+_LONGEST = 16
+POLL = 1.0
+
+
+def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout: float) -> None:
+    """`job` lacks the run's name and what follows from it. Raises `LaunchError`."""
+    if given := [name for name in _SLURMS if settings.was_set(name)]:
+        raise UsageError(f"{given[0]} (from {settings.sources[given[0]]}): Slurm says that in the job; leave it out")
+    if not Path(settings.model or "/").exists():
+        raise UsageError(f"model {settings.model!r} is not seen from here; a job would find out too late")
+    model.check(settings)
+    if settings.was_set("tp"):
+        checked(replace(settings, nnodes=job.nodes))
+    if wait and job.array:
+        raise UsageError("--wait waits for one run, and an array is several")
+    run = settings.run_id or new_run_id()
+    if (len(run) > _LONGEST and (job.array or job.successor)) or not RUN_ID.match(run):
+        raise UsageError(f"run {run!r}: a name of up to {_LONGEST} characters, since the number of each job is added")
+    directory = RunDir.of(run)
+    job = replace(job, run=run, home=home().absolute(), program=_program(), unset=_in_the_way())
+    text = sbatch.script(job, settings.engine_args, BODY.read_text())
+    saved = as_toml(settings)
+    if dry_run:
+        print(f"# {job.directory / 'submit.sbatch'}\n{text}\n# {job.directory / 'settings.toml'}\n{saved}", end="")
+        return
+    directory.refuse_live()
+    try:
+        home().mkdir(mode=0o700, parents=True, exist_ok=True)
+        job.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(job.directory / "settings.toml", saved)
+        write_private(job.directory / "submit.sbatch", text)
+    except OSError as exc:
+        raise RefusedError(f"{job.directory} is {trouble(exc)} ({exc.strerror}): nothing was submitted") from None
+    number = _sbatch(job.directory / "submit.sbatch")
+    print(f"job {number} is run {run}{'-<task>' if job.array else ''}; script, settings and output: {job.directory}")
+    if wait:
+        _wait_full(directory, job, number, timeout)
+
+
+def as_toml(settings: Settings) -> str:
+    """What was said of each setting, wherever it was said: a settings file that says the same."""
+    said = [(s.name, getattr(settings, s.name)) for s in SETTINGS if settings.was_set(s.name) and s.name != "run_id"]
+    # A JSON string, number or boolean is one of TOML too, as long as it keeps its letters.
+    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in said)
+
+
+def _program() -> str:
+    """This command, by a path that holds in a job too."""
+    beside = Path(sys.executable).with_name("gms-launch")
+    return str(beside) if beside.exists() else "gms-launch"
+
+
+def _in_the_way() -> tuple[str, ...]:
+    """Variables of this shell that would override the saved settings in the job."""
+    names = {"GMS_LAUNCH_CONFIG", "GMS_LAUNCH_RUN_ID"}
+    for s in SETTINGS:
+        names |= {s.env, *(env for _, env in s.old)} | ({s.recipe} if s.recipe else set())
+    return tuple(sorted(name for name in names if name in os.environ))
+
+
+def _sbatch(script: Path) -> str:
+    """The number of the job. Raises `LaunchError` with what sbatch said."""
+    # Inside a job its variables would be options of this one.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_")) or k == "SLURM_CONF"}
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False, timeout=60, env=env
+        )
+    except FileNotFoundError:
+        raise LaunchError("there is no sbatch here; `submit` is for a login node of a Slurm cluster") from None
+    except subprocess.TimeoutExpired:
+        raise NoContactError("sbatch did not answer within 60 s; `squeue --me` says whether it took the job") from None
+    if done.returncode:
+        raise RefusedError(f"sbatch refused: {done.stderr.strip()}; the script: {script}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _wait_full(directory: RunDir, job: sbatch.Job, number: str, timeout: float) -> None:
+    """Return when redundancy is full. Raises `DeadlineError`, and `LaunchError` when the job has ended."""
+    deadline = time.monotonic() + timeout
+    told = ""
+    while True:
+        state = _state(number)
+        if state and state != told:
+            told = state
+            print(f"[{time.strftime('%H:%M:%S')}] job {number}: {state.lower()}", flush=True)
+        found = directory.read()
+        if found is not None and found.slurm_job == number:
+            if not found.live:
+                raise LaunchError(f"run {directory.run} has ended: {found.reason}; its output: {job.directory}")
+            shot = _look(directory, found)
+            if shot is not None and shot.redundancy == "full":
+                print(f"ready: {found.frontend_url}, model {found.model_name}")
+                print(f"from here: {tunnel(found.frontend_url, found.leader_host)}")
+                return
+        if not state:
+            raise LaunchError(f"job {number} has ended before its run was up; its output: {job.directory}")
+        if time.monotonic() > deadline:
+            raise DeadlineError(f"run {directory.run} is not full after {timeout:g} s; job {number} goes on")
+        time.sleep(POLL)  # Slurm announces nothing to those who are not in the job
+
+
+def _look(directory: RunDir, found: RunFile) -> Snapshot | None:
+    """The run now; None while nobody answers."""
+    try:
+        with contextlib.closing(contact.door(directory, found)) as door:
+            return look.now(directory, found, door)
+    except NoContactError:
+        return None
+
+
+def tunnel(url: str, leader: str) -> str:
+    """How somebody who is not on the cluster reaches the frontend."""
+    parts = urlsplit(url)
+    login, port = socket.getfqdn(), parts.port
+    if parts.hostname in ("127.0.0.1", "::1", "localhost"):
+        return f"ssh -J {login} -L {port}:localhost:{port} {leader}"
+    return f"ssh -L {port}:{parts.hostname}:{port} {login}"
+
+
+def _state(job: str) -> str:
+    """What squeue says of a job; empty when it has ended. Raises `NoContactError`."""
+    try:
+        done = subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise NoContactError(f"squeue does not answer: {exc}") from None
+    return done.stdout.strip()

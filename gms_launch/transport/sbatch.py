@@ -1,0 +1,121 @@
+"""The batch script of a run: what Slurm is asked for, then the script of this package as it stands.
+
+Pure: text in, text out. What a job does with it stands in `gms-launch.sbatch` beside this file.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gms_launch.errors import UsageError
+
+#: Set here, so they may not be among the options that are passed on as they are.
+_OURS = ("nodes", "N", "ntasks", "n", "ntasks-per-node", "signal", "requeue", "no-requeue", "output", "o", "wrap")
+_HETEROGENEOUS = (
+    "a heterogeneous job has several node lists, and a run has one: a node of it would not know which of them it is in"
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of Slurm. `options` are sbatch's own, as on its command line.
+
+    `drain` (seconds) and `successor` (minutes) are times before the limit. `pyxis` and `apptainer` are images that the
+    agents run in, `mounts` SRC:DST[:FLAGS].
+    """
+
+    run: str
+    nodes: int
+    home: Path
+    program: str
+    unset: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    array: str = ""
+    drain: int = 0
+    requeues: int = 0
+    successor: int = 0
+    pyxis: str = ""
+    apptainer: str = ""
+    mounts: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise `UsageError` for what Slurm could not do, or what nobody could have meant."""
+        for option in self.options:
+            if option == ":" or "hetjob" in option:
+                raise UsageError(_HETEROGENEOUS)
+            long = option.startswith("--")
+            name = re.split(r"[=\s]", option[2:])[0] if long else option[1:2]
+            if not option.startswith("-") or "\n" in option or not name:
+                raise UsageError(f"--sbatch {option!r}: expected one option of sbatch, such as --sbatch=--exclusive")
+            if name in _OURS:
+                raise UsageError(f"--sbatch {option}: submit sets that itself")
+        if self.array and not re.fullmatch(r"[0-9,:%-]+", self.array):
+            raise UsageError(f"--array {self.array!r}: expected numbers as sbatch takes them, such as 1-4 or 1,3")
+        if self.successor * 60 and self.successor * 60 <= self.drain:
+            raise UsageError(
+                f"--successor {self.successor} min leaves the next job no time before --drain {self.drain} s"
+            )
+        if self.successor and (self.requeues or self.array):
+            raise UsageError("--successor goes without --requeue and --array: the next job is a job of its own")
+        if self.pyxis and self.apptainer:
+            raise UsageError("--container-image is for pyxis and --apptainer for apptainer: choose one")
+        if self.mounts and not (self.pyxis or self.apptainer):
+            raise UsageError("--container-mounts needs --container-image or --apptainer")
+
+    @property
+    def directory(self) -> Path:
+        """Where script, settings and output are: not in the run's own directory, which each start makes anew."""
+        return self.home / ".jobs" / self.run
+
+    @property
+    def before_the_end(self) -> int:
+        """Seconds before the time limit at which the job is told."""
+        return max(self.drain, self.successor * 60)
+
+
+def script(job: Job, engine_args: Sequence[str], body: str) -> str:
+    """The whole script; `body` is the one of this package. Raises `UsageError`."""
+    job.check()
+    settings = job.directory / "settings.toml"
+    out = "slurm-%A_%a.out" if job.array else "slurm-%j.out"
+    lines = [f"#SBATCH --job-name={job.run}", f"#SBATCH --nodes={job.nodes}", "#SBATCH --ntasks-per-node=1"]
+    lines += [f"#SBATCH --output={job.directory / out}", f"#SBATCH --{'' if job.requeues else 'no-'}requeue"]
+    if job.array:
+        lines.append(f"#SBATCH --array={job.array}")
+    if job.before_the_end:
+        lines.append(f"#SBATCH --signal=B:USR1@{job.before_the_end}")
+    lines += [f"#SBATCH {option}" for option in job.options]
+    name = f"{job.run}-$SLURM_ARRAY_TASK_ID" if job.array else job.run
+    if job.successor:
+        name = f"{job.run}${{GL_TURN:+.$GL_TURN}}"
+    mine = [f"export GMS_LAUNCH_HOME={shlex.quote(str(job.home))}", f'export GMS_LAUNCH_RUN="{name}"']
+    mine += [f"GL_VERB={shlex.quote(job.program)}"]
+    mine += [f"GL_DRAIN={job.drain} GL_REQUEUES={job.requeues} GL_SUCCESSOR={job.successor}"]
+    mine += [f"GL_SCRIPT={shlex.quote(str(job.directory / 'submit.sbatch'))}"]
+    mine += _container(job)
+    mine.append(shlex.join(["set", "--", f"--config={settings}", *(["--", *engine_args] if engine_args else [])]))
+    unset = [f"unset {' '.join(job.unset)}  # the settings are those of the file"] if job.unset else []
+    text = ["#!/bin/bash", f"# Run {job.run}, by `gms-launch submit`. Its settings: {settings}.", *lines, ""]
+    return "\n".join([*text, *unset, *mine, "", _without_header(body)])
+
+
+def _container(job: Job) -> list[str]:
+    """What srun starts on each node, and with which options of its own."""
+    # What all nodes share, and what engines and agents of a node share with each other.
+    mounts = [f"{job.home}:{job.home}", "/dev/shm:/dev/shm", *job.mounts]
+    if job.pyxis:
+        options = [f"--container-image={job.pyxis}", f"--container-mounts={','.join(mounts)}"]
+        return [f"GL_STEP=({shlex.join(options)})"]
+    if job.apptainer:
+        binds = [word for mount in mounts for word in ("--bind", mount)]
+        return [f"GL_AGENT=({shlex.join(['apptainer', 'exec', '--nv', *binds, job.apptainer, 'gms-launch'])})"]
+    return [f"GL_AGENT=({shlex.quote(job.program)})"]
+
+
+def _without_header(body: str) -> str:
+    """The script of this package from its first command on."""
+    return body[body.index("\nset -u\n") + 1 :]

@@ -1,0 +1,107 @@
+"""`gms-launch submit` at a login node: what is saved, what runs, and how a job ends at its time limit."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.slurm.lab import Lab
+from tests.slurm.support import LabRun
+from tests.slurm.test_manners import job
+from tests.support import eventually
+
+WAIT = ("--wait", "--timeout=120")
+
+
+def submit(run: LabRun, *flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The verb, typed in a shell that has more in its environment than the job is meant to have."""
+    own = ["--run", run.run, "--engine", "reference", "--model", str(run.model), "--served-model-name", "tiny"]
+    return run.lab.run(["gms-launch", "submit", *own, *run.flags, *flags], env=environ, timeout=150)
+
+
+def at_the_limit(lab: Lab, number: str) -> None:
+    """What `--signal=B:USR1@...` makes Slurm do before the time limit."""
+    assert lab.run(["scancel", "--batch", "--signal=USR1", number]).returncode == 0
+
+
+def cleared(lab: Lab, *runs: LabRun) -> None:
+    lab.run(["scancel", "--me"])
+    for run in runs:
+        run.__exit__()
+    eventually(lab.all_idle, 30)
+
+
+def test_what_was_settled_here_is_what_runs_there(lab: Lab, model: Path) -> None:
+    run = LabRun(lab, model, "--lease-ttl=2")
+    saved = run.home.parent / ".jobs" / run.run
+    try:
+        shown = submit(run, "-N2", "--dry-run", GMS_LAUNCH_SHADOWS="2")
+        assert "#SBATCH --nodes=2" in shown.stdout and "shadows = 2" in shown.stdout, shown
+        assert not saved.exists()
+        done = submit(run, "-N2", "--requeue=1", *WAIT, GMS_LAUNCH_SHADOWS="2", GMS_LAUNCH_NATS="0")
+        assert done.returncode == 0 and "ready: http" in done.stdout and "from here: ssh " in done.stdout, done
+        number = done.stdout.split()[1]
+        assert "shadows = 2" in (saved / "settings.toml").read_text()
+        assert run.run_file()["settings"]["shadows"] == 2 and not run.run_file()["settings"]["nats"]
+        first = run.run_file()["attempt"]
+
+        at_the_limit(lab, number)
+        # Once it goes back to the queue, where Slurm keeps it for two minutes unless told otherwise.
+        eventually(lambda: job(lab, number)["Restarts"] == "1", 40)
+        assert run.run_file()["exit_code"] == 0
+
+        def begun_again() -> bool:
+            lab.run(["scontrol", "update", f"JobId={number}", "StartTime=now"])  # refused while it still completes
+            return bool(run.run_file()["attempt"] != first)
+
+        eventually(begun_again, 90, "the job is started again")
+        eventually(lambda: run.cli("status", "--json").stdout.find('"redundancy": "full"') > 0, 60)
+        at_the_limit(lab, number)
+        eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", 40)
+        assert run.run_file()["exit_code"] == 0 and run.left() == {}
+        assert "the time limit is near" in (saved / f"slurm-{number}.out").read_text()
+    finally:
+        cleared(lab, run)
+
+
+def test_an_array_is_a_run_for_each_task(lab: Lab, model: Path) -> None:
+    run, one, two = (LabRun(lab, model) for _ in range(3))
+    one.run, two.run = f"{run.run}-1", f"{run.run}-2"
+    try:
+        done = submit(run, "-N1", "--array=1-2", "--lease-ttl=2")
+        assert done.returncode == 0, done
+        for task in (one, two):
+            eventually(lambda task=task: (task.home / "run.json").exists(), 30)
+            task.processes = [subprocess.Popen(["sleep", "infinity"], text=True)]
+            task.wait_full()
+        assert one.run_file()["slurm"] != two.run_file()["slurm"]
+    finally:
+        for task in (one, two):
+            for process in task.processes:
+                process.kill()
+        cleared(lab, one, two)
+
+
+def test_the_next_job_serves_before_this_one_stops(lab: Lab, model: Path) -> None:
+    run, after = LabRun(lab, model), LabRun(lab, model)
+    after.run = f"{run.run}.1"
+    try:
+        done = submit(run, "-N1", "--successor=2", "--lease-ttl=2", *WAIT)
+        assert done.returncode == 0, done
+        at_the_limit(lab, done.stdout.split()[1])
+        eventually(lambda: run.run_file()["ended"], 90)
+        full = next(e["time"] for e in after.events("redundancy") if e["detail"] == "full")
+        assert full < run.run_file()["ended"]
+        assert after.text() and after.run_file()["ended"] is None
+    finally:
+        cleared(lab, run, after)
+
+
+def test_what_slurm_refuses_is_told_and_nothing_else_happens(lab: Lab, model: Path) -> None:
+    run = LabRun(lab, model)
+    done = submit(run, "-N1", "-p", "no-such-partition")
+    assert done.returncode == 3 and "sbatch refused" in done.stderr and "partition" in done.stderr, done
+    assert submit(run, "-N1", "--hosts=a,b").returncode == 2
+    assert submit(run, "-N2", "--tp=3").returncode == 2
+    done = submit(run, "-N1", "--sbatch=:")
+    assert done.returncode == 2 and "heterogeneous" in done.stderr, done

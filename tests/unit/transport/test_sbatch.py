@@ -1,0 +1,76 @@
+"""The text of a submitted job, and what is refused before Slurm sees it."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gms_launch.errors import UsageError
+from gms_launch.transport import sbatch
+from gms_launch.transport.sbatch import Job
+
+BODY = Path(sbatch.__file__).with_name("gms-launch.sbatch").read_text()
+JOB = Job(run="r", nodes=2, home=Path("/home/me/.gms-launch"), program="/opt/v env/bin/gms-launch", drain=60)
+
+
+def lines(job: Job, *engine_args: str) -> list[str]:
+    text = sbatch.script(job, engine_args, BODY)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    return text.splitlines()
+
+
+def test_what_slurm_is_asked_for_stands_before_the_first_command() -> None:
+    found = lines(replace(JOB, options=("--time=1:00:00", "--exclusive")), "--a b", "c'd")
+    first = next(k for k, line in enumerate(found) if line and not line.startswith("#"))
+    asked = [line for line in found if line.startswith("#SBATCH")]
+    assert asked == found[2 : 2 + len(asked)] and first > len(asked)
+    assert {"#SBATCH --nodes=2", "#SBATCH --time=1:00:00", "#SBATCH --exclusive", "#SBATCH --signal=B:USR1@60"} <= set(
+        asked
+    )
+    assert "set -- --config=/home/me/.gms-launch/.jobs/r/settings.toml -- '--a b' 'c'\"'\"'d'" in found
+    assert "GL_AGENT=('/opt/v env/bin/gms-launch')" in found
+    # From there on it is the script that the package has.
+    assert "\n".join(found).endswith(BODY[BODY.index("\nset -u\n") + 1 :].rstrip())
+
+
+def test_jobs_of_an_array_and_successors_are_runs_of_their_own() -> None:
+    assert 'export GMS_LAUNCH_RUN="r-$SLURM_ARRAY_TASK_ID"' in lines(replace(JOB, array="1-4%2"))
+    found = lines(replace(JOB, successor=10))
+    assert 'export GMS_LAUNCH_RUN="r${GL_TURN:+.$GL_TURN}"' in found
+    assert "#SBATCH --signal=B:USR1@600" in found
+
+
+def test_containers_get_what_nodes_share() -> None:
+    mounts = "/home/me/.gms-launch:/home/me/.gms-launch,/dev/shm:/dev/shm,/models:/models:ro"
+    found = lines(replace(JOB, pyxis="nvcr.io#x/y:1", mounts=("/models:/models:ro",)))
+    assert f"GL_STEP=('--container-image=nvcr.io#x/y:1' --container-mounts={mounts})" in found
+    assert not [line for line in found if line.startswith("GL_AGENT=")], "in the image it is on PATH"
+    found = lines(replace(JOB, apptainer="/images/v.sif", mounts=("/models:/models:ro",)))
+    binds = " ".join(f"--bind {mount}" for mount in mounts.split(","))
+    assert f"GL_AGENT=(apptainer exec --nv {binds} /images/v.sif gms-launch)" in found
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"options": (":",)}, "heterogeneous"),
+        ({"options": ("--hetjob=1",)}, "heterogeneous"),
+        ({"options": ("exclusive",)}, "expected one option"),
+        ({"options": ("--x\n#SBATCH --nodes=9",)}, "expected one option"),
+        ({"options": ("--nodes=4",)}, "submit sets that itself"),
+        ({"options": ("-N4",)}, "submit sets that itself"),
+        ({"options": ("-o out",)}, "submit sets that itself"),
+        ({"successor": 1, "drain": 60}, "no time before"),
+        ({"successor": 5, "requeues": 1}, "--successor goes without"),
+        ({"successor": 5, "array": "1-2"}, "--successor goes without"),
+        ({"array": "1-2; rm"}, "--array"),
+        ({"pyxis": "a", "apptainer": "b"}, "choose one"),
+        ({"mounts": ("/a:/a",)}, "needs --container-image"),
+    ],
+)
+def test_refused(change: dict[str, object], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        sbatch.script(replace(JOB, **change), (), BODY)  # type: ignore[arg-type]
