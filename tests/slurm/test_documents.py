@@ -144,13 +144,17 @@ def the_demo_is_up_and_goes(shell: Shell) -> None:
     assert shell.type(recipe.group(1))[0] == 0
 
 
-PAGES = sorted({t.page for t in documents.blocks() if t.language == "sh" and t.mark != "not run here"})
+PAGES = sorted({t.page for t in documents.blocks() if t.language == "sh" and t.mark not in ("not run here", "run by")})
 
 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
 def test_the_blocks_of_a_page(cluster: Lab, home: Path, page: Path) -> None:
-    blocks = [t for t in documents.blocks() if t.page == page and t.language == "sh" and t.mark != "not run here"]
+    blocks = [
+        t
+        for t in documents.blocks()
+        if t.page == page and t.language == "sh" and t.mark not in ("not run here", "run by")
+    ]
     scripts = [t for t in documents.spans() if t.page in documents.SCRIPTS] if page.parent.name == "slurm" else []
     for block in [*blocks, *scripts]:
         place = "login" if block.reason == "login" or block.language == "span" else "node1"
