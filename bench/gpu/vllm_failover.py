@@ -329,6 +329,8 @@ class Recipe:
             env |= {"VLLM_PORT": str(vllm_port + 50 * node.rank), "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
             if several:
                 env |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
+                # The reference engine, where it stands in for the real one, wants its ranks to know each other.
+                env |= {"GMS_LAUNCH_MEETING_SECRET": f"{engine_id}-{self._lives}".encode().hex()}
             if no_flashinfer():
                 env.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
             if node.rank == 0:

@@ -18,11 +18,12 @@ from gms_launch.run import model, ports, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.fit import GIB, Fit, fit
 from gms_launch.run.nodedir import NodeDir
-from gms_launch.run.plan import HIDDEN, Layout
+from gms_launch.run.plan import Layout
 from gms_launch.run.rundir import RunDir
 from gms_launch.run.topology import Topology
 from gms_launch.settings.declared import Settings
 from gms_launch.settings.resolve import checked
+from gms_launch.urls import HIDDEN
 
 
 def layout(settings: Settings, place: Topology | None = None) -> Layout:

@@ -1,9 +1,9 @@
 """The one door to etcd: keys, leases, transactions.
 
 `Etcd` wraps the `etcd3` client and adds what that lacks: several endpoints, reconnecting, and a limit on how long a
-call may keep trying. Watching is in `watch`, keeping a lease alive in `lease`, who may do what in `roles`, etcd's
-alarms in `alarms`; all use `Etcd.connection` or `Etcd.call`. Who we are is what our certificate says: there is no
-password. Every method may block for up to its `retry` seconds: call from a thread, never from the agent's loop.
+call may keep trying. Watching is in `watch`, keeping a lease alive in `lease`, who may do what in `roles`; all use
+`Etcd.connection` or `Etcd.call`. Who we are is what our certificate says: there is no password. Every method may block
+for up to its `retry` seconds: call from a thread, never from the agent's loop.
 Nothing else in the package imports etcd3 or grpc.
 """
 

@@ -35,9 +35,8 @@ from gms_launch.services import etcd, gms, nats
 from gms_launch.services.base import Service, find_binary
 from gms_launch.services.pem import PemFiles
 from gms_launch.settings.declared import Settings
+from gms_launch.urls import HIDDEN
 
-#: What stands for a secret in a printed plan.
-HIDDEN = "<hidden>"
 _SECRET = ("PASSWORD", "SECRET", "CLIENT_KEY")
 
 

@@ -16,7 +16,7 @@ from gms_launch.services.base import NotReadyError, Service
 from gms_launch.services.pem import PemFiles
 from gms_launch.spool import files
 
-#: Room for etcd's records, which are a few MiB in a run of days (bytes). It takes no more: it raises an alarm then.
+#: Room for etcd's records, which are a few MiB in a run of days (bytes). Full, it refuses writes (NOSPACE).
 RESERVED = 64 * 1024 * 1024
 #: How long etcd remembers what was (a watch that breaks for longer reads everything anew).
 HISTORY = "10m"

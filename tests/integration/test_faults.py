@@ -248,7 +248,7 @@ def test_a_shadow_that_can_never_park_is_given_up_and_the_primary_serves_on(depl
     assert run.text() and run.status()["redundancy"] == "none"
     why = run.cohort(1)["why"]
     assert "2 starts failed within 8 s" in why
-    (event,) = run.events("given_up")
+    event, *_ = run.events("given_up")  # a slow machine may see the budget heal and run out again by now
     agent_log = (run.home / run.run / "logs" / "agent.log").read_text()
     assert "crash at starting, as REFERENCE_FAULT says" in agent_log, "the last log lines are told"
     eventually(lambda: run.cohort(1)["incarnation"] > event["incarnation"], 30, "the budget heals")

@@ -11,6 +11,7 @@ import pytest
 
 from gms_launch.cohort.model import Phase
 from gms_launch.engines import signals, vllm
+from gms_launch.engines.base import MEETING_SECRET
 from gms_launch.engines.vllm import LINES, Line
 from gms_launch.settings.resolve import resolve
 from tests.unit.engines.test_engines import plan_of
@@ -67,6 +68,7 @@ def test_every_variable_that_we_set_is_known(line: Line) -> None:
     native = {"DYN_SYSTEM_PORT", "DYN_SYSTEM_HOST", "DYN_SYSTEM_STARTING_HEALTH_STATUS", "DYN_HEALTH_CHECK_ENABLED"}
     native |= {"DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS", "DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST"}
     native |= {"DYN_EVENT_PLANE_HOST", "ETCD_ENDPOINTS", "ETCD_LEASE_TTL", "ETCD_AUTH_USERNAME", "ETCD_AUTH_PASSWORD"}
+    native |= {"ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY"}
     native |= {"NATS_SERVER", "NATS_AUTH_USERNAME", "NATS_AUTH_PASSWORD", "GMS_SOCKET_DIR"}
     vllms = {
         "TMPDIR",
@@ -78,12 +80,13 @@ def test_every_variable_that_we_set_is_known(line: Line) -> None:
         "VLLM_USE_FLASHINFER_SAMPLER",
     }
     vllms |= {"VLLM_NIXL_SIDE_CHANNEL_HOST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"}
+    ours = {MEETING_SECRET}  # what the reference engine's ranks know each other by
     later = {"DYN_GMS_USE_V1", "DYN_SNAPSHOT_CONTROL_DIR"}  # unset for the lines that know them
     found = wheel(line.release)
     flags = found.flags("dynamo/vllm/") | found.flags("dynamo/common/configuration/")
     known = {str(f.get("env_var")) for f in flags.values()} | found.environ("dynamo/") | set(found.strings("dynamo/"))
     command = plan_of(resolve({"engine": "vllm", "model": "/m"}, {})).rank_command(0, 1, 29500)
-    assert set(command.env) - known - native - vllms - later == set()
+    assert set(command.env) - known - native - vllms - later - ours == set()
 
 
 @each_line
