@@ -24,7 +24,7 @@ import pytest
 from gms_launch.engines.reference.demo_model import make
 from gms_launch.process import become
 from gms_launch.process.become import Owner
-from tests.support import complete, eventually
+from tests.support import complete, eventually, free_port
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGES = next(p for p in sys.path if p.endswith("site-packages"))
@@ -99,6 +99,8 @@ class User:
 
     def up(self, run: str, *flags: object, **environ: str) -> Done:
         own = ["--run", run, "--engine", "reference", "--model", "/mnt/model", "--served-model-name", "tiny"]
+        # Other runs of this machine cannot see what is reserved in a /dev/shm of its own.
+        own += [f"--{name}-port={free_port()}" for name in ("frontend", "etcd", "etcd-peer", "nats")]
         return self.gms_launch("up", "-d", *own, *flags, **environ)
 
     def record(self, run: str) -> dict[str, object]:

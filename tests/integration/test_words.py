@@ -20,6 +20,7 @@ MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 def test_what_is_said_of_a_run_and_its_failover(tmp_path: Path, model: Path) -> None:
     run = Deployment(tmp_path / "home", model)
     with socket.socket() as busy, contextlib.ExitStack() as after:
+        busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else connections of the past are in the way
         with contextlib.suppress(OSError):  # somebody else has it: as good
             busy.bind(("127.0.0.1", 8000))
             busy.listen()

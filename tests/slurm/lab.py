@@ -259,7 +259,7 @@ class Lab:
     def _pick_network(self) -> None:
         """A bridge and a /24 that nobody uses; the bridge's creation decides between two labs."""
         for _ in range(50):
-            number = random.randrange(16, 250)
+            number = random.randrange(100, 250)  # three digits: with a node's number behind it no other lab's name
             self.net, self.bridge = f"10.{random.randrange(64, 128)}.{number}", f"lab{os.getpid() % 10000}x{number}"
             taken = sh("ip", "-4", "route", "show", "root", f"{self.net}.0/24")
             if taken or Path(f"/sys/class/net/{self.bridge}").exists():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
 from tests.slurm.test_manners import job
@@ -44,20 +46,30 @@ def test_what_was_settled_here_is_what_runs_there(lab: Lab, model: Path) -> None
         number = done.stdout.split()[1]
         assert "shadows = 2" in (saved / "settings.toml").read_text()
         assert run.run_file()["settings"]["shadows"] == 2 and not run.run_file()["settings"]["nats"]
-        first = run.run_file()["attempt"]
 
         at_the_limit(lab, number)
-        # Once it goes back to the queue, where Slurm keeps it for two minutes unless told otherwise.
-        eventually(lambda: job(lab, number)["Restarts"] == "1", 40)
-        assert run.run_file()["exit_code"] == 0
-        eventually(lambda: job(lab, number)["JobState"] == "PENDING", 40, "its nodes have let go of it")
-        assert lab.run(["scontrol", "update", f"JobId={number}", "StartTime=now"]).returncode == 0
-        eventually(lambda: run.run_file()["attempt"] != first, 90, "the job is started again")
-        eventually(lambda: run.cli("status", "--json").stdout.find('"redundancy": "full"') > 0, 60)
+        # It goes back to the queue, where Slurm keeps it for two minutes.
+        eventually(lambda: job(lab, number)["Restarts"] == "1" and job(lab, number)["JobState"] == "PENDING", 40)
+        assert run.run_file()["exit_code"] == 0 and run.left() == {}
+        assert "the time limit is near" in (saved / f"slurm-{number}.out").read_text()
+    finally:
+        cleared(lab, run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_job_of_the_queue_comes_up_again_as_often_as_it_may(lab: Lab, model: Path) -> None:
+    run = LabRun(lab, model)
+    try:
+        done = submit(run, "-N2", "--requeue=1", "--lease-ttl=2", *WAIT)
+        assert done.returncode == 0, done
+        number, first = done.stdout.split()[1], run.run_file()["attempt"]
+        at_the_limit(lab, number)
+        eventually(lambda: run.run_file()["attempt"] != first, 240, "the job is started again")
+        eventually(lambda: '"redundancy": "full"' in run.cli("status", "--json").stdout, 60)
         at_the_limit(lab, number)
         eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", 40)
         assert run.run_file()["exit_code"] == 0 and run.left() == {}
-        assert "the time limit is near" in (saved / f"slurm-{number}.out").read_text()
     finally:
         cleared(lab, run)
 
@@ -86,8 +98,10 @@ def test_the_next_job_serves_before_this_one_stops(lab: Lab, model: Path) -> Non
     try:
         done = submit(run, "-N1", "--successor=2", "--lease-ttl=2", *WAIT)
         assert done.returncode == 0, done
-        at_the_limit(lab, done.stdout.split()[1])
+        number = done.stdout.split()[1]
+        at_the_limit(lab, number)
         eventually(lambda: run.run_file()["ended"], 90)
+        eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", 40)
         full = next(e["time"] for e in after.events("redundancy") if e["detail"] == "full")
         assert full < run.run_file()["ended"]
         assert after.text() and after.run_file()["ended"] is None
