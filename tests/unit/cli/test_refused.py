@@ -19,7 +19,7 @@ from gms_launch.cohort.failover import Failover
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.view import Slot, View
 from gms_launch.errors import LaunchError, RefusedError, UsageError
-from gms_launch.observe import views
+from gms_launch.observe import views, words
 from gms_launch.run import model as models
 from gms_launch.run.nodedir import user_root
 from gms_launch.settings.resolve import resolve
@@ -253,9 +253,9 @@ def test_the_verb_that_was_used_is_the_cause(cause: str) -> None:
 
 
 def test_numbers_and_their_nouns_agree() -> None:
-    one = views.requests(Failover(1.0, "x", (0, 1), held=1, moved=1, lost=0, steps={"first_token": 0.193}))
+    one = words.requests(Failover(1.0, "x", (0, 1), held=1, moved=1, lost=0, steps={"first_token": 0.193}))
     assert "1 connection held, 1 move to another engine" in one and "own probes" in one and "193 ms" in one
-    two = views.requests(Failover(1.0, "x", (0, 1), held=2, moved=0, lost=0))
+    two = words.requests(Failover(1.0, "x", (0, 1), held=2, moved=0, lost=0))
     assert two == "requests: 2 connections held, 0 moves to another engine, lost, by the frontend: 0"
     shown = io.StringIO()
     views.console(shown).print(views.failover(Failover(1.0, "x", (0, 1), steps={"first_token": 0.193})))

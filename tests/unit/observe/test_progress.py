@@ -17,7 +17,7 @@ from gms_launch.cohort.records import DesiredCohort, GmsStatus, ModelStamp, Node
 from gms_launch.cohort.steps import Step, by_memory, later
 from gms_launch.cohort.view import Memory, Policy
 from gms_launch.control.mirror import Mirror
-from gms_launch.observe import progress, snapshot, starts, views
+from gms_launch.observe import progress, snapshot, starts, views, words
 from gms_launch.observe.progress import Narrator, Teller
 from gms_launch.run import contents
 
@@ -172,9 +172,9 @@ def test_starts_that_fail_are_told_with_the_next_try() -> None:
     crashing = replace(
         shot({1: Phase.FENCED}).cohorts[0], failed_starts=2, start_limit=3, last_exit="exit code 1", next_start=24.0
     )
-    assert views.tries(crashing, 20.0) == "2 of 3 starts failed, exit code 1, next try in 4 s"
-    assert views.tries(crashing, 30.0) == "2 of 3 starts failed, exit code 1"
-    assert views.tries(replace(crashing, phase=Phase.PARKED), 30.0) == "", "a start has gone well since"
+    assert words.tries(crashing, 20.0) == "2 of 3 starts failed, exit code 1, next try in 4 s"
+    assert words.tries(crashing, 30.0) == "2 of 3 starts failed, exit code 1"
+    assert words.tries(replace(crashing, phase=Phase.PARKED), 30.0) == "", "a start has gone well since"
 
 
 def test_what_starts_took_is_kept_by_kind_and_never_needed(tmp_path: Path) -> None:

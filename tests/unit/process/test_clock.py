@@ -23,7 +23,7 @@ MAY = {
     "services/certificate.py": "a certificate is good today, or nothing is started",
     "run/rendezvous.py": "an end in run.json is of this start or of an earlier one",
     "run/rundir.py": "how old a run.json of another machine is",
-    "observe/views.py": "a run none of whose agents is on this machine",
+    "observe/words.py": "a run none of whose agents is on this machine",
     "engines/reference/metrics.py": "as upstream's metrics",
 }
 

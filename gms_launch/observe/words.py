@@ -1,0 +1,195 @@
+"""What is told of a run, in words and in the rows of tables, whichever way it is shown. Nothing is drawn here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from gms_launch.cohort.failover import STEPS, Failover
+from gms_launch.cohort.model import Phase
+from gms_launch.cohort.records import EventRecord
+from gms_launch.numbers import numbered
+from gms_launch.observe import progress
+from gms_launch.observe.snapshot import CohortStatus, Snapshot
+from gms_launch.observe.stamp import stamp
+from gms_launch.process import proc
+
+#: Longest detail of an event in a table (characters); the journal has all of it.
+LINE_MAX = 300
+
+COHORTS = ("COHORT", "ROLE", "PHASE", "FOR", "LIFE", "NODE", "PID", "NOTE")
+PARTS = ("NODE", "COMPONENT", "STATE", "PID", "STARTS", "NOTE")
+EVENTS = ("TIME", "NODE", "EVENT", "COHORT", "DETAIL")
+#: The state of an agent that is not heard of.
+SILENT = "silent"
+
+Row = tuple[str, ...]
+
+
+def age(since: float, now: float) -> str:
+    """How long ago, in the two largest units."""
+    seconds = max(0, int(now - since)) if since else 0
+    for size, name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size}{name}{seconds % size // small}{small_name}"
+    return f"{seconds}s"
+
+
+def now(shot: Snapshot) -> float:
+    """Now by the clock that the run's times are of, if one of its agents is on this machine."""
+    here = proc.boot_id()
+    own = next((n.clock for n in shot.nodes if n.boot_id == here and n.clock), None)
+    return time.time() if own is None else time.monotonic() + own
+
+
+def cohorts(shot: Snapshot, moment: float) -> list[Row]:
+    """A row for every rank of every slot, under `COHORTS`."""
+    found: list[Row] = []
+    for c in shot.cohorts:
+        note = "given up: " + c.why if c.given_up else tries(c, moment)
+        doing = progress.note(c, shot, moment)
+        for rank in c.ranks:
+            # Only its own agent sees what becomes of a rank.
+            old = (rank.node_rank == 0 and bool(shot.leader_silent)) or rank.node_rank in shot.missing
+            asked, heard = (" ?", "not heard of since") if old else ("", "")
+            left = f"cannot be killed: {', '.join(rank.left or map(str, rank.leftovers))}" if rank.leftovers else ""
+            found.append(
+                (
+                    str(c.cohort_id),
+                    (c.role or "-") + (asked if c.role else ""),
+                    rank.phase.value + asked,
+                    age(rank.since, moment),
+                    str(c.incarnation),
+                    str(rank.node_rank),
+                    str(rank.pid),
+                    left or "; ".join(filter(None, (heard, doing if rank.node_rank == 0 else "", note))) or rank.exit,
+                )
+            )
+        if not c.ranks:
+            found.append((str(c.cohort_id), c.role or "-", c.phase.value, "", str(c.incarnation), "", "", note))
+    return found
+
+
+def parts(shot: Snapshot) -> list[Row]:
+    """A row for everything else that a node has, under `PARTS`."""
+    found: list[Row] = []
+    for node_rank in shot.missing:
+        if node_rank in shot.lost:
+            why = "its lease has run out: stopped, cut off or gone; its cohorts are fenced without it"
+        elif shot.starting:
+            why = "has not come yet"
+        else:
+            why = "its lease has run out: stopped (SIGSTOP), cut off or gone"
+        found.append((str(node_rank), "agent", SILENT, "", "", why))
+    for node in shot.nodes:
+        found.append((str(node.node_rank), f"agent on {node.host}", "running", str(node.agent_pid), "", node.address))
+        for stray in node.strays:
+            found.append((str(node.node_rank), "stray", "cannot be killed", stray.partition(" ")[0], "", stray))
+        if node.lock_holder.startswith("process"):
+            found.append((str(node.node_rank), "failover lock", "kept by a stray", "", "", node.lock_holder))
+        for p in node.writing:
+            lost = f", {p.dropped} entries and {p.dropped_bytes} bytes of logs dropped"
+            found.append(
+                (
+                    str(node.node_rank),
+                    p.name,
+                    p.state or "well again",
+                    "",
+                    "",
+                    p.path + (lost if p.dropped or p.dropped_bytes else ""),
+                )
+            )
+        if node.internal_errors:
+            found.append(
+                (str(node.node_rank), "internal errors", str(node.internal_errors), "", "", "see the agent's log")
+            )
+        for s in node.services:
+            found.append((str(node.node_rank), s.name, s.state, str(s.pid or ""), str(s.starts), s.detail))
+        for g in node.gms:
+            size = "" if g.allocated_bytes is None else f"{g.allocated_bytes / 2**30:.2f} GiB in "
+            held = f"{size}{g.allocations} allocations"
+            note = f"{held}, {numbered(g.ro_sessions, 'reader')}, written {numbered(g.loads, 'time')}"
+            note += f"; has not answered the last {numbered(g.missed, 'look')}" if g.missed else ""
+            found.append((str(node.node_rank), f"gpu {g.device} {g.tag}", g.state.lower(), "", "", note))
+        for gpu in node.gpu_memory:
+            note = f"{gpu.used / 2**30:.1f} of {gpu.total / 2**30:.1f} GiB used"
+            found.append((str(node.node_rank), gpu.name, "", "", "", f"{note}, {gpu.uuid}"))
+            for h in gpu.holders:
+                size = f"{h.used / 2**30:.2f} GiB" if h.used >= 0 else "size not told"
+                found.append((str(node.node_rank), f"  {h.who}", "", str(h.pid), "", size))
+    return found
+
+
+def tries(cohort: CohortStatus, now: float) -> str:
+    """What is to be said of starts of a slot that failed; empty when none did of late."""
+    if not cohort.failed_starts or cohort.phase in (Phase.PARKED, Phase.WAKING, Phase.ACTIVE):
+        return ""  # a start has gone well since
+    text = f"{cohort.failed_starts} of {cohort.start_limit} starts failed"
+    if cohort.last_exit:
+        text += f", {cohort.last_exit}"
+    if cohort.next_start > now:
+        text += f", next try in {cohort.next_start - now:.0f} s"
+    return text
+
+
+def life(value: tuple[int, int] | None) -> str:
+    """A life of a cohort, or nobody."""
+    return "nobody" if value is None else f"cohort {value[0]} (life {value[1]})"
+
+
+def steps(found: Failover) -> list[Row]:
+    """Each step, when it was and what it means, in the order of time; those that have not happened last."""
+    order = sorted(STEPS.items(), key=lambda item: found.steps.get(item[0], float("inf")))
+    return [(s, f"{found.steps[s] * 1000:.1f} ms" if s in found.steps else "-", meaning) for s, meaning in order]
+
+
+def silence(found: Failover) -> str:
+    """For how long clients got no token."""
+    if found.silence is not None:
+        return f"at most {found.silence:.1f} s without a token (the frontend's counter is looked at every few seconds)"
+    if "first_token" not in found.steps:
+        return "no token yet"
+    return "a token came again at first_token; when the last one before it came is not known: nobody looked then"
+
+
+def stood_still(found: Failover) -> str:
+    """What is to be said of an agent that did nothing meanwhile; empty when none did."""
+    if found.stood_still is None:
+        return ""
+    seconds, until = found.stood_still
+    return (
+        f"the agent stood still for {seconds:.0f} s until {stamp(until)}: times and counts of this failover are those "
+        "of its wake-up"
+    )
+
+
+def requests(found: Failover) -> str:
+    """What became of the requests in flight, in words; empty when nothing was held."""
+    if found.held is None:
+        return ""
+    moves = "an unknown number of moves" if found.moved is None else numbered(found.moved, "move")
+    own = " (any of gms-launch's own probes included)" if found.moved else ""  # the frontend's counter cannot tell
+    lost = "not known" if found.lost is None else str(found.lost)
+    gap = "" if found.gap is None else f"; the next token after {found.gap * 1000:.0f} ms"
+    held = numbered(found.held, "connection")
+    return f"requests: {held} held, {moves} to another engine{own}, lost, by the frontend: {lost}{gap}"
+
+
+def in_a_line(text: str) -> str:
+    """The first line of a text, no longer than a row may be."""
+    line, more, _ = text.partition("\n")
+    return f"{line[:LINE_MAX]} ..." if more or len(line) > LINE_MAX else line
+
+
+def events(found: Sequence[EventRecord]) -> list[Row]:
+    """Every event, one a row, under `EVENTS`."""
+    return [
+        (
+            stamp(e.time),
+            str(e.node_rank),
+            e.kind,
+            f"{e.cohort_id}.{e.incarnation}" if e.cohort_id >= 0 else "",
+            in_a_line(e.detail),
+        )
+        for e in found
+    ]
