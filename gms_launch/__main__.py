@@ -4,8 +4,23 @@ Ctrl-C while the rest is imported is no error of ours: it ends the process at on
 """
 
 import os
-import signal
-from types import FrameType
+import sys
+
+
+def _cwd() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # removed
+        return ""
+
+
+# `python -m` looks into the working directory first, and others may have put files there. (-P keeps it out from the
+# beginning, and so does the command `gms-launch`: what is called gms_launch there has won already.)
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False) and sys.path[:1] == [_cwd()]:
+    del sys.path[0]
+
+import signal  # noqa: E402 - from where it belongs
+from types import FrameType  # noqa: E402
 
 
 def _at_once(_: int, __: FrameType | None) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 
 from gms_launch.errors import by_code
+from gms_launch.interpreter import module
 from gms_launch.run.rundir import RunDir
 from gms_launch.settings.declared import SETTINGS, Settings
 
@@ -17,7 +18,7 @@ from gms_launch.settings.declared import SETTINGS, Settings
 def start(settings: Settings) -> None:
     """Start the agent in a session of its own and wait until it is ready. Raises what it failed with."""
     reader, writer = os.pipe()
-    command = [sys.executable, "-m", "gms_launch", "up", f"--notify-fd={writer}", *as_flags(settings)]
+    command = module(sys.executable, "gms_launch", "up", f"--notify-fd={writer}", *as_flags(settings))
     env = {k: v for k, v in os.environ.items() if not k.startswith("GMS_LAUNCH_") or k == "GMS_LAUNCH_HOME"}
     directory = RunDir.of(settings.run_id)
     agent = subprocess.Popen(

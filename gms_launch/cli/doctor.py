@@ -93,7 +93,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
 
     def same_gpu() -> str:
         code = (
-            "import sys\nfrom gms_launch.gms.backends import cuda\ncuda.init()\n"
+            "import sys\nsys.path[:] = filter(None, sys.path)\nfrom gms_launch.gms.backends import cuda\ncuda.init()\n"
             "print(*[cuda.device_uuid(k) for k in range(int(sys.argv[1]))])"
         )
         wanted = [d.uuid for d in layout(settings).devices()]

@@ -10,6 +10,7 @@ import re
 
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.steps import Step
+from gms_launch.engines import installed
 from gms_launch.engines.base import MEETING_SECRET, RankSpec
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.process.lifecycle import Command
@@ -47,7 +48,7 @@ class Spoken:
 
 def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:
     """The rank's command line and environment. `always_master_port`: also on one node."""
-    argv = [spec.python, "-m", module, "--model", spec.model]
+    argv = [*installed.module(spec.python, module), "--model", spec.model]
     if spec.served_model_name:
         argv += ["--served-model-name", spec.served_model_name]
     argv += ["--load-format", "gms", "--enforce-eager", "--enable-sleep-mode"]

@@ -15,6 +15,9 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 
+if __name__ != "__main__":
+    from gms_launch import interpreter
+
 #: Longest that another interpreter may take to say what it has (seconds).
 TIMEOUT = 60.0
 
@@ -23,11 +26,12 @@ TIMEOUT = 60.0
 class Installed:
     """`missing` are the modules that cannot be found, `versions` those of the distributions that are there.
 
-    `broken` says why the interpreter gave no answer.
+    `python` is its own version; `broken` says why the interpreter gave no answer.
     """
 
     missing: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    python: tuple[int, ...] = sys.version_info[:2]
     broken: str = ""
 
 
@@ -49,7 +53,7 @@ def _look(python: str, modules: tuple[str, ...], distributions: tuple[str, ...])
             timeout=TIMEOUT,
             check=True,
         )
-        missing, versions = json.loads(done.stdout)
+        missing, versions, version = json.loads(done.stdout)
     except OSError as exc:
         why = exc.strerror or str(exc)
     except subprocess.TimeoutExpired:
@@ -59,7 +63,7 @@ def _look(python: str, modules: tuple[str, ...], distributions: tuple[str, ...])
     except ValueError:
         why = "it does not answer as Python does"
     else:
-        return Installed(tuple(missing), versions)
+        return Installed(tuple(missing), versions, tuple(version))
     return Installed((f"a working interpreter ({python}: {why})",), broken=why)
 
 
@@ -67,6 +71,11 @@ def unusable(python: str) -> str:
     """Which interpreter does not work and why, in one line; empty when it does. Its answer is that of `gms.choose`."""
     why = look(python, ("gpu_memory_service",)).broken if python else ""
     return f"{python} is no interpreter that works: {why}" if why else ""
+
+
+def module(python: str, name: str, *args: str) -> tuple[str, ...]:
+    """The command line that runs a module with `python`, and imports nothing from the working directory."""
+    return interpreter.module(python, name, *args, version=look(python, ("gpu_memory_service",)).python)
 
 
 def here(modules: Sequence[str], distributions: Sequence[str]) -> Installed:
@@ -91,4 +100,4 @@ if __name__ == "__main__":
     # The directory of this file is in front of sys.path when it is run by its path; its neighbours are not modules.
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != os.path.dirname(os.path.abspath(__file__))]
     answer = here(*json.loads(sys.argv[1]))
-    print(json.dumps([answer.missing, answer.versions]))
+    print(json.dumps([answer.missing, answer.versions, answer.python]))

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gms_launch.interpreter import module
+
 if TYPE_CHECKING:
     from gms_launch.process.proc import ProcessId
 
@@ -52,7 +54,7 @@ def start(
     env = child_environment(os.environ, Command((), {}), f"{run}/guard/1/{node_rank}")
     words = [run, str(node_rank), str(reader), str(log.absolute()), str(lock_dir or ""), *map(str, deputy)]
     guard = CHILDREN.popen(
-        [sys.executable, "-m", "gms_launch.process.guard", *words],
+        module(sys.executable, "gms_launch.process.guard", *words),
         pass_fds=(reader, *inherit, *(fd for fd in deputy if fd >= 0)),
         env=env,
         stdin=subprocess.DEVNULL,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gms_launch.interpreter import SAFE
 from gms_launch.process import proc
 from gms_launch.process.proc import ProcessId, Stat
 from gms_launch.spool.output import Output
@@ -143,8 +144,11 @@ def become_subreaper() -> bool:
 
 
 def child_environment(base: Mapping[str, str], command: Command, tag: str) -> dict[str, str]:
-    """The environment a child gets: the agent's, without our own settings, plus the command's, plus the tag."""
-    env = {k: v for k, v in base.items() if not k.startswith("GMS_LAUNCH_")}
+    """The environment a child gets: the agent's, without our own settings, plus the command's, plus the tag.
+
+    Python imports nothing from the working directory there, unless the command says otherwise.
+    """
+    env = {k: v for k, v in base.items() if not k.startswith("GMS_LAUNCH_")} | SAFE
     for key, value in command.env.items():
         if value is None:
             env.pop(key, None)

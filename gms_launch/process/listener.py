@@ -72,7 +72,9 @@ def bind(address: str, port: int) -> socket.socket:
 
 def refused() -> str:
     """Why this process may not take a descriptor of a child of its own; empty when it may."""
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         os.close(_getfd(child.pid, 0))
     except TakeError as exc:

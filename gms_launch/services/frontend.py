@@ -8,6 +8,7 @@ import ssl
 from dataclasses import dataclass
 from functools import cache
 
+from gms_launch.engines import installed
 from gms_launch.engines.base import DynamoPlane
 from gms_launch.process.lifecycle import Command
 from gms_launch.services.base import NotReadyError, Service, connect, http_get
@@ -69,7 +70,7 @@ class Frontend:
 def service(front: Frontend, python: str, timeout: float, liveness: float = 0.0) -> Service:
     """The frontend, ready within `timeout` seconds and restarted when it is silent for `liveness` (0: never)."""
     argv = (
-        *(python, "-m", "dynamo.frontend", "--http-host", front.address, "--http-port", str(front.port)),
+        *installed.module(python, "dynamo.frontend", "--http-host", front.address, "--http-port", str(front.port)),
         *("--namespace", front.plane.namespace, "--migration-limit", str(front.migration_limit)),
     )
     environment = front.plane.environment() | (MOVING if front.migration_limit else {})

@@ -51,13 +51,13 @@ def services(
     for device in devices:
         if kind == "builtin":
             mib = str(device.memory // (1024 * 1024))
-            argv: tuple[str, ...] = (python, "-m", "gms_launch.gms", "--device", str(device.index))
+            argv = installed.module(python, "gms_launch.gms", "--device", str(device.index))
             argv += ("--memory", "cuda") if memory == "cuda" else ("--memory-mib", mib)
             argv += ("--socket-uuid", device.alias) if by_nvml and device.alias else ()
             made.append(_service(f"gms-{device.index}", argv, env, directory, device, TAGS, timeout))
         else:
             for tag in TAGS:
-                argv = (python, "-m", "gpu_memory_service", "--device", str(device.index), "--tag", tag)
+                argv = installed.module(python, "gpu_memory_service", "--device", str(device.index), "--tag", tag)
                 name = f"gms-{device.index}-{tag}"
                 made.append(_service(name, argv, env, directory, device, (tag,), timeout))
     return made

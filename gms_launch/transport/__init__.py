@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from gms_launch.interpreter import module
 from gms_launch.transport.base import Done, Target
 
 
 def gms_launch(*args: str) -> list[str]:
     """Our own command line, as it runs here; a run's nodes share the installation."""
-    return [sys.executable, "-m", "gms_launch", *args]
+    return [*module(sys.executable, "gms_launch", *args)]
 
 
 def run_on(target: Target, argv: Sequence[str], timeout: float = 30.0) -> Done:

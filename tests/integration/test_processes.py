@@ -52,7 +52,7 @@ def test_a_child_leads_its_own_session_and_carries_the_tag(run: str, tmp_path: P
 def test_the_environment_of_a_child_is_clean() -> None:
     base = {"GMS_LAUNCH_MODEL": "x", "GMS_LAUNCH_TAG": "old", "NATS_SERVER": "y", "PATH": "/bin"}
     env = lifecycle.child_environment(base, Command((), {"NATS_SERVER": None, "A": "1"}), "new")
-    assert env == {"PATH": "/bin", "A": "1", "GMS_LAUNCH_TAG": "new", "PYTHONUNBUFFERED": "1"}
+    assert env == {"PATH": "/bin", "A": "1", "GMS_LAUNCH_TAG": "new", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
 
 
 def test_the_group_is_fenced_with_its_workers(run: str, tmp_path: Path) -> None:

@@ -70,12 +70,12 @@ def leave_a_stray(kind: str, fd: int, tag: str) -> None:
     sleep = "import os, time; time.sleep(3600)"
     if kind == "1":
         subprocess.Popen(
-            [sys.executable, "-c", sleep], pass_fds=(fd,), start_new_session=True, stdin=subprocess.DEVNULL
+            [sys.executable, "-I", "-c", sleep], pass_fds=(fd,), start_new_session=True, stdin=subprocess.DEVNULL
         )
         return
     hide = "import os; os.fork() and os._exit(0); os.setsid(); " + sleep
     subprocess.run(
-        [sys.executable, "-c", hide, f"stray-of-{tag}"],
+        [sys.executable, "-I", "-c", hide, f"stray-of-{tag}"],
         pass_fds=(fd,) if kind == "hard" else (),
         env={},
         start_new_session=True,

@@ -9,6 +9,7 @@ import sys
 
 from gms_launch.engines.base import MEETING_SECRET
 from gms_launch.engines.reference.args import EngineConfig
+from gms_launch.interpreter import module
 
 
 class Workers:
@@ -19,7 +20,8 @@ class Workers:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         for local in range(config.local_workers):
             rank = config.node_rank * config.local_workers + local
-            argv = [sys.executable, "-m", "gms_launch.engines.reference.worker", str(rank), str(local), host, str(port)]
+            which = (str(rank), str(local), host, str(port))
+            argv = module(sys.executable, "gms_launch.engines.reference.worker", *which)
             self._processes[f"Worker_TP{rank}"] = subprocess.Popen(
                 [*argv, "--", *sys.argv[1:]], stdin=subprocess.PIPE, env=env
             )
