@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from gms_launch.cli.timeline import _directory as find_directory
+from gms_launch.cli.timeline import directory as find_directory
 from gms_launch.errors import UsageError
 from gms_launch.numbers import count, numbered
 from gms_launch.services.base import plain

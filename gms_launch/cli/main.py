@@ -30,6 +30,10 @@ Run = Annotated[
     typer.Option("--run", "--run-id", help="which run (default: GMS_LAUNCH_RUN, SLURM_JOB_ID, or the only live one)"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON with a documented layout")]
+Html = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--html", metavar="<file>", help="write a page for a browser, in one file"),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -204,11 +208,28 @@ def status(
     run: Run = None,
     watch: Annotated[bool, typer.Option("--watch", help="keep showing it")] = False,
     json: Json = False,
+    html: Html = None,
 ) -> None:
     """Show roles, phases, processes, GMS, services and redundancy."""
     from gms_launch.cli import status as verb
 
-    verb.main(run, watch, json)
+    verb.main(run, watch, json, html)
+
+
+@app.command("web")
+def web(
+    run: Run = None,
+    port: Annotated[
+        int, typer.Option("--port", parser=number, metavar="<int>", help="on 127.0.0.1; 0: one that is free")
+    ] = 0,
+) -> None:
+    """Serve status and timeline as pages that keep up to date.
+
+    Read only, on this machine's loopback, at an address with a secret in it.
+    """
+    from gms_launch.cli import web as verb
+
+    verb.main(run, port)
 
 
 @app.command("down")
@@ -286,7 +307,7 @@ def logs(
 def timeline(
     run: Run = None,
     json: Json = False,
-    html: Annotated[Optional[Path], typer.Option("--html", help="write an HTML page")] = None,  # noqa: UP045
+    html: Html = None,
     events: Annotated[bool, typer.Option("--events", help="every event instead of failovers")] = False,
 ) -> None:
     """Show every failover, step by step.

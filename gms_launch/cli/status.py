@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from gms_launch.cli import timeline
 from gms_launch.control.door import Door
+from gms_launch.errors import NoContactError, UsageError
 from gms_launch.observe import look
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.observe.stamp import stamp
@@ -18,8 +21,13 @@ from gms_launch.run.rundir import RunDir, RunFile
 PAUSE = 0.5
 
 
-def main(run: str | None, watch: bool, as_json: bool) -> None:
+def main(run: str | None, watch: bool, as_json: bool, html: Path | None) -> None:
+    if html is not None and (as_json or watch):
+        raise UsageError("--html writes one page; give it without --json and --watch (`gms-launch web` keeps one up)")
     directory, found = rundir.find(run)
+    if html is not None:
+        timeline.save(html, page(directory))
+        return
     door = contact.door(directory, found)
     shot = look.now(directory, found, door)
     if as_json and not watch:
@@ -38,6 +46,23 @@ def main(run: str | None, watch: bool, as_json: bool) -> None:
         else:
             views.console().print(stamp(time.time()), views.status(now), sep="\n")
             sys.stdout.flush()
+
+
+def page(directory: RunDir, links: Sequence[tuple[str, str]] = ()) -> str:
+    """The page of how a run is now. Raises `NoContactError`, also for one that is over."""
+    from gms_launch.observe import pages, words
+
+    run = directory.read()
+    if run is None or not run.live:
+        ended = f" at {stamp(run.ended)}" if run is not None and run.ended is not None else ""
+        why = f": {run.reason}" if run is not None and run.reason else ""
+        raise NoContactError(f"run {directory.run} is not up; it ended{ended}{why}")
+    door = contact.door(directory, run)
+    try:
+        shot = look.now(directory, run, door)
+    finally:
+        door.close()
+    return pages.status(shot, words.now(shot), time.time(), links)
 
 
 def _follow(directory: RunDir, found: RunFile, door: Door, first: Snapshot) -> Iterator[Snapshot]:

@@ -3,56 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from gms_launch.cohort.failover import fold
 from gms_launch.errors import NoContactError, UsageError
 from gms_launch.observe import history
+from gms_launch.observe.stamp import stamp
 from gms_launch.run import rundir
 from gms_launch.run.rundir import RunDir
 from gms_launch.settings.rules import shortened
-
-#: Of an HTML page (characters).
-PAGE_WIDTH = 140
 
 
 def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) -> None:
     if as_json and html is not None:
         raise UsageError("--json and --html are two ways to print the same; give one of them")
-    directory = _directory(run)
-    run_file = directory.read()
-    events = history.events(directory, run_file) if run_file is not None else history.written(directory)
+    found = directory(run)
+    if html is not None:
+        save(html, page(found, all_events))
+        return
+    run_file = found.read()
+    events = history.events(found, run_file) if run_file is not None else history.written(found)
     failovers = fold(events, run_file.nnodes if run_file is not None else 1)
     if as_json:
         data = [dataclasses.asdict(e) for e in events] if all_events else [f.to_json() for f in failovers]
-        print(
-            json.dumps({"schema": 1, "run": directory.run, ("events" if all_events else "failovers"): data}, indent=1)
-        )
+        print(json.dumps({"schema": 1, "run": found.run, ("events" if all_events else "failovers"): data}, indent=1))
         return
-    from rich.console import Console
-
     from gms_launch.observe import views
 
-    console = views.console() if html is None else Console(record=True, width=PAGE_WIDTH, file=io.StringIO())
+    console = views.console()
     if all_events:
         console.print(views.events(events))
     elif not failovers:
-        console.print(f"run {directory.run} has had no failover")
-    for found in [] if all_events else failovers:
-        console.print(views.failover(found))
+        console.print(f"run {found.run} has had no failover")
+    for each in [] if all_events else failovers:
+        console.print(views.failover(each))
         console.print()
-    if html is not None:
-        try:
-            console.save_html(str(html))
-        except (OSError, ValueError) as exc:
-            why = exc.strerror if isinstance(exc, OSError) else exc
-            raise UsageError(f"--html {shortened(str(html))} cannot be written: {why}") from None
-        print(f"written to {html}")
 
 
-def _directory(run: str | None) -> RunDir:
+def page(found: RunDir, all_events: bool, links: Sequence[tuple[str, str]] = ()) -> str:
+    """The page of a run's failovers, or of everything that happened, as it is known now."""
+    from gms_launch.observe import pages
+
+    run = found.read()
+    events = history.events(found, run) if run is not None else history.written(found)
+    nnodes, now = (run.nnodes if run is not None else 1), time.time()
+    begin = run.created if run is not None else min((e.time for e in events), default=now)
+    # Of an agent that died nobody knows when; the last that was told is the last that is known.
+    last, over = max((e.time for e in events), default=begin), "Its agent is gone and has recorded no end."
+    if run is not None and run.ended is not None:
+        last, over = run.ended, f"It ended at {stamp(run.ended)}{f': {run.reason}' if run.reason else ''}."
+    elif run is not None and run.live:
+        last, over = max(last, now), ""
+    story = pages.Story(found.run, nnodes, begin, last, over, events, fold(events, nnodes), links)
+    return pages.events(story, now) if all_events else pages.timeline(story, now)
+
+
+def save(html: Path, text: str) -> None:
+    """Write a page to the file that --html names. Raises `UsageError` when that cannot be."""
+    try:
+        html.write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else exc
+        raise UsageError(f"--html {shortened(str(html))} cannot be written: {why}") from None
+    print(f"written to {html}")
+
+
+def directory(run: str | None) -> RunDir:
     """The run meant; without a name and without a live run, the newest one."""
     try:
         return rundir.find(run)[0]

@@ -25,7 +25,7 @@ from tests.support import eventually
 #: What the documented forms must get from Slurm: the size of the engine over all nodes.
 SIZES = {"--gpus-per-node=2": 4, "--gpus-per-node=1": 2, "--gres=gpu:1": 2}
 #: The order in which the spans are typed at one run: what ends it comes last.
-ORDER = ["demo-model", "doctor", "plan", "status", "logs", "timeline", "sweep", "wait", "kill", "switch-over"]
+ORDER = ["demo-model", "doctor", "plan", "status", "logs", "timeline", "web", "sweep", "wait", "kill", "switch-over"]
 ORDER += ["kill-primary", "down"]
 FULL = 'gms-launch status --json | grep -q \'"redundancy": "full"\''
 #: Exit codes that say: not yet.
@@ -204,7 +204,10 @@ def test_the_spans_of_all_pages(cluster: Lab, home: Path) -> None:
         follow(cluster, first, "gms-launch up")
         waiting: list[str] = []
         for text in texts:
-            if verb(text) == "wait":
+            if verb(text) == "web":
+                code, said = second.type(f"timeout --signal=INT 8 {text.text}")
+                assert code == 124 and "http://127.0.0.1:" in said, f"{text.where}: {text.text}: {code} {said}"
+            elif verb(text) == "wait":
                 first.type(text.text, background=True)
                 waiting.append(text.text)
             elif " -f" in text.text:

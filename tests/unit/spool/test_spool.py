@@ -189,6 +189,7 @@ ALLOWED = {
     "cli/sweep.py": "removes what dead runs left",
     "cli/doctor.py": "a command of its own, and its business",
     "cli/unforeseen.py": "a command that is at its end anyway; of an agent, its last words",
+    "cli/timeline.py": "a page that was asked for, in a command of its own",
     "cli/submit.py": "script and settings of a job, before it is one",
     "cli/up.py": "the directory of this node's logs, before anything runs",
     "engines/reference/": "an engine, not the agent",
