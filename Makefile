@@ -35,13 +35,24 @@ demo-down: setup
 reference: setup
 	$(BIN)/python -m tests.reference
 
+# The documentation as a site in build/site; a link that leads nowhere is an error.
+DOCS_VENV := .venv-docs
+.PHONY: docs
+docs: $(DOCS_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+$(DOCS_VENV)/.installed: pyproject.toml | packages
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q -e '.[docs]'
+	touch $@
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 # Side by side, a file at a time: most of a test is waiting.
-test: setup lint
+test: setup lint docs
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 test-slow: setup
@@ -94,4 +105,4 @@ bench: setup
 	$(BIN)/python -m bench.requests
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) build *.egg-info
