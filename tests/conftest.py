@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import EtcdServer
+from tests.support import STANDING, EtcdServer
 
 
 def pytest_configure() -> None:
     """A shell's background jobs ignore SIGINT, and so would everything that tests start and interrupt."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure shows how every run stood that is still up; one that its test has ended by now has printed it."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"a run of {item.name}", run.told()) for run in STANDING]
+    return report
 
 
 @pytest.fixture(scope="session")

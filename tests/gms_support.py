@@ -48,7 +48,7 @@ class Server:
     def stop(self) -> str:
         """End it; returns its log."""
         self.process.terminate()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=60)
         return self.log.read_text()
 
     def descriptors(self) -> int:
@@ -59,7 +59,7 @@ class Server:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def client(path: Path, mode: p.LockType, timeout_ms: int | None = 2000) -> GmsClient:
+def client(path: Path, mode: p.LockType, timeout_ms: int | None = 20_000) -> GmsClient:
     made = GmsClient(path, HostMapper())
     made.connect(mode, timeout_ms)
     return made
@@ -77,6 +77,6 @@ def publish(server: Server, content: bytes = b"weights", size: int = MIB) -> Gms
 def dial(path: Path) -> socket.socket:
     """A bare connection, for saying what no client says."""
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(10)
+    sock.settimeout(60)
     sock.connect(str(path))
     return sock

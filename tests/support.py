@@ -1,14 +1,18 @@
-"""What tests share: free ports, etcd, the command line, a way to wait for something with a deadline."""
+"""What tests share: free ports, etcd, the command line, a way to wait for something with a deadline.
+
+Deadlines here are there to end a test that hangs. They are long, since the machine may be busy with other things; what
+a test shows, it shows by what came in which order.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import http.client
 import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,34 +20,93 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
 
 from gms_launch.control.access import Access
 from gms_launch.process import lifecycle, proc
+from gms_launch.run.ports import Reservation
 from gms_launch.run.rundir import RunDir
 
 T = TypeVar("T")
 GMS_LAUNCH = [sys.executable, "-m", "gms_launch"]
+#: Seconds after which something that a test waits for is taken not to come.
+PATIENCE = 60.0
+#: Seconds for a start, a failover with its re-arm, or a command: these are many processes one after another.
+LONG = 180.0
 
 
 def free_port() -> int:
-    """A port below the ephemeral range: outgoing connections cannot take it, and Dynamo reads it as 16 bits, signed."""
+    """A port that no other test gets as long as this process lives.
+
+    Below the ephemeral range, so that outgoing connections cannot take it and Dynamo can read it as 16 bits, signed;
+    and in none of the ranges in which gms-launch looks for ports of its own.
+    """
     while True:
-        port = random.randrange(12000, 31000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+        port = random.randrange(12000, 20000)
+        if _reserved().free(port):
             return port
 
 
-def eventually(look: Callable[[], T], timeout: float = 20.0, what: str = "") -> T:
-    """Call `look` until its result is true, and return that."""
+def _reserved(made: list[Reservation] = []) -> Reservation:  # noqa: B006 - one for this process
+    if not made:
+        made.append(Reservation(Path(tempfile.gettempdir()) / f"gms-launch-tests-ports-{os.getuid()}", "127.0.0.1"))
+        atexit.register(made[0].close)
+    return made[0]
+
+
+def eventually(look: Callable[[], T], timeout: float = PATIENCE, what: str | Callable[[], str] = "") -> T:
+    """Call `look` until its result is true, and return that. `what` is missed when it does not become so."""
     deadline = time.monotonic() + timeout
     while True:
+        begun = time.monotonic()
         found = look()
         if found:
             return found
-        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what or look}"
-        time.sleep(0.01)
+        now = time.monotonic()
+        assert now < deadline, f"not within {timeout:g} s: {what() if callable(what) else what or look}"
+        # A look that is a process of its own takes time from what it waits for: not one after another without a pause.
+        time.sleep(min(0.2, max(0.01, 0.5 * (now - begun))))
+
+
+def kill(pid: int, sig: int = signal.SIGKILL) -> None:
+    """Signal a process of ours that may have ended by now, where the test does not care by whom."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, sig)
+
+
+def journal(path: Path) -> list[dict[str, Any]]:
+    """The events that are written down in whole; a line may be in the middle of being written."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class Told(Protocol):
+    """Something that can say how it stands, for who must find out why a test failed."""
+
+    def told(self) -> str: ...
+
+
+#: What is up now; a test that fails shows how each stands (see conftest.py).
+STANDING: list[Told] = []
+
+
+def how_it_stands(run: str, home: Path, status: Callable[[], str]) -> str:
+    """A run's status, its events, and the ends of its agents' and engines' logs. Raises nothing."""
+    try:
+        said = status()[-20000:]
+    except (OSError, subprocess.SubprocessError) as exc:
+        said = repr(exc)
+    parts = [f"== run {run}", said]
+    logs = [(path, 60) for path in sorted(home.glob("logs/**/agent.log"))]
+    logs += [(path, 10) for path in sorted(home.glob("logs/**/cohort-*.log"))]
+    for path, lines in [(home / "events.jsonl", 150), *logs]:
+        with contextlib.suppress(OSError):
+            parts += [f"== {path}", *path.read_text(errors="replace").splitlines()[-lines:]]
+    return "\n".join(parts)
 
 
 class EtcdServer:
@@ -97,7 +160,7 @@ def etcdctl(access: Access, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def gms_launch(
-    *args: str, env: dict[str, str], timeout: float = 90.0, within: Sequence[str] = ()
+    *args: str, env: dict[str, str], timeout: float = LONG, within: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line, `within` something else, and collect what it says."""
     return subprocess.run(
@@ -105,7 +168,7 @@ def gms_launch(
     )
 
 
-def complete(host: str, port: int, prompt: str, tokens: int, timeout: float = 10.0, model: str = "tiny") -> str | None:
+def complete(host: str, port: int, prompt: str, tokens: int, timeout: float = 30.0, model: str = "tiny") -> str | None:
     """The completion of `prompt`; None for anything but a whole 200 in time: a server may die while it answers."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout)
     try:
@@ -140,15 +203,32 @@ class Deployment:
         return gms_launch("up", "-d", *self.flags, env=self.env)
 
     def __enter__(self) -> Deployment:
+        STANDING.append(self)
         done = self.up()
         if done.returncode != 0:
+            told = self.told()
             self.__exit__()
-            raise AssertionError(f"up -d failed with {done.returncode}:\n{done.stdout}{done.stderr}")
+            raise AssertionError(f"up -d failed with {done.returncode}:\n{done.stdout}{done.stderr}\n{told}")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        gms_launch("down", "--run", self.run, env=self.env)
-        assert lifecycle.kill_tagged(self.run, 10.0) == []
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        value: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        if kind is not None:
+            print(self.told())
+        if self in STANDING:
+            STANDING.remove(self)
+        try:
+            gms_launch("down", "--run", self.run, env=self.env)
+        finally:
+            left = lifecycle.kill_tagged(self.run, PATIENCE)
+        assert left == []
+
+    def told(self) -> str:
+        return how_it_stands(self.run, self.home / self.run, lambda: str(self.cli("status", "--json")))
 
     def cli(self, verb: str, *args: str) -> subprocess.CompletedProcess[str]:
         return gms_launch(verb, "--run", self.run, *args, env=self.env)
@@ -159,7 +239,7 @@ class Deployment:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def wait_full(self, timeout: float = 40.0) -> dict[str, Any]:
+    def wait_full(self, timeout: float = LONG) -> dict[str, Any]:
         """Wait until every shadow is parked."""
         found: dict[str, Any] = {}
 
@@ -203,22 +283,21 @@ class Deployment:
     def alive(self) -> list[int]:
         return [info.pid for info, _ in proc.tagged(self.run)]
 
-    def text(self, prompt: str = "hello", tokens: int = 8, timeout: float = 10.0) -> str | None:
+    def text(self, prompt: str = "hello", tokens: int = 8, timeout: float = 30.0) -> str | None:
         """The completion of `prompt`; None when nobody answers in time."""
         host, port = self.run_file["frontend_url"].removeprefix("http://").split(":")
         return complete(host, int(port), prompt, tokens, timeout)
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        lines = (self.home / self.run / "events.jsonl").read_text().splitlines()
-        found = [json.loads(line) for line in lines]
+        found = journal(self.home / self.run / "events.jsonl")
         return [e for e in found if kind is None or e["kind"] == kind]
 
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """Freeze a process for a while."""
+    """Freeze a process for a while; it may be killed meanwhile."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        kill(pid, signal.SIGCONT)

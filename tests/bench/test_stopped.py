@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gms_launch.process import proc
-from tests.support import eventually
+from tests.support import LONG, eventually
 
 ROOT = Path(__file__).parents[2]
 #: Everything that a bench starts inherits it, whatever it does with its group, session and parents.
@@ -44,7 +44,6 @@ def begin(mark: str, tmp: Path, *argv: str) -> subprocess.Popen[str]:
         return subprocess.Popen([sys.executable, "-m", *argv], cwd=ROOT, env=env, stdout=out, stderr=out, text=True)
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP])
 def test_a_stopped_bench_leaves_nothing(tmp_path: Path, sig: signal.Signals) -> None:
     """Stopped while engines start: in namespaces of two nodes, and under a detached agent."""
@@ -56,13 +55,13 @@ def test_a_stopped_bench_leaves_nothing(tmp_path: Path, sig: signal.Signals) -> 
         engines = "gms_launch.engines.reference"
         eventually(
             lambda: any(engines in proc.command_line(p) for p in marked(mark)) or bench.poll() is not None,
-            120,
-            (tmp_path / "out").read_text(),
+            LONG,
+            (tmp_path / "out").read_text,
         )
         assert bench.poll() is None, (tmp_path / "out").read_text()
         assert places(bench.pid) or kind == "failover"
         bench.send_signal(sig)
-        assert bench.wait(120) == 128 + sig, (tmp_path / "out").read_text()
+        assert bench.wait(LONG) == 128 + sig, (tmp_path / "out").read_text()
     finally:
         bench.kill()
         bench.wait()
@@ -71,7 +70,6 @@ def test_a_stopped_bench_leaves_nothing(tmp_path: Path, sig: signal.Signals) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.timeout(240)
 def test_a_peer_that_does_not_start_is_a_row(tmp_path: Path) -> None:
     """Made-up tools: `torchrun` waits for ever, `ft_launcher` is not there. The script's row comes all the same."""
     tools = tmp_path / "bin"
@@ -85,7 +83,7 @@ def test_a_peer_that_does_not_start_is_a_row(tmp_path: Path) -> None:
     names = ["torchrun, default", "ft_launcher, default"]
     bench = begin(tmp_path.name, tmp_path, "bench.peers", *args, "--out", str(out), "--only", *names)
     try:
-        assert bench.wait(200) == 0, (tmp_path / "out").read_text()
+        assert bench.wait(LONG) == 0, (tmp_path / "out").read_text()
     finally:
         bench.kill()
         bench.wait()

@@ -6,21 +6,20 @@ import random
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.chaos import chaos
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
 
+#: As patient as a machine must be on which other tests run: none of these deadlines is what is tried here.
+PATIENT = ("--health-timeout", "8", "--canary-timeout", "15", "--lease-ttl", "8", "--promotion-timeout", "60")
 KINDS = ["both_cohorts", "during_promotion", "cut_briefly", "primary_one_process", "freeze_etcd", "kill_agent"]
 
 
-@pytest.mark.timeout(300)
 def test_a_few_rounds_of_chaos(model: Path) -> None:
     seed = int(time.time())
     print(f"seed {seed}")
     rng = random.Random(seed)
-    with Lab(3, slurm=False) as lab, LabRun(lab, model, *chaos.FLAGS, **chaos.ENVIRON).hand() as run:
+    with Lab(3, slurm=False) as lab, LabRun(lab, model, *chaos.FLAGS, *PATIENT, **chaos.ENVIRON).hand() as run:
         done = chaos.rounds(run, chaos.plan(len(KINDS), rng, KINDS), rng)
     assert {r["kind"] for r in done} == set(KINDS)
     felt = {"both_cohorts", "kill_agent"}  # where nobody can take over; elsewhere not one may be lost

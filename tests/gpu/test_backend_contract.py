@@ -52,7 +52,7 @@ class Server:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.communicate(timeout=10)
+        self.process.communicate(timeout=60)
 
 
 @pytest.fixture(params=KINDS)
@@ -193,7 +193,7 @@ def test_a_full_device_is_refused_waited_for_and_granted_when_memory_comes_back(
     eventually(lambda: ooms() == 2, what="it waits")
     freed = time.monotonic()
     weights.disconnect()  # as at the death of an engine: its memory comes back
-    waiting.join(30)
+    waiting.join(60)
     took = time.monotonic() - freed
     (granted,) = answers
     assert isinstance(granted, p.AllocateResponse) and granted.size == wanted

@@ -134,7 +134,7 @@ server.main()
         waiting.start()
         eventually(lambda: [e.kind for e in probe.event_history(kv.path)].count("allocation_oom") == 2)
         weights.disconnect()
-        waiting.join(30)
+        waiting.join(60)
         assert isinstance(answers[0], p.AllocateResponse)
     finally:
         process.terminate()
@@ -165,7 +165,7 @@ server.main()
     client.connect(LockType.RW, server_wait=20.0)
     with pytest.raises(GmsError):
         client.allocate(4096, "weights")
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "giving up all memory" in errors and "CUDA_ERROR_ILLEGAL_ADDRESS" in errors
     client.disconnect()

@@ -50,7 +50,7 @@ def test_an_engine_described_in_a_file_fails_over(tmp_path: Path, model: Path, p
         environ = Path(f"/proc/{victim['pid']}/environ").read_bytes().split(b"\0")
         assert f"MY_PORT={port + found['primary']}".encode() in environ
         os.killpg(victim["pgid"], signal.SIGKILL)
-        assert eventually(run.text, 20) == before
+        assert eventually(run.text) == before
         after = run.wait_full()
         assert after["primary"] != found["primary"]
         assert after["cohorts"][found["primary"]]["incarnation"] == 2

@@ -26,7 +26,7 @@ from gms_launch.control.roles import establish
 from gms_launch.control.watch import Change, Watch
 from gms_launch.errors import NoContactError, RefusedError
 from gms_launch.services.pem import PemFiles
-from tests.support import EtcdServer, eventually, free_port
+from tests.support import PATIENCE, EtcdServer, eventually, free_port
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ class Seen:
         watch.start()
         return watch
 
-    def wait(self, wanted: Callable[[str, Any], bool], timeout: float = 15.0) -> Any:
+    def wait(self, wanted: Callable[[str, Any], bool], timeout: float = PATIENCE) -> Any:
         deadline = time.monotonic() + timeout
         while True:
             kind, value = self.messages.get(timeout=max(0.01, deadline - time.monotonic()))
@@ -162,7 +162,7 @@ def test_what_many_say_at_once_is_heard_once(store: Etcd) -> None:
     changes = [seen.wait(lambda k, _: k == "change")[0] for _ in range(4)]
     assert sorted(changes) == ["/a/0", "/a/1", "/a/2", "/a/ended"]
     for publisher in publishers:
-        publisher.stop(5.0)
+        publisher.stop(PATIENCE)
     watch.stop()
 
 
@@ -246,21 +246,21 @@ def test_watch_notices_a_wiped_store_whose_revision_has_caught_up(store: Etcd, e
 def test_lease_is_kept_and_its_loss_is_told(store: Etcd, etcd: EtcdServer) -> None:
     granted: queue.Queue[int] = queue.Queue()
     lost: queue.Queue[str] = queue.Queue()
-    keeper = LeaseKeeper(store, 2.0, granted.put, lost.put)
+    keeper = LeaseKeeper(store, 4.0, granted.put, lost.put)
     keeper.start()
-    first = granted.get(timeout=10)
+    first = granted.get(timeout=PATIENCE)
     store.put("/a/node", b"here", lease=first)
-    time.sleep(3.0)  # longer than the lease: only renewal keeps the key
+    time.sleep(6.0)  # longer than the lease: only renewal keeps the key
     assert store.get("/a/node") == b"here"
     assert lost.empty()
     store.revoke(first)
-    assert "no longer knows" in lost.get(timeout=10)
-    second = granted.get(timeout=10)
+    assert "no longer knows" in lost.get(timeout=PATIENCE)
+    second = granted.get(timeout=PATIENCE)
     assert second != first
     etcd.send(signal.SIGSTOP)
-    assert "not renewed" in lost.get(timeout=15)
+    assert "not renewed" in lost.get(timeout=PATIENCE)
     etcd.send(signal.SIGCONT)
-    assert granted.get(timeout=15)
+    assert granted.get(timeout=PATIENCE)
     keeper.stop()
 
 
@@ -274,7 +274,7 @@ def test_publisher_writes_the_last_value_when_etcd_is_back(store: Etcd, etcd: Et
         publisher.put("/a/1", b"%d" % n)
     etcd.start()
     eventually(lambda: store.get("/a/1") == b"99")
-    publisher.stop(5.0)
+    publisher.stop(PATIENCE)
 
 
 def test_what_is_kept_for_later_goes_out_together(store: Etcd) -> None:
@@ -287,13 +287,13 @@ def test_what_is_kept_for_later_goes_out_together(store: Etcd) -> None:
     for n in range(5):
         publisher.put(f"/a/{n}", b"later", later=True)
     publisher.put("/a/now", b"now")
-    found = [changes.get(timeout=5) for _ in range(6)]
+    found = [changes.get(timeout=PATIENCE) for _ in range(6)]
     assert found[0].key == "/a/now", "what somebody waits for does not wait for the rest"
     assert len({c.revision for c in found[1:]}) == 1, "one transaction"
     publisher.put("/a/0", b"urgent")
     publisher.put("/a/0", b"newer", later=True)
     eventually(lambda: store.get("/a/0") == b"newer")
-    publisher.stop(5.0)
+    publisher.stop(PATIENCE)
     watch.stop()
 
 
@@ -387,6 +387,6 @@ def test_who_has_no_certificate_of_the_run_is_not_heard(secure: EtcdServer, auth
         with pytest.raises(NoContactError):
             client.put("/a/1", b"2", retry=0.0)
         client.close()
-    assert tls.answers(Access((secure.url,), authority.cert), 5.0)
+    assert tls.answers(Access((secure.url,), authority.cert), 30.0)
     assert not tls.answers(Access((secure.url,), stranger.cert), 5.0), "another run's, on the same port"
     ours.close()

@@ -19,10 +19,10 @@ import pytest
 from gms_launch.process import proc
 from gms_launch.run.credentials import DYNAMO
 from gms_launch.run.rundir import RunDir
-from tests.support import Deployment, etcdctl, eventually, stopped
+from tests.support import LONG, Deployment, etcdctl, eventually, stopped
 
 Deploy = Callable[..., Deployment]
-QUICK = ("--health-interval", "0.2", "--health-timeout", "1.5")
+QUICK = ("--health-interval", "0.2", "--health-timeout", "5")
 
 
 @pytest.fixture
@@ -59,19 +59,19 @@ def test_a_stopped_process_of_the_primary_is_a_dead_primary(deploy: Deploy, whom
     eventually(lambda: run.text() == before)
     assert run.wait_full()["primary"] == 1 - primary
     (why,) = exits(run)
-    assert f"process {victim} has been stopped for 1.5 s" in why or "no answer on its system port" in why
+    assert f"process {victim} has been stopped for 5 s" in why or "no answer on its system port" in why
 
 
 def test_a_primary_that_serves_no_tokens_is_killed_although_it_lives_and_answers(deploy: Deploy) -> None:
-    run = deploy("--canary-interval", "1", "--canary-timeout", "3")
+    run = deploy("--canary-interval", "1", "--canary-timeout", "8")
     before, primary = run.text(), run.wait_full()["primary"]
     wedge = run.node_dir / f"wedge-{primary}-1"
     wedge.touch()
     assert run.cohort(primary)["phase"] == "active"
-    eventually(lambda: run.status()["primary"] == 1 - primary, 30)
+    eventually(lambda: run.status()["primary"] == 1 - primary)
     eventually(lambda: run.text() == before)
     killed = [e["detail"] for e in run.events("kill") if e["cohort_id"] == primary]
-    assert any("no token for 3 s (canary_timeout)" in k for k in killed), killed
+    assert any("no token for 8 s (canary_timeout)" in k for k in killed), killed
     run.wait_full()
 
 
@@ -85,7 +85,7 @@ def test_without_a_canary_nobody_is_killed_for_it(deploy: Deploy) -> None:
 
 def test_a_slow_engine_at_full_load_is_not_killed(deploy: Deploy) -> None:
     """Each token takes longer than our own request would wait for it: only the users' tokens show that it lives."""
-    run = deploy("--canary-interval", "1", "--canary-timeout", "4", *QUICK, REFERENCE_TOKEN_SECONDS="2")
+    run = deploy("--canary-interval", "1", "--canary-timeout", "6", *QUICK, REFERENCE_TOKEN_SECONDS="3")
     status = run.wait_full()
     stop = threading.Event()
 
@@ -94,13 +94,13 @@ def test_a_slow_engine_at_full_load_is_not_killed(deploy: Deploy) -> None:
     def load(later: float) -> None:
         stop.wait(later)
         while not stop.is_set():
-            answered.append(run.text(tokens=2))
+            answered.append(run.text(tokens=2, timeout=LONG))
 
     threads = [threading.Thread(target=load, args=(k / 8,)) for k in range(24)]
     for thread in threads:
         thread.start()
     try:
-        eventually(lambda: len(answered) >= 48, 60, "two rounds of requests, several times the deadline")
+        eventually(lambda: len(answered) >= 48, LONG, "two rounds of requests, several times the deadline")
         now = run.status()
     finally:
         stop.set()
@@ -112,8 +112,8 @@ def test_a_slow_engine_at_full_load_is_not_killed(deploy: Deploy) -> None:
 
 def test_the_same_engine_without_load_is_killed_since_its_token_comes_too_late(deploy: Deploy) -> None:
     """What the test above would see if users' tokens did not count."""
-    run = deploy("--canary-interval", "1", "--canary-timeout", "4", *QUICK, REFERENCE_TOKEN_SECONDS="2")
-    eventually(lambda: any("no token for 4 s" in e["detail"] for e in run.events("kill")), 20)
+    run = deploy("--canary-interval", "1", "--canary-timeout", "6", *QUICK, REFERENCE_TOKEN_SECONDS="3")
+    eventually(lambda: any("no token for 6 s" in e["detail"] for e in run.events("kill")))
 
 
 # -- promotions that fail ------------------------------------------------------------------------------------------
@@ -122,32 +122,32 @@ def test_the_same_engine_without_load_is_killed_since_its_token_comes_too_late(d
 @pytest.mark.parametrize("kind", ["hang", "error", "crash"])
 def test_a_promotion_that_fails_while_it_wakes_goes_to_the_next_shadow(deploy: Deploy, kind: str) -> None:
     """First lives are up before anything fails; then the shadows' second lives fail to wake."""
-    flags = ("--shadows", "2", "--promotion-timeout", "3", "--restart-backoff", "0.2")
+    flags = ("--shadows", "2", "--promotion-timeout", "8", "--restart-backoff", "0.2")
     run = deploy(*flags, REFERENCE_FAULT=f"*.2:waking={kind}", REFERENCE_MONITOR_SECONDS="0.2")
     before, primary = run.text(), run.wait_full()["primary"]
     parked = [k for k in range(3) if k != primary]
     for k in parked:
         os.killpg(rank(run, k)["pgid"], signal.SIGKILL)
     for k in parked:
-        eventually(lambda k=k: run.cohort(k)["incarnation"] == 2 and run.cohort(k)["phase"] == "parked", 30)
+        eventually(lambda k=k: run.cohort(k)["incarnation"] == 2 and run.cohort(k)["phase"] == "parked", LONG)
     os.killpg(rank(run, primary)["pgid"], signal.SIGKILL)
-    assert eventually(run.text, 60) == before
+    assert eventually(run.text, LONG) == before
     failed = {(e["cohort_id"], e["incarnation"]) for e in run.events("lock")} & {(k, 2) for k in range(3)}
     assert failed, "at least one of them had the lock and failed"
-    run.wait_full(60)
+    run.wait_full()
 
 
 def test_an_endpoint_that_registers_broken_is_not_taken_for_a_promotion(deploy: Deploy) -> None:
     """Registered, healthy, and every request an error: upstream has been seen to do that after a failed wake."""
-    run = deploy("--promotion-timeout", "3", "--restart-backoff", "0.2", REFERENCE_FAULT="*.2:tokens=error")
+    run = deploy("--promotion-timeout", "8", "--restart-backoff", "0.2", REFERENCE_FAULT="*.2:tokens=error")
     before, primary = run.text(), run.wait_full()["primary"]
     shadow = 1 - primary
     os.killpg(rank(run, shadow)["pgid"], signal.SIGKILL)
-    eventually(lambda: run.cohort(shadow)["incarnation"] == 2 and run.cohort(shadow)["phase"] == "parked", 30)
+    eventually(lambda: run.cohort(shadow)["incarnation"] == 2 and run.cohort(shadow)["phase"] == "parked", LONG)
     os.killpg(rank(run, primary)["pgid"], signal.SIGKILL)
-    assert eventually(run.text, 60) == before
+    assert eventually(run.text, LONG) == before
     reasons = [e["detail"] for e in run.events("kill") if (e["cohort_id"], e["incarnation"]) == (shadow, 2)]
-    assert any("no token within 3 s of the lock" in r for r in reasons), reasons
+    assert any("no token within 8 s of the lock" in r for r in reasons), reasons
 
 
 # -- starts that fail ----------------------------------------------------------------------------------------------
@@ -174,8 +174,8 @@ def test_a_writer_that_dies_later_comes_back_as_the_writer_and_shadows_wait(depl
     os.kill(service(run, "gms-0")["pid"], signal.SIGKILL)
     eventually(lambda: run.status()["redundancy"] == "none")
     assert run.cli("kill-primary", "--force").returncode in (0, 4)
-    assert eventually(run.text, 60) == before
-    run.wait_full(60)
+    assert eventually(run.text, LONG) == before
+    run.wait_full()
     lives = {(e["cohort_id"], e["incarnation"]) for e in run.events("started")}
     assert (0, 3) in lives and (0, 4) not in lives
     assert run.cohort(1)["incarnation"] == 2, "the shadow waited for the writer and was not started again"
@@ -236,22 +236,21 @@ def test_a_spoilt_model_is_named(tmp_path: Path, model: Path, spoil: Callable[[P
 
 def test_a_shadow_that_can_never_park_is_given_up_and_the_primary_serves_on(deploy: Deploy) -> None:
     fault = ",".join(f"1.{k}:starting" for k in range(2, 9))
-    flags = ("--restart-backoff", "0.1", "--restart-limit", "2", "--restart-window", "8")
+    flags = ("--restart-backoff", "0.1", "--restart-limit", "2", "--restart-window", "25")
     run = deploy(*flags, REFERENCE_FAULT=fault, REFERENCE_MONITOR_SECONDS="0.1")
     status = run.wait_full()
     if status["primary"] == 1:
         assert run.cli("kill-primary").returncode == 0
     else:
         os.killpg(rank(run, 1)["pgid"], signal.SIGKILL)
-    eventually(lambda: run.cohort(1)["failed_starts"] == 1 and run.cohort(1)["last_exit"], 30)
-    eventually(lambda: run.cohort(1)["given_up"], 30)
-    assert run.text() and run.status()["redundancy"] == "none"
-    why = run.cohort(1)["why"]
-    assert "2 starts failed within 8 s" in why
+    eventually(lambda: (slot := run.cohort(1))["failed_starts"] >= 1 and slot["last_exit"], LONG)
+    seen = eventually(lambda: (found := run.status())["cohorts"][1]["given_up"] and found, LONG)
+    assert seen["redundancy"] == "none" and run.text()
+    assert "2 starts failed within 25 s" in seen["cohorts"][1]["why"]
     event, *_ = run.events("given_up")  # a slow machine may see the budget heal and run out again by now
     agent_log = (run.home / run.run / "logs" / "agent.log").read_text()
     assert "crash at starting, as REFERENCE_FAULT says" in agent_log, "the last log lines are told"
-    eventually(lambda: run.cohort(1)["incarnation"] > event["incarnation"], 30, "the budget heals")
+    eventually(lambda: run.cohort(1)["incarnation"] > event["incarnation"], LONG, "the budget heals")
 
 
 # -- GMS -----------------------------------------------------------------------------------------------------------
@@ -265,8 +264,8 @@ def test_after_the_loss_of_gms_the_primarys_end_starts_the_group_cold(deploy: De
     assert run.text() == before, "the primary serves on what it has mapped"
     assert run.cli("kill-primary").returncode == 3, "refused, since no shadow could take over"
     os.killpg(rank(run, status["primary"])["pgid"], signal.SIGKILL)
-    assert eventually(run.text, 60) == before
-    after = run.wait_full(60)
+    assert eventually(run.text, LONG) == before
+    after = run.wait_full()
     assert {c["incarnation"] for c in after["cohorts"]} == {2}
     assert service(run, "gms-0")["starts"] == 2
     (weights,) = [g for g in after["nodes"][0]["gms"] if g["tag"] == "weights"]
@@ -298,7 +297,7 @@ def test_a_frozen_etcd_is_restarted_before_anybody_minds(deploy: Deploy) -> None
     before = run.text()
     pids = [rank(run, k)["pid"] for k in (0, 1)]
     os.kill(service(run, "etcd")["pid"], signal.SIGSTOP)
-    eventually(lambda: run.events("service_restarted"), 20)
+    eventually(lambda: run.events("service_restarted"))
     (gone,) = run.events("service_exited")
     assert "no answer for 3 s" in gone["detail"]
     run.wait_full()
@@ -320,11 +319,11 @@ def test_an_etcd_that_is_away_for_longer_than_the_leases_ends_the_engines_and_th
     pids = [rank(run, k)["pid"] for k in (0, 1)]
     broken.touch()
     os.kill(service(run, "etcd")["pid"], signal.SIGKILL)
-    eventually(lambda: not any(proc.stat(p) for p in pids), 30, "the engines end when their leases do")
+    eventually(lambda: not any(proc.stat(p) for p in pids), LONG, "the engines end when their leases do")
     time.sleep(10.0)  # the rest of the 20 s
     broken.unlink()
-    assert eventually(run.text, 60) == before
-    run.wait_full(60)
+    assert eventually(run.text, LONG) == before
+    run.wait_full()
 
 
 def test_an_etcd_that_cannot_be_brought_back_ends_the_run_with_its_log(deploy: Deploy, tmp_path: Path) -> None:
@@ -334,14 +333,14 @@ def test_an_etcd_that_cannot_be_brought_back_ends_the_run_with_its_log(deploy: D
     said = "write /data: no space left on device"
     wrapper.write_text(f'#!/bin/sh\ntest -e {broken} && echo "{said}" && exit 1\nexec {real} "$@"\n')
     wrapper.chmod(0o755)
-    run = deploy("--etcd-bin", str(wrapper), "--service-timeout", "4")
+    run = deploy("--etcd-bin", str(wrapper), "--service-timeout", "15")
     broken.touch()
     os.kill(service(run, "etcd")["pid"], signal.SIGKILL)
-    eventually(lambda: "ended" in run.run_file and run.run_file["ended"], 40)
+    eventually(lambda: "ended" in run.run_file and run.run_file["ended"], LONG)
     found = run.run_file
     assert found["exit_code"] == 1
     assert "etcd could not be brought back" in found["reason"] and said in found["reason"]
-    eventually(lambda: run.alive() == [], 10)
+    eventually(lambda: run.alive() == [])
 
 
 def test_a_wiped_etcd_is_filled_again(deploy: Deploy) -> None:
@@ -353,11 +352,11 @@ def test_a_wiped_etcd_is_filled_again(deploy: Deploy) -> None:
     os.kill(etcd, signal.SIGSTOP)
     shutil.rmtree(data)
     os.kill(etcd, signal.SIGKILL)
-    eventually(lambda: run.events("service_restarted"), 20)
+    eventually(lambda: run.events("service_restarted"))
     # Every Dynamo process ends when it learns that its lease is unknown, the frontend last.
-    eventually(lambda: len(run.events("service_restarted")) >= 2, 30)
-    assert eventually(run.text, 60) == before
-    found = run.wait_full(60)
+    eventually(lambda: len(run.events("service_restarted")) >= 2, LONG)
+    assert eventually(run.text, LONG) == before
+    found = run.wait_full()
     assert min(c["incarnation"] for c in found["cohorts"]) >= 2
     dynamo = RunDir(run.home / run.run).credentials().access(run.access.endpoints, DYNAMO)
     assert "permission denied" in etcdctl(dynamo, "get", "--prefix", "/gms-launch/").stderr, "who may what is known"

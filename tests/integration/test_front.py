@@ -56,7 +56,7 @@ class Closed(Deployment):
         return context
 
     def connection(self) -> http.client.HTTPSConnection:
-        return http.client.HTTPSConnection(LOOPBACK, self.port, timeout=30, context=self.context)
+        return http.client.HTTPSConnection(LOOPBACK, self.port, timeout=60, context=self.context)
 
     def ask(self, path: str, key: str = "", method: str = "GET", body: str = "") -> tuple[int, str]:
         with contextlib.closing(self.connection()) as connection:
@@ -148,19 +148,21 @@ def test_keys_are_in_no_file_and_on_no_command_line(run: Closed) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_tokens_are_not_held_back_and_who_hangs_up_is_heard(run: Closed, stream: bool) -> None:
-    eventually(lambda: run.in_flight() == 0, 30, "quiet")
+    eventually(lambda: run.in_flight() == 0, what="quiet")
     connection = run.begin(stream)
-    eventually(lambda: run.in_flight() == 1, 30, "asked")
+    eventually(lambda: run.in_flight() == 1, what="asked")
     if stream:
         answer = connection.getresponse()
         assert answer.status == 200
         for _ in range(3):
-            eventually(lambda: answer.readline().startswith(b"data: {"), 30, "a token")
+            eventually(lambda: answer.readline().startswith(b"data: {"), what="a token")
             assert run.in_flight() == 1, "while the rest is still to come"
         answer.close()
     assert connection.sock is not None
     connection.close()
-    eventually(lambda: run.in_flight() == 0, 30, "the frontend heard that the client is gone, of an answer of a minute")
+    eventually(
+        lambda: run.in_flight() == 0, what="the frontend heard that the client is gone, of an answer of a minute"
+    )
 
 
 def test_keys_are_exchanged_while_streams_go_on(run: Closed) -> None:
@@ -168,26 +170,25 @@ def test_keys_are_exchanged_while_streams_go_on(run: Closed) -> None:
         answer = connection.getresponse()
         assert answer.readline().startswith(b"data: {")
         run.write_keys(KEYS[1], LATER)
-        eventually(lambda: run.ask("/v1/models", LATER)[0] == 200, 30, "the new key holds")
+        eventually(lambda: run.ask("/v1/models", LATER)[0] == 200, what="the new key holds")
         assert run.ask("/v1/models", KEYS[0])[0] == 401 and run.ask("/v1/models", KEYS[1])[0] == 200
         for _ in range(5):  # whoever came in by the old key stays
-            eventually(lambda: answer.readline().startswith(b"data: {"), 30, "a token")
-    assert run.events("keys")[-1]["detail"] == "2 keys from now on"
+            eventually(lambda: answer.readline().startswith(b"data: {"), what="a token")
+    eventually(lambda: run.events("keys")[-1]["detail"] == "2 keys from now on")
     # A file that will not do changes nothing, and is told once.
     run.keys.chmod(0o644)
-    eventually(lambda: run.events("keys_refused"), 30)
+    eventually(lambda: run.events("keys_refused"))
     assert "has mode 0644" in run.events("keys_refused")[-1]["detail"]
     assert run.ask("/v1/models", LATER)[0] == 200
     # A proxy that is started anew has the keys of now.
     killed = run.service("proxy")
     os.kill(int(str(killed["pid"])), signal.SIGKILL)
-    eventually(lambda: run.service("proxy")["starts"] == 2 and run.service("proxy")["state"] == "ready", 30)
+    eventually(lambda: run.service("proxy")["starts"] == 2 and run.service("proxy")["state"] == "ready")
     assert (run.ask("/v1/models", LATER)[0], run.ask("/v1/models", KEYS[0])[0]) == (200, 401)
     run.write_keys(*KEYS)
-    eventually(lambda: run.ask("/v1/models", KEYS[0])[0] == 200, 30)
+    eventually(lambda: run.ask("/v1/models", KEYS[0])[0] == 200)
 
 
-@pytest.mark.timeout(180)
 def test_a_failover_through_proxy_and_https_loses_no_request(run: Closed) -> None:
     run.wait_full()
     url, headers = run.run_file["frontend_url"], {"authorization": f"Bearer {KEYS[1]}"}
@@ -201,15 +202,14 @@ def test_a_failover_through_proxy_and_https_loses_no_request(run: Closed) -> Non
     run.wait_full()
 
 
-@pytest.mark.timeout(180)
 def test_a_proxy_and_a_frontend_that_are_killed_come_back(run: Closed) -> None:
     before = run.wait_full()
     for name in ("frontend", "proxy"):
         killed = run.service(name)
         os.kill(int(str(killed["pid"])), signal.SIGKILL)
-        eventually(lambda: int(str(run.service(name)["starts"])) > int(str(killed["starts"])), 30, name)  # noqa: B023
-        eventually(lambda: run.service(name)["state"] == "ready", 30, name)  # noqa: B023
-        eventually(lambda: '"tiny"' in run.ask("/v1/models", KEYS[0])[1], 30, f"served again after {name}")
+        eventually(lambda: int(str(run.service(name)["starts"])) > int(str(killed["starts"])), what=name)  # noqa: B023
+        eventually(lambda: run.service(name)["state"] == "ready", what=name)  # noqa: B023
+        eventually(lambda: '"tiny"' in run.ask("/v1/models", KEYS[0])[1], what=f"served again after {name}")
     after = run.wait_full()
     assert (after["primary"], [c["incarnation"] for c in after["cohorts"]]) == (
         before["primary"],
@@ -219,7 +219,7 @@ def test_a_proxy_and_a_frontend_that_are_killed_come_back(run: Closed) -> None:
     frozen, proxy = int(str(run.service("frontend")["pid"])), run.service("proxy")
     os.kill(frozen, signal.SIGKILL)
     assert run.service("proxy")["pid"] == proxy["pid"]
-    eventually(lambda: '"tiny"' in run.ask("/v1/models", KEYS[0])[1], 30)
+    eventually(lambda: '"tiny"' in run.ask("/v1/models", KEYS[0])[1])
 
 
 def test_after_down_nothing_of_the_way_in_is_left(run: Closed) -> None:
@@ -234,7 +234,6 @@ def test_after_down_nothing_of_the_way_in_is_left(run: Closed) -> None:
         socket.create_connection((LOOPBACK, port), 1)
 
 
-@pytest.mark.timeout(180)
 def test_https_of_dynamos_own_frontend(tmp_path: Path, model: Path) -> None:
     cert, key = certificates.make(tmp_path / "tls")
     flags = ["--tls-cert", str(cert), "--tls-key", str(key), "--no-nats"]
@@ -247,7 +246,7 @@ def test_https_of_dynamos_own_frontend(tmp_path: Path, model: Path) -> None:
             load.wait_busy()
             assert run.cli("kill-primary").returncode == 0
         assert not load.lost and not load.wrong, load.said()
-        done = run.cli("switch-over", "--when-idle", "30")
+        done = run.cli("switch-over", "--when-idle", "120")
         assert done.returncode == 0, done.stderr
         assert not [s for s in run.status()["nodes"][0]["services"] if s["name"] == "proxy"]
         assert [s["starts"] for s in run.status()["nodes"][0]["services"] if s["name"] == "frontend"] == [1]

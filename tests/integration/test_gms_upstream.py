@@ -286,13 +286,13 @@ def test_a_probe_waits_for_a_place_in_the_queue(fast_dir: Path) -> None:
         with pytest.raises(probe.ProbeError, match=r"no place in its queue within 0\.2 s"):
             probe.runtime_state(path, timeout=0.2)
         answers: list[str] = []
-        thread = threading.Thread(target=lambda: answers.append(probe.runtime_state(path, timeout=20).state))
+        thread = threading.Thread(target=lambda: answers.append(probe.runtime_state(path, timeout=60).state))
         thread.start()
         for state in ("EMPTY", "RO"):
             connection = stack.enter_context(listener.accept()[0])
             if state == "RO":
                 connection.sendall(p.frame(p.GetRuntimeStateResponse(state)))
-        thread.join(20)
+        thread.join(60)
         assert answers == ["RO"]
 
 

@@ -65,7 +65,7 @@ def owner(request: pytest.FixtureRequest) -> Iterator[Owner]:
 
 def closed(connection: socket.socket) -> bool:
     """True once the other side has closed it."""
-    if not select.select([connection], [], [], 10)[0]:
+    if not select.select([connection], [], [], 60)[0]:
         return False
     try:
         return connection.recv(1) == b""
@@ -78,14 +78,14 @@ def test_nobody_is_refused_when_the_owner_dies(owner: Owner) -> None:
         assert fcntl.fcntl(taken.fileno(), fcntl.F_GETFD) & fcntl.FD_CLOEXEC
         assert taken.fileno() >= 3 and not os.get_inheritable(taken.fileno())
         owner.kill()
-        with socket.create_connection(("127.0.0.1", owner.port), 5) as waiting:
+        with socket.create_connection(("127.0.0.1", owner.port), 60) as waiting:
             assert not select.select([waiting], [], [], 0.05)[0], "it waits"
             ((got,), more) = listener.accept_all(taken, 10)
             assert not more
             got.close()
             assert closed(waiting)
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", owner.port), 5)
+        socket.create_connection(("127.0.0.1", owner.port), 60)
 
 
 def test_a_port_on_which_nobody_of_the_group_listens_is_not_taken(owner: Owner) -> None:
@@ -100,7 +100,7 @@ def test_a_dead_owners_port_can_be_bound_and_a_living_ones_not(owner: Owner) -> 
     with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
         listener.bind("127.0.0.1", owner.port)
     owner.kill()
-    with listener.bind("127.0.0.1", owner.port), socket.create_connection(("127.0.0.1", owner.port), 5):
+    with listener.bind("127.0.0.1", owner.port), socket.create_connection(("127.0.0.1", owner.port), 60):
         pass
 
 
@@ -134,7 +134,7 @@ class Stage:
         return Holds(True, self, self.spawn, lambda _: self.around, self.keep, self.revoke, lambda: None)  # type: ignore[arg-type]
 
     async def until(self, look: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not look():
             assert time.monotonic() < deadline, self.events
             await asyncio.sleep(0.005)
@@ -145,14 +145,14 @@ class Stage:
 
 async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """As a frontend: the request is sent at once. By that alone one notices that a full backlog forgot about it."""
-    reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 20)
+    reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 60)
     writer.write(b"a request")
     return reader, writer
 
 
 async def ends(reader: asyncio.StreamReader) -> None:
     with contextlib.suppress(ConnectionResetError):
-        assert await asyncio.wait_for(reader.read(1), 20) == b""
+        assert await asyncio.wait_for(reader.read(1), 60) == b""
 
 
 def test_more_than_a_backlog_waits_and_all_are_sent_on(monkeypatch: pytest.MonkeyPatch) -> None:

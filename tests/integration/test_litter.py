@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 from gms_launch.process import scratch
 from tests.support import Deployment, eventually
 
@@ -16,7 +14,6 @@ def segments(pid: int) -> set[str]:
     return {s.name for s in scratch.mapped([pid]) if s.name.startswith(("psm_", "sem.loky-"))}
 
 
-@pytest.mark.timeout(240)
 def test_after_three_failovers_nothing_has_piled_up(tmp_path: Path, model: Path) -> None:
     with Deployment(tmp_path / "home", model, "--health-interval", "0.2", REFERENCE_LITTER="1") as run:
         dead: set[str] = set()

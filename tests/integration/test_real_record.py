@@ -65,6 +65,8 @@ def test_the_reference_engine_writes_the_record(tmp_path: Path, model: Path) -> 
         os.killpg(run.cohort(primary)["ranks"][0]["pgid"], signal.SIGKILL)
         eventually(lambda: run.status()["primary"] == 1 - primary)
         logs = run.home / run.run / "logs" / "node0"
+        woken = logs / f"cohort-{1 - primary}.1.log"
+        eventually(lambda: WAKE[-1] in woken.read_text(), what="the lines of a wake-up are written")
         texts = [(logs / f"cohort-{k}.1.log").read_text() for k in (0, 1)]
         assert missing(texts[0], [START, *WRITER, *PARK]) == []
         assert missing(texts[1], [START, *READER, *PARK]) == []

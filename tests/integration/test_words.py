@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import GMS_LAUNCH, Deployment, eventually
+from tests.support import GMS_LAUNCH, LONG, Deployment, eventually
 
 MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
@@ -36,9 +36,11 @@ def test_what_is_said_of_a_run_and_its_failover(tmp_path: Path, model: Path) -> 
             after.callback(watches[name].kill)
 
         def seen(name: str) -> str:
-            return (tmp_path / name).read_text()
+            """What a watch has said so far, in whole lines."""
+            text = (tmp_path / name).read_text()
+            return text[: text.rfind("\n") + 1]
 
-        eventually(lambda: "redundancy full" in seen("table") and seen("json").endswith("\n"))
+        eventually(lambda: "redundancy full" in seen("table") and seen("json"))
         before = run.status()["primary"]
         assert run.cli("kill-primary").returncode == 0
         run.wait_full()
@@ -47,11 +49,12 @@ def test_what_is_said_of_a_run_and_its_failover(tmp_path: Path, model: Path) -> 
         assert {json.loads(line)["run"] for line in seen("json").splitlines()} == {run.run}
         for watch in watches.values():
             watch.send_signal(signal.SIGINT)
-            assert watch.wait(10) == 130
+            assert watch.wait(60) == 130
 
+        known = len(run.events())
         head, *rows = run.cli("timeline", "--events").stdout.splitlines()
         assert head.split() == ["TIME", "NODE", "EVENT", "COHORT", "DETAIL"]
-        assert len(rows) >= len(run.events()) - 3, "a row each, however long"
+        assert len(rows) >= known, "a row each, however long"
         assert [row for row in rows if not re.match(MOMENT, row)] == []
         assert re.match(rf"{MOMENT}  cohort", run.cli("timeline").stdout)
         log = (run.home / run.run / "logs" / "agent.log").read_text().splitlines()
@@ -71,9 +74,9 @@ def test_ctrl_c_in_the_middle_of_a_start_is_no_success(tmp_path: Path, model: Pa
     with open(out, "w") as file:
         up = subprocess.Popen([*GMS_LAUNCH, "up", *detach, *run.flags], env=run.env, stdout=file, stderr=file)
         try:
-            eventually(lambda: "starting 2 cohorts" in out.read_text(), 40)
+            eventually(lambda: "starting 2 cohorts" in out.read_text(), LONG)
             up.send_signal(signal.SIGINT)
-            assert up.wait(40) == 130, out.read_text()
+            assert up.wait(LONG) == 130, out.read_text()
         finally:
             up.kill()
             up.wait()

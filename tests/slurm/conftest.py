@@ -18,8 +18,8 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def fragile_lab() -> Iterator[Lab]:
-    """Three nodes under Slurm, for a test that breaks them."""
-    with Lab(nodes=3) as made:
+    """Three nodes under Slurm, for a test that breaks them: it takes a node that is silent for 20 s for dead."""
+    with Lab(nodes=3, slurmd_timeout=20) as made:
         yield made
 
 

@@ -35,7 +35,7 @@ OPEN: list[Lab] = []
 
 def sh(*argv: str, check: bool = True) -> str:
     """Run a command of the lab's own; its error becomes ours."""
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(argv)}: exit code {done.returncode}: {done.stdout}{done.stderr}")
     return done.stdout
@@ -47,6 +47,12 @@ def wait_for(look: object, timeout: float, what: str) -> None:
         if time.monotonic() > deadline:
             raise RuntimeError(f"not within {timeout:g} s: {what}")
         time.sleep(0.02)
+
+
+def end(who: proc.ProcessId) -> None:
+    """SIGKILL that very process, if it lives."""
+    if (gone := lifecycle.kill_process(who)) is not None:
+        os.close(gone)
 
 
 class Node:
@@ -73,7 +79,21 @@ class Node:
             self._unshare = subprocess.Popen(
                 [
                     *("bash", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', str(self.cgroup)),
-                    *("unshare", "--fork", "--pid", "--mount", "--uts", "--ipc", "--net", "--cgroup"),
+                    # Whatever kills the tests kills the node.
+                    *(
+                        "setpriv",
+                        "--pdeathsig",
+                        "KILL",
+                        "unshare",
+                        "--kill-child",
+                        "--fork",
+                        "--pid",
+                        "--mount",
+                        "--uts",
+                        "--ipc",
+                        "--net",
+                        "--cgroup",
+                    ),
                     *(str(HERE / "nodeinit.sh"), self.name, str(self.dir)),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -81,7 +101,7 @@ class Node:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_for((self.dir / "ready").exists, 20, f"{self.name} boots: {self.dir / 'init.log'}")
+        wait_for((self.dir / "ready").exists, 60, f"{self.name} boots: {self.dir / 'init.log'}")
         (pid,) = proc.children(self._unshare.pid)
         self.init = proc.identity(pid)
         sh("ip", "netns", "del", self.netns, check=False)
@@ -120,7 +140,7 @@ class Node:
         return subprocess.Popen(self._argv(argv), env=self.lab.env | (env or {}), text=True, **options)  # type: ignore[call-overload,no-any-return]
 
     def run(
-        self, argv: Sequence[str], env: dict[str, str] | None = None, check: bool = False, timeout: float = 90.0
+        self, argv: Sequence[str], env: dict[str, str] | None = None, check: bool = False, timeout: float = 180.0
     ) -> subprocess.CompletedProcess[str]:
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             # Files, not pipes: a daemon that keeps its standard output would keep a pipe open.
@@ -184,14 +204,14 @@ class Node:
         sh("ip", "link", "del", self.veth, check=False)
 
     def _kill_init(self) -> None:
-        if self.init is not None and proc.alive(self.init):
-            os.kill(self.init.pid, signal.SIGKILL)
+        if self.init is not None:
+            end(self.init)
         if self._unshare is not None:
             if self.init is None:  # interrupted while it booted
                 for pid in [*proc.children(self._unshare.pid), self._unshare.pid]:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while self._unshare.poll() is None and time.monotonic() < deadline:
                 # A namespace ends when all in it are reaped, and a subreaper (bench/stopping.py) has its orphans.
                 lifecycle.reap_orphans(frozenset({self._unshare.pid}))
@@ -202,7 +222,8 @@ class Node:
     def kill(self, name: str) -> None:
         """SIGKILL every process of that command name on the node."""
         for pid in self.pids(name):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # of several, one may end with another
+                os.kill(pid, signal.SIGKILL)
 
     def stop(self) -> None:
         if self.cgroup.exists():
@@ -225,8 +246,8 @@ class Lab:
         self,
         nodes: int = 3,
         gpus: int = 4,
-        kill_wait: int = 4,
-        slurmd_timeout: int = 10,
+        kill_wait: int = 20,  # not the default, so that it is seen whether Slurm was asked
+        slurmd_timeout: int = 60,
         epilog: str = "",
         slurm: bool = True,
     ) -> None:
@@ -293,7 +314,7 @@ class Lab:
             self.controller.start()
             for node in self.nodes.values():
                 node.start()
-            wait_for(self.all_idle, 30, f"all nodes idle: {self.dir}")
+            wait_for(self.all_idle, 120, f"all nodes idle: {self.dir}")
         except BaseException:
             self.close()
             raise
@@ -354,7 +375,7 @@ SlurmdTimeout={self._slurmd_timeout}
 SlurmctldTimeout=10
 KillWait={self._kill_wait}
 UnkillableStepTimeout=20
-MessageTimeout=5
+MessageTimeout=10
 TCPTimeout=2
 MinJobAge=60
 InactiveLimit=0
@@ -399,7 +420,7 @@ SetEnv SLURM_CONF={etc}/slurm.conf
             *(f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed"),
             *("--num-threads=4", "--force"),
         )
-        wait_for(lambda: (munge / "pid").exists() and (munge / "pid").read_text().strip(), 5, "munged")
+        wait_for(lambda: (munge / "pid").exists() and (munge / "pid").read_text().strip(), 60, "munged")
         self._munged = proc.identity(int((munge / "pid").read_text()))
 
     def close(self) -> None:
@@ -414,13 +435,19 @@ SetEnv SLURM_CONF={etc}/slurm.conf
             with contextlib.suppress(OSError):
                 if conf in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                     os.kill(pid, signal.SIGKILL)
-        for node in self._all:
-            node.stop()
-        if self._munged is not None and proc.alive(self._munged):
-            os.kill(self._munged.pid, signal.SIGKILL)
-        if self.bridge:
-            sh("ip", "link", "del", self.bridge, check=False)
-            sh("ip", "route", "del", "unreachable", f"{self.net}.0/24", "metric", "9999", check=False)
+        with contextlib.ExitStack() as each:  # one that fails keeps nothing of the others; the last is called first
+            each.callback(self._forget)
+            if self.bridge:
+                each.callback(
+                    sh, "ip", "route", "del", "unreachable", f"{self.net}.0/24", "metric", "9999", check=False
+                )
+                each.callback(sh, "ip", "link", "del", self.bridge, check=False)
+            if self._munged is not None:
+                each.callback(end, self._munged)
+            for node in reversed(self._all):
+                each.callback(node.stop)
+
+    def _forget(self) -> None:
         OPEN.remove(self)
         if not os.environ.get("LAB_KEEP"):
             shutil.rmtree(self.dir, ignore_errors=True)
@@ -428,7 +455,7 @@ SetEnv SLURM_CONF={etc}/slurm.conf
     # -- use -----------------------------------------------------------------------------------------------------
 
     def run(
-        self, argv: Sequence[str], env: dict[str, str] | None = None, timeout: float = 90.0
+        self, argv: Sequence[str], env: dict[str, str] | None = None, timeout: float = 180.0
     ) -> subprocess.CompletedProcess[str]:
         """A command on the login node."""
         return subprocess.run(

@@ -6,6 +6,7 @@ processes of all nodes, whatever the agents say.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,14 +15,15 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
-from gms_launch.process import proc
+from gms_launch.process import lifecycle, proc
 from tests.slurm.lab import Lab
-from tests.support import complete, eventually
+from tests.support import LONG, PATIENCE, STANDING, complete, eventually, how_it_stands, journal
 
-#: What tests need to be quick; everything else is as delivered.
-QUICK = ["--lease-ttl=2", "--node-wait=8"]
+#: What tests need to be quick; everything else is as delivered. Not as quick as a quiet machine would allow.
+QUICK = ["--lease-ttl=3", "--node-wait=15"]
 
 
 class LabRun:
@@ -79,34 +81,51 @@ class LabRun:
         return self
 
     def __enter__(self) -> LabRun:
+        STANDING.append(self)
         if not self.processes:
             self.srun()
         try:
             self.wait_full()
-        except BaseException:
-            self.__exit__()
+        except BaseException as exc:
+            self.__exit__(type(exc), exc, None)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.cli("down")
-        for process in self.processes:
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        for info in self.tagged():
-            os.kill(info.pid, signal.SIGKILL)
-        if self._log is not None:
-            self._log.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        value: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        if kind is not None:
+            print(self.told())
+        if self in STANDING:
+            STANDING.remove(self)
+        try:
+            self.cli("down")
+        finally:
+            for process in self.processes:
+                try:
+                    process.wait(15)
+                except subprocess.TimeoutExpired:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            lifecycle.kill_all(self.tagged, PATIENCE)
+            if self._log is not None:
+                self._log.close()
+
+    def told(self) -> str:
+        how = how_it_stands(self.run, self.home, lambda: str(self.cli("status", "--json", timeout=30.0)))
+        alive = [f"{i.pid} {i.state} {tag} {proc.command_line(i.pid)[:100]}" for i, tag in proc.tagged(self.run)]
+        return "\n".join([how, "== alive", *alive, f"== {self.log_path}", self.output()[-6000:]])
 
     def output(self) -> str:
-        return self.log_path.read_text()
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     # -- what is there -------------------------------------------------------------------------------------------
 
-    def cli(self, verb: str, *args: str, timeout: float = 90.0) -> subprocess.CompletedProcess[str]:
+    def cli(self, verb: str, *args: str, timeout: float = LONG) -> subprocess.CompletedProcess[str]:
         """A verb on the login node."""
         return self.lab.run(["gms-launch", verb, "--run", self.run, *args], timeout=timeout)
 
@@ -116,7 +135,7 @@ class LabRun:
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def wait_full(self, timeout: float = 40.0) -> dict[str, Any]:
+    def wait_full(self, timeout: float = LONG) -> dict[str, Any]:
         found: dict[str, Any] = {}
 
         def full() -> bool:
@@ -133,18 +152,14 @@ class LabRun:
         return found
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        try:
-            lines = (self.home / "events.jsonl").read_text().splitlines()
-        except FileNotFoundError:
-            return []
-        found = [json.loads(line) for line in lines if line.endswith("}")]
+        found = journal(self.home / "events.jsonl")
         return [e for e in found if kind is None or e["kind"] == kind]
 
     def run_file(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.home / "run.json").read_text())
         return found
 
-    def text(self, timeout: float = 10.0) -> str | None:
+    def text(self, timeout: float = 30.0) -> str | None:
         """The completion of a fixed prompt; None when nobody answers in time."""
         host, port = self.run_file()["frontend_url"].removeprefix("http://").split(":")
         return complete(host, int(port), "hello", 8, timeout)
@@ -178,7 +193,16 @@ class LabRun:
 
     def wait_dead(self, cohort_id: int, life: int) -> None:
         """Wait until no process of a life is alive on any node."""
-        eventually(lambda: not self.tagged(cohort_id, life), 5.0, f"cohort {cohort_id}, life {life}, dead on all nodes")
+        eventually(lambda: not self.tagged(cohort_id, life), what=f"cohort {cohort_id}, life {life}, dead on all nodes")
+
+    def agents(self) -> list[int]:
+        """The agents of the run's nodes, in their order, as this machine numbers them."""
+        found = []
+        for name in dict.fromkeys(self.nodes):
+            pids = self.lab.node(name).pids("gms-launch", "python", "python3")
+            lines = [(pid, proc.command_line(pid).split()) for pid in pids]
+            found += [pid for pid, words in lines if "up" in words and self.run in words]
+        return found
 
     def loads(self) -> dict[str, int]:
         """By node: how often the weights were written into GMS since its server started."""
@@ -199,7 +223,7 @@ class LabRun:
                 found[name] = files
         return found
 
-    def wait_gone(self, timeout: float = 15.0) -> None:
+    def wait_gone(self, timeout: float = PATIENCE) -> None:
         """Wait until nothing of it is alive on any node."""
         try:
             eventually(lambda: not self.tagged(), timeout)
@@ -210,7 +234,7 @@ class LabRun:
         """The Slurm job that the run is in."""
         return str(eventually(lambda: self.run_file()["slurm"].partition(".")[0]))
 
-    def exit_codes(self, timeout: float = 30.0) -> list[int]:
+    def exit_codes(self, timeout: float = LONG) -> list[int]:
         return [p.wait(timeout) for p in self.processes]
 
 

@@ -18,7 +18,7 @@ from gms_launch.process import proc
 from tests.integration.test_bad_places import FAULTS
 from tests.slurm.lab import Lab, sh
 from tests.slurm.support import LabRun
-from tests.support import complete, eventually
+from tests.support import LONG, complete, eventually
 
 
 class SmallHomeLab(Lab):
@@ -46,7 +46,7 @@ def small_home_lab() -> Iterator[Lab]:
         yield made
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_shared_home_in_trouble_changes_no_failover(small_home_lab: Lab, model: Path) -> None:
     home = small_home_lab.dir / "home"
     leader = small_home_lab.node("node1")
@@ -80,14 +80,14 @@ def test_a_shared_home_in_trouble_changes_no_failover(small_home_lab: Lab, model
                 os.killpg(victims[0].pgid, signal.SIGKILL)
                 eventually(serves, what=f"the shadow serves while the home is {name}")
                 eventually(lambda name=name: name in told(), what=f"status says that the home is {name}")
-                eventually(full, 40.0, f"re-armed while the home is {name}")
+                eventually(full, LONG, f"re-armed while the home is {name}")
                 assert not any(proc.alive(v.identity) for v in victims) and status()["primary"] == 1 - primary
                 done = verb("kill-primary")
                 assert done.returncode == 0, f"{name}: {done.stderr}"
                 eventually(serves)
-                eventually(full, 40.0, f"re-armed again while the home is {name}")
+                eventually(full, LONG, f"re-armed again while the home is {name}")
             eventually(lambda: told() <= {"well"}, what=f"well again after {name}")
-        assert len(run.events("first_token")) >= 9
+        eventually(lambda: len(run.events("first_token")) >= 9)
         with FAULTS["gone"](home, run.run):
             down = verb("down")
             assert down.returncode == 0, down.stdout + down.stderr
@@ -101,7 +101,7 @@ def test_a_shared_home_in_trouble_changes_no_failover(small_home_lab: Lab, model
 
 def test_an_etcd_that_cannot_come_back_ends_the_run_everywhere_and_is_told(lab: Lab, model: Path) -> None:
     """Nobody can be told through etcd then: the other nodes read it in run.json, long before node_wait is over."""
-    flags = ("--service-timeout=5", "--node-wait=300")
+    flags = ("--service-timeout=15", "--node-wait=300")
     with LabRun(lab, model, *flags, nodes=lab.names[:2]) as run:
         leader = lab.node("node1")
         assert leader.init is not None
@@ -110,10 +110,10 @@ def test_an_etcd_that_cannot_come_back_ends_the_run_everywhere_and_is_told(lab: 
         shutil.rmtree(data)
         data.write_text("")  # no directory can be made there; a log alone that is lost it begins anew
         os.kill(etcd.pid, signal.SIGKILL)
-        end = eventually(lambda: (found := run.run_file())["ended"] and found, 40.0, "run.json tells the end")
+        end = eventually(lambda: (found := run.run_file())["ended"] and found, LONG, "run.json tells the end")
         assert end["exit_code"] == 1 and "etcd could not be brought back" in end["reason"]
         assert not run.events("service_restarted"), "it never came back"
-        run.wait_gone(40.0)
+        run.wait_gone()
         assert all(code != 0 for code in run.exit_codes())
         waited = run.cli("wait")
         assert waited.returncode == 1 and "etcd could not be brought back" in waited.stderr

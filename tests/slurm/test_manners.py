@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.lab import Lab
-from tests.slurm.support import LabRun, since
-from tests.support import eventually
+from tests.slurm.support import QUICK, LabRun
+from tests.support import LONG, eventually, kill, stopped
 
 SLURM = Path(__file__).parents[2] / "slurm"
 
 
 def stopped_in_order(run: LabRun) -> None:
     """Every agent ended by itself and said that nothing was left."""
-    ended = eventually(lambda: run.run_file()["ended"] and run.run_file())
+    ended = eventually(lambda: run.run_file()["ended"] and run.run_file(), LONG)
     assert ended["exit_code"] == 0, ended["reason"]
     assert [(n["node_rank"], n["clean"]) for n in ended["nodes"]] == [(k, True) for k in range(len(run.nodes))]
-    run.wait_gone(2.0)
-    eventually(lambda: run.left() == {}, 2.0)
+    run.wait_gone()
+    eventually(lambda: run.left() == {})
 
 
 def test_scancel_stops_in_order_within_kill_wait(lab: Lab, model: Path) -> None:
     with LabRun(lab, model) as run:
-        begun = time.monotonic()
         assert lab.run(["scancel", run.job()]).returncode == 0
-        run.wait_gone(4.0)  # the lab's KillWait
-        assert since(begun) < 4.0
-        stopped_in_order(run)
+        run.wait_gone()
+        stopped_in_order(run)  # which whatever Slurm kills when KillWait is over is not
         assert "stopping: signal SIGTERM" in run.output()
         kinds = [(e["kind"], e["cohort_id"]) for e in run.events() if e["kind"] == "dead" and e["node_rank"] == 0]
         primary = next(e["cohort_id"] for e in run.events("lock"))
@@ -52,26 +48,26 @@ def test_the_agent_behind_an_entry_point(lab: Lab, model: Path, tmp_path: Path) 
     run.srun(command=[str(entry), *run.up()])
     with run:
         lab.run(["scancel", run.job()])
-        run.wait_gone(4.0)
+        run.wait_gone()
         stopped_in_order(run)
 
 
 def test_scancel_in_the_middle_of_a_promotion(lab: Lab, model: Path) -> None:
-    with LabRun(lab, model, REFERENCE_WAKE_SECONDS="1.5") as run:
-        primary = run.status()["primary"]
+    with LabRun(lab, model, REFERENCE_WAKE_SECONDS="8") as run:
+        primary, number = run.status()["primary"], run.job()
         run.kill_rank(primary, 1)
         eventually(lambda: [e for e in run.events("lock") if e["cohort_id"] == 1 - primary])
-        lab.run(["scancel", run.job()])
-        run.wait_gone(6.0)
+        lab.run(["scancel", number])
+        run.wait_gone()
         assert not [e for e in run.events("first_token") if e["cohort_id"] == 1 - primary], "it was in the middle"
         stopped_in_order(run)
 
 
 def test_a_stop_takes_no_longer_than_slurm_allows(lab: Lab, model: Path) -> None:
     """KillWait is read from Slurm, and what does not fit into it is refused."""
-    done = lab.run(["srun", "-N1", *LabRun(lab, model, "--stop-timeout=10").up()])
+    done = lab.run(["srun", "-N1", *LabRun(lab, model, "--stop-timeout=12").up()])
     assert done.returncode == 2
-    assert "more than half of kill_wait 4 s (from Slurm's KillWait)" in done.stderr
+    assert "more than half of kill_wait 20 s (from Slurm's KillWait)" in done.stderr
 
 
 @pytest.fixture
@@ -90,14 +86,14 @@ def test_after_a_kill_without_notice_the_epilog_leaves_nothing(swept_lab: Lab, m
         swept_lab.run(["scancel", f"{killed.job()}.0"])
         killed.wait_gone()
         assert "stopping" not in killed.output(), "there was no notice"
-        eventually(lambda: killed.left() == {}, 15.0, "the epilog has swept")
+        eventually(lambda: killed.left() == {}, what="the epilog has swept")
         assert other.text() == before and other.status()["redundancy"] == "full", "the other job on these nodes lives"
 
 
 def test_a_kill_of_the_job_is_a_cancellation_to_slurm(lab: Lab, model: Path) -> None:
     with LabRun(lab, model) as run:
         lab.run(["scancel", "-s", "KILL", run.job()])
-        run.wait_gone(6.0)
+        run.wait_gone()
         stopped_in_order(run)
         assert "stopping: signal SIGTERM" in run.output()
 
@@ -107,7 +103,7 @@ def test_both_processes_of_srun_killed(lab: Lab, model: Path) -> None:
     with LabRun(lab, model) as run:
         before, job_id = run.text(), run.job()
         os.killpg(run.processes[0].pid, signal.SIGKILL)
-        run.processes[0].wait(10)
+        run.processes[0].wait(60)
         assert before and run.text() == before
         down = run.cli("down")
         assert down.returncode == 0
@@ -135,7 +131,7 @@ def test_srun_killed(swept_lab: Lab, model: Path) -> None:
     with LabRun(swept_lab, model) as run:
         os.kill(run.processes[0].pid, signal.SIGKILL)
         run.wait_gone()
-        eventually(lambda: run.left() == {}, 15.0, "the epilog has swept")
+        eventually(lambda: run.left() == {}, what="the epilog has swept")
 
 
 def test_slurmstepd_killed(fragile_lab: Lab, model: Path) -> None:
@@ -146,7 +142,7 @@ def test_slurmstepd_killed(fragile_lab: Lab, model: Path) -> None:
         stopped_in_order(run)
         assert "is gone" in (run.home / "logs" / "node1" / "agent.log").read_text()
         run.processes[0].terminate()  # srun hangs for ever
-        run.processes[0].wait(20)
+        run.processes[0].wait(60)
 
 
 def test_two_jobs_on_the_same_nodes(lab: Lab, model: Path) -> None:
@@ -179,7 +175,12 @@ def submit(run: LabRun, *flags: str) -> str:
 
 
 def job(lab: Lab, number: str) -> dict[str, str]:
-    out = lab.run(["scontrol", "--oneliner", "show", "job", number]).stdout
+    """What Slurm knows of a job. Asked again when slurmctld is too busy to answer in time."""
+
+    def asked() -> str:
+        return lab.run(["scontrol", "--oneliner", "show", "job", number]).stdout
+
+    out = eventually(asked, what=f"Slurm tells of job {number}")
     return dict(item.split("=", 1) for item in out.split() if "=" in item)
 
 
@@ -188,14 +189,14 @@ def test_the_batch_script(lab: Lab, model: Path) -> None:
     number = submit(run)
     run.processes = [subprocess.Popen(["sleep", "infinity"], text=True)]  # stands for the job while we look
     try:
-        before = eventually(lambda: (run.home / "run.json").exists() and run.wait_full() and run.text(), 40.0)
+        before = eventually(lambda: (run.home / "run.json").exists() and run.wait_full() and run.text(), LONG)
         victim = run.kill_rank(run.status()["primary"], 1)
         eventually(lambda: run.text(2.0) == before)
         run.wait_dead(*victim)
         run.wait_full()
         assert run.job() == number
         assert run.cli("down").returncode == 0
-        eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", 15.0)
+        eventually(lambda: job(lab, number)["JobState"] == "COMPLETED")
         assert run.left() == {}
     finally:
         run.processes[0].kill()
@@ -207,9 +208,9 @@ def test_scancel_of_the_batch_job_stops_in_order(lab: Lab, model: Path) -> None:
     run = LabRun(lab, model)
     number = submit(run)
     try:
-        eventually(lambda: [e for e in run.events("redundancy") if e["detail"] == "full"], 40.0)
+        eventually(lambda: [e for e in run.events("redundancy") if e["detail"] == "full"], LONG)
         lab.run(["scancel", number])
-        run.wait_gone(6.0)
+        run.wait_gone()
         stopped_in_order(run)
     finally:
         lab.run(["scancel", number])
@@ -222,7 +223,7 @@ def test_a_batch_script_of_one_node_needs_no_srun(lab: Lab, model: Path) -> None
     verbs = [f"gms-launch {verb} --run {run.run}" for verb in ("status", "kill-primary", "down")]
     # Two seconds are longer than a background agent would live on, if it minded the end of the command that began it.
     script.write_text("#!/bin/bash\nset -e\n" + "\n".join([up, "sleep 2", *verbs]) + "\n")
-    done = lab.run(["sbatch", "-W", "-N1", f"--output={run.log_path}", str(script)], timeout=60)
+    done = lab.run(["sbatch", "-W", "-N1", f"--output={run.log_path}", str(script)])
     assert done.returncode == 0, run.output()
     assert "first_token" in run.output() and "nothing of it is alive" in run.output()
     assert run.left() == {}
@@ -231,18 +232,18 @@ def test_a_batch_script_of_one_node_needs_no_srun(lab: Lab, model: Path) -> None
 def test_a_batch_job_with_bad_settings_fails_and_says_why(lab: Lab, model: Path) -> None:
     run = LabRun(lab, model)
     number = submit(run, "--shadows=77")
-    eventually(lambda: job(lab, number)["JobState"] == "FAILED", 20.0)
+    eventually(lambda: job(lab, number)["JobState"] == "FAILED", LONG)
     # srun reports the highest code of its tasks, and -K1 may have ended a slower one by SIGTERM.
     assert job(lab, number)["ExitCode"] in ("2:0", "1:0")
     assert "shadows (from --shadows): 77 is above 9" in run.output()
 
 
 def test_a_batch_job_ends_when_a_node_is_lost_although_srun_hangs(fragile_lab: Lab, model: Path) -> None:
-    run = LabRun(fragile_lab, model, "--lease-ttl=2", "--node-wait=4")
+    run = LabRun(fragile_lab, model, *QUICK)
     number = submit(run)
-    eventually(lambda: [e for e in run.events("redundancy") if e["detail"] == "full"], 40.0)
+    eventually(lambda: [e for e in run.events("redundancy") if e["detail"] == "full"], LONG)
     fragile_lab.node("node3").power_off()
-    eventually(lambda: job(fragile_lab, number)["JobState"] in ("FAILED", "NODE_FAIL"), 60.0)
+    eventually(lambda: job(fragile_lab, number)["JobState"] in ("FAILED", "NODE_FAIL"), LONG)
     assert "node 2 (node3) was lost" in run.output()
     run.wait_gone()
 
@@ -286,21 +287,17 @@ def test_verbs_from_a_node_from_inside_the_job_and_from_the_login_node(lab: Lab,
 
 def test_kill_primary_while_etcd_is_frozen_goes_through_slurm(lab: Lab, model: Path) -> None:
     # The agent would restart a frozen etcd sooner than a person notices.
-    with LabRun(lab, model, "--service-liveness", "8", "--dynamo-lease-ttl", "30") as run:
+    with LabRun(lab, model, "--service-liveness", "60", "--dynamo-lease-ttl", "200") as run:
         before = run.text()
         status = run.status()
         (etcd,) = run.on_node(0, "etcd")
-        os.kill(etcd.pid, signal.SIGSTOP)
-        try:
+        with stopped(etcd.pid):
             command = lab.popen(
                 ["gms-launch", "kill-primary", "--run", run.run], stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
             life = status["cohorts"][status["primary"]]["incarnation"]
-            eventually(lambda: not run.tagged(status["primary"], life), 15.0, "dead on all nodes without etcd")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(etcd.pid, signal.SIGCONT)
-        out, err = command.communicate(timeout=60)
+            eventually(lambda: not run.tagged(status["primary"], life), LONG, "dead on all nodes without etcd")
+        out, err = command.communicate(timeout=LONG)
         assert command.returncode == 0, out + err
         assert "killing the recorded groups" in out
         assert run.text() == before
@@ -308,7 +305,7 @@ def test_kill_primary_while_etcd_is_frozen_goes_through_slurm(lab: Lab, model: P
 
 
 def test_a_recorded_group_whose_number_went_to_another_process_is_not_touched(lab: Lab, model: Path) -> None:
-    bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    bystander = subprocess.Popen(["sleep", "600"], start_new_session=True)
     try:
         done = lab.run(["gms-launch", "kill-group", str(bystander.pid), "12345"])
         assert done.returncode == 3 and "not touched" in done.stderr
@@ -320,16 +317,11 @@ def test_a_recorded_group_whose_number_went_to_another_process_is_not_touched(la
 
 def test_sweep_clears_nodes_whose_agents_are_dead(lab: Lab, model: Path) -> None:
     with LabRun(lab, model) as run:
-        agents = [
-            p
-            for name in run.nodes
-            for p in lab.node(name).pids("gms-launch")
-            if run.run in Path(f"/proc/{p}/cmdline").read_text()
-        ]
+        agents = run.agents()
         assert len(agents) == 3
         for agent in agents:
-            os.kill(agent, signal.SIGKILL)
-        run.wait_gone(3.0)
+            kill(agent)  # Slurm ends the others when one has gone
+        run.wait_gone()
         assert set(run.left()) == {"node1", "node2", "node3"}, "files"
         # The step is over, and with it the job, so `down` could only come by SSH: see test_by_hand.py.
         for name in run.nodes:

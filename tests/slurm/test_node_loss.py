@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from pathlib import Path
-
-import pytest
 
 from gms_launch.engines.reference import demo_model
 from gms_launch.process import proc
 from tests.slurm.lab import Lab, Node
 from tests.slurm.support import QUICK, LabRun, since
-from tests.support import eventually
+from tests.support import LONG, eventually, kill
 
-LEASE, WAIT = 2.0, 8.0
-#: From a fault to the moment when a lease of 2 s must be over everywhere, with etcd's own second and ours.
-OVER = LEASE + 4.0
+#: What QUICK has for node_wait.
+WAIT = 15.0
 
 
 def engines_dead(run: LabRun, *nodes: int) -> bool:
@@ -30,11 +25,9 @@ def test_a_node_that_is_cut_off_and_back_in_time(fragile_lab: Lab, model: Path) 
         before = run.text()
         lives = [c["incarnation"] for c in run.status()["cohorts"]]
         agent = run.status()["nodes"][1]["agent_pid"]
-        cut = time.monotonic()
         lost.cut()
-        eventually(lambda: engines_dead(run, 1), OVER, "the cut-off agent kills its ranks by itself")
-        eventually(lambda: engines_dead(run, 0, 2), OVER, "the others kill theirs")
-        assert since(cut) < OVER
+        eventually(lambda: engines_dead(run, 1), what="the cut-off agent kills its ranks by itself")
+        eventually(lambda: engines_dead(run, 0, 2), what="the others kill theirs")
         eventually(lambda: run.status()["lost_nodes"] == [1])
         status = run.status()
         assert status["redundancy"] == "down" and {c["phase"] for c in status["cohorts"]} == {"fenced"}
@@ -58,17 +51,17 @@ def test_a_node_that_stays_away_ends_the_run_with_a_message(fragile_lab: Lab, mo
     with run:
         fragile_lab.node("node3").cut()
         cut = time.monotonic()
-        eventually(lambda: run.run_file()["ended"], OVER + WAIT + 6.0, "the leader gives up")
+        eventually(lambda: run.run_file()["ended"], LONG, "the leader gives up")
         assert since(cut) > WAIT
         ended = run.run_file()
         assert ended["exit_code"] == 4
-        assert "node 2 (node3) was lost and did not come back within 8 s (node_wait)" in ended["reason"]
+        assert "node 2 (node3) was lost and did not come back within 15 s (node_wait)" in ended["reason"]
         waited = run.cli("wait")
         assert waited.returncode == 4 and "node 2 (node3) was lost" in waited.stderr
-        eventually(lambda: not run.tagged(), WAIT, "the cut-off agent gives up too, and nothing is left anywhere")
+        eventually(lambda: not run.tagged(), LONG, "the cut-off agent gives up too, and nothing is left anywhere")
         assert "no contact with the leader" in (run.home / "logs" / "node2" / "agent.log").read_text()
         fragile_lab.node("node3").join()
-        (code,) = run.exit_codes(60.0)
+        (code,) = run.exit_codes()
         assert code != 0, "and srun, once it hears from that node again, does not say that all was well"
     assert run.left() == {}
 
@@ -80,12 +73,12 @@ def test_a_frozen_node_is_fenced_without_and_does_no_harm_when_it_thaws(fragile_
         old = run.engines(1)
         node.freeze()
         try:
-            eventually(lambda: engines_dead(run, 0, 2), OVER)
+            eventually(lambda: engines_dead(run, 0, 2))
             assert run.engines(1), "frozen processes cannot die"
             eventually(lambda: run.status()["lost_nodes"] == [1])
         finally:
             node.thaw()
-        eventually(lambda: not any(proc.alive(i.identity) for i in old), 5.0, "what thawed is killed")
+        eventually(lambda: not any(proc.alive(i.identity) for i in old), what="what thawed is killed")
         run.wait_full()
         assert run.text() == before
 
@@ -96,42 +89,41 @@ def test_a_node_that_is_switched_off_ends_the_run_and_leaves_nothing_on_the_othe
     run = LabRun(fragile_lab, model, *QUICK)
     with run:
         fragile_lab.node("node2").power_off()
-        eventually(lambda: engines_dead(run, 0, 2), OVER)
-        eventually(lambda: run.run_file()["ended"], WAIT + 8.0)
+        eventually(lambda: engines_dead(run, 0, 2))
+        eventually(lambda: run.run_file()["ended"], LONG)
         assert run.run_file()["exit_code"] == 4
         run.wait_gone()
         # srun of this Slurm would now hang for ever; SIGTERM ends it.
         run.processes[0].terminate()
-        run.processes[0].wait(20)
+        run.processes[0].wait(60)
         down = run.cli("down")
         assert down.returncode == 1 and "node2" in down.stderr, "what cannot be proved is said"
 
 
 def test_a_run_that_ends_while_a_node_is_cut_off_ends_there_too(bare_lab: Lab, model: Path) -> None:
     """Its agent reads run.json; it does not keep its node for all of node_wait."""
-    run = LabRun(bare_lab, model, "--lease-ttl=2", "--node-wait=300", nodes=["node1", "node2"]).hand()
+    run = LabRun(bare_lab, model, "--lease-ttl=3", "--node-wait=300", nodes=["node1", "node2"]).hand()
     with run:
         bare_lab.node("node2").cut()
         eventually(lambda: run.status()["lost_nodes"] == [1])
         run.cli("down")
         assert run.run_file()["exit_code"] == 0
-        run.wait_gone(20.0)
+        run.wait_gone()
         assert run.exit_codes() == [0, 1], "there it was not in order"
         assert "the run has ended" in run.output()
     assert run.left() == {}
 
 
-@pytest.mark.timeout(180)
 def test_a_leader_that_is_cut_off(fragile_lab: Lab, model: Path) -> None:
     run = LabRun(fragile_lab, model, *QUICK)
     with run:
         fragile_lab.node("node1").cut()
-        eventually(lambda: engines_dead(run, 0, 1, 2), OVER, "both sides kill their ranks")
-        eventually(lambda: not run.tagged(), WAIT + 12.0, "and give up after node_wait")
-        eventually(lambda: run.run_file()["ended"], 5.0)
+        eventually(lambda: engines_dead(run, 0, 1, 2), what="both sides kill their ranks")
+        eventually(lambda: not run.tagged(), LONG, "and give up after node_wait")
+        eventually(lambda: run.run_file()["ended"])
         assert run.run_file()["exit_code"] == 4
         fragile_lab.node("node1").join()
-        (code,) = run.exit_codes(60.0)
+        (code,) = run.exit_codes()
         assert code != 0
     assert run.left() == {}
 
@@ -139,11 +131,8 @@ def test_a_leader_that_is_cut_off(fragile_lab: Lab, model: Path) -> None:
 def test_a_killed_agent_under_slurm_breaks_the_step_and_leaves_nothing(lab: Lab, model: Path) -> None:
     run = LabRun(lab, model, *QUICK)
     with run:
-        (agent,) = [
-            p for p in lab.node("node2").pids("gms-launch") if run.run in Path(f"/proc/{p}/cmdline").read_text()
-        ]
-        os.kill(agent, signal.SIGKILL)
-        run.wait_gone(20.0)
+        kill(run.agents()[1])
+        run.wait_gone()
         (code,) = run.exit_codes()
         assert code != 0
     run.cli("down")
@@ -166,7 +155,7 @@ def refused(run: LabRun, node: Node, tmp_path: Path) -> None:
         if other_model:
             node.run(["mount", "--bind", str(tmp_path), str(run.model)], check=True)
         run.hand(2, **environ)
-        assert run.processes.pop().wait(30) == 2, run.output()
+        assert run.processes.pop().wait(LONG) == 2, run.output()
         if other_model:
             node.run(["umount", str(run.model)], check=True)
         assert says in run.output()
@@ -178,18 +167,18 @@ def refused(run: LabRun, node: Node, tmp_path: Path) -> None:
 
 def test_a_node_that_comes_back_with_a_new_agent(bare_lab: Lab, model: Path, tmp_path: Path) -> None:
     """By hand there is no Slurm to break the step: the rest waits for that node, and starts cold with it."""
-    run = LabRun(bare_lab, model, "--lease-ttl=2", "--node-wait=40").hand()
+    run = LabRun(bare_lab, model, "--lease-ttl=3", "--node-wait=300").hand()
     with run:
         before = run.text()
         old = {i.identity for i in run.on_node(2)}
         bare_lab.node("node3").power_off()
-        run.processes.pop().wait(10)
-        eventually(lambda: engines_dead(run, 0, 1), OVER)
+        run.processes.pop().wait(60)
+        eventually(lambda: engines_dead(run, 0, 1))
         assert not any(proc.alive(i) for i in old)
         bare_lab.node("node3").start(daemons=False)
         refused(run, bare_lab.node("node3"), tmp_path)
         run.hand(2)
-        status = run.wait_full(60.0)
+        status = run.wait_full()
         assert status["lost_nodes"] == []
         assert run.text() == before
         assert run.loads() == {"node1": 1, "node2": 1, "node3": 1}, (

@@ -60,12 +60,11 @@ def endure(run: LabRun, cuts: int, lease_ttl: float, seed: int) -> None:
 
 
 def test_cuts_of_most_of_a_lease(bare_lab: Lab, model: Path) -> None:
-    with LabRun(bare_lab, model, "--lease-ttl=3", nodes=["node1", "node2"]).hand() as run:
-        endure(run, 3, 3.0, seed=1)
+    with LabRun(bare_lab, model, "--lease-ttl=6", nodes=["node1", "node2"]).hand() as run:
+        endure(run, 3, 6.0, seed=1)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
 def test_thirty_cuts_of_most_of_a_lease_under_load(bare_lab: Lab, model: Path) -> None:
     with LabRun(bare_lab, model, nodes=["node1", "node2"]).hand() as run:
         over = threading.Event()

@@ -10,16 +10,16 @@ import pytest
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
 from tests.slurm.test_manners import job
-from tests.support import eventually
+from tests.support import LONG, eventually
 
-WAIT = ("--wait", "--timeout=120")
+WAIT = ("--wait", "--timeout=240")
 
 
 def submit(run: LabRun, *flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """The verb, typed in a shell that has more in its environment than the job is meant to have."""
     own = ["--run", run.run, "--engine", "reference", "--model", str(run.model), "--served-model-name", "tiny"]
     own += ["--open-frontend"]  # it is asked from the login node
-    return run.lab.run(["gms-launch", "submit", *own, *run.flags, *flags], env=environ, timeout=150)
+    return run.lab.run(["gms-launch", "submit", *own, *run.flags, *flags], env=environ, timeout=300)
 
 
 def at_the_limit(lab: Lab, number: str) -> None:
@@ -31,7 +31,7 @@ def cleared(lab: Lab, *runs: LabRun) -> None:
     lab.run(["scancel", "--me"])
     for run in runs:
         run.__exit__()
-    eventually(lab.all_idle, 30)
+    eventually(lab.all_idle, LONG)
 
 
 def test_what_was_settled_here_is_what_runs_there(lab: Lab, model: Path) -> None:
@@ -49,7 +49,7 @@ def test_what_was_settled_here_is_what_runs_there(lab: Lab, model: Path) -> None
 
         at_the_limit(lab, number)
         # It goes back to the queue, where Slurm keeps it for two minutes.
-        eventually(lambda: job(lab, number)["Restarts"] == "1" and job(lab, number)["JobState"] == "PENDING", 40)
+        eventually(lambda: job(lab, number)["Restarts"] == "1" and job(lab, number)["JobState"] == "PENDING", LONG)
         assert run.run_file()["exit_code"] == 0 and run.left() == {}
         assert "the time limit is near" in (saved / f"slurm-{number}.out").read_text()
     finally:
@@ -57,7 +57,7 @@ def test_what_was_settled_here_is_what_runs_there(lab: Lab, model: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_job_of_the_queue_comes_up_again_as_often_as_it_may(lab: Lab, model: Path) -> None:
     run = LabRun(lab, model)
     try:
@@ -66,9 +66,9 @@ def test_a_job_of_the_queue_comes_up_again_as_often_as_it_may(lab: Lab, model: P
         number, first = done.stdout.split()[1], run.run_file()["attempt"]
         at_the_limit(lab, number)
         eventually(lambda: run.run_file()["attempt"] != first, 240, "the job is started again")
-        eventually(lambda: '"redundancy": "full"' in run.cli("status", "--json").stdout, 60)
+        eventually(lambda: '"redundancy": "full"' in run.cli("status", "--json").stdout, LONG)
         at_the_limit(lab, number)
-        eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", 40)
+        eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", LONG)
         assert run.run_file()["exit_code"] == 0 and run.left() == {}
     finally:
         cleared(lab, run)
@@ -81,7 +81,7 @@ def test_an_array_is_a_run_for_each_task(lab: Lab, model: Path) -> None:
         done = submit(run, "-N1", "--array=1-2", "--lease-ttl=2")
         assert done.returncode == 0, done
         for task in (one, two):
-            eventually(lambda task=task: (task.home / "run.json").exists(), 30)
+            eventually(lambda task=task: (task.home / "run.json").exists(), LONG)
             task.processes = [subprocess.Popen(["sleep", "infinity"], text=True)]
             task.wait_full()
         assert one.run_file()["slurm"] != two.run_file()["slurm"]
@@ -100,8 +100,8 @@ def test_the_next_job_serves_before_this_one_stops(lab: Lab, model: Path) -> Non
         assert done.returncode == 0, done
         number = done.stdout.split()[1]
         at_the_limit(lab, number)
-        eventually(lambda: run.run_file()["ended"], 90)
-        eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", 40)
+        eventually(lambda: run.run_file()["ended"], LONG)
+        eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", LONG)
         full = next(e["time"] for e in after.events("redundancy") if e["detail"] == "full")
         assert full < run.run_file()["ended"]
         assert after.text() and after.run_file()["ended"] is None

@@ -346,7 +346,6 @@ def complaint(code: object, text: str) -> str:
     return "" if len(lines) == 1 and len(text) < 4000 else f"{len(lines)} messages: {text[:600]}"
 
 
-@pytest.mark.timeout(300)
 def test_every_wrong_setting_is_refused_with_one_message(
     world: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,7 @@ class Guarded:
 
     def close(self) -> None:
         self.leash.close()
-        self.thread.join(10)
+        self.thread.join(60)
         assert not self.thread.is_alive(), "it goes with its agent"
         self.child.kill()
         self.child.wait()
@@ -99,7 +99,7 @@ def test_a_deputy_kills_what_has_ended_when_its_agent_does_not(guarded: Guarded)
     eventually(lambda: word_read(guarded), what="it has looked at them")
     assert guarded.child.poll() is None
     guarded.hear(Word(0, 1, 2))
-    assert guarded.child.wait(10) == -9
+    assert guarded.child.wait(60) == -9
     eventually(lambda: list(guarded.leash.acted()) == [(0, 1)])
     assert word.hear(guarded.peer, KEY) == [], "who was told does not tell it back"
 
