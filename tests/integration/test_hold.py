@@ -112,15 +112,15 @@ def test_an_engine_that_is_told_to_end_is_a_death_like_another(run: Deployment) 
 
 def test_requests_wait_for_longer_than_the_dead_engines_lease(tmp_path: Path, model: Path) -> None:
     """Nobody renews the lease of an engine that is dead, or hangs; without it the frontend ends what waits."""
-    flags = ("--dynamo-lease-ttl", "5", "--health-interval", "1", "--health-timeout", "9")
-    slow = {**SLOW_TOKENS, "REFERENCE_WAKE_SECONDS": "8"}
+    flags = ("--dynamo-lease-ttl", "8", "--health-interval", "1", "--health-timeout", "12")
+    slow = {**SLOW_TOKENS, "REFERENCE_WAKE_SECONDS": "10"}
     with Deployment(tmp_path / "home", model, *flags, **slow) as run:
         whole(run, kill_group)
         (released,) = run.events("released")
-        assert released["data"]["seconds"] > 6
+        assert released["data"]["seconds"] > 9
         whole(run, lambda cohort: os.kill(cohort["ranks"][0]["pid"], signal.SIGSTOP))
         (hung,) = run.events("hung")
-        assert "has been stopped for 9 s" in hung["detail"]
+        assert "has been stopped for 12 s" in hung["detail"]
 
 
 def test_a_promotion_that_fails_and_a_cold_start_are_waited_for(tmp_path: Path, model: Path) -> None:

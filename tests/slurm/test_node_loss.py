@@ -13,6 +13,8 @@ from tests.support import LONG, eventually, kill
 
 #: What QUICK has for node_wait.
 WAIT = 15.0
+#: Where the node comes back: that does not have to be quick.
+BACK = ("--lease-ttl=3", "--node-wait=300")
 
 
 def engines_dead(run: LabRun, *nodes: int) -> bool:
@@ -21,7 +23,7 @@ def engines_dead(run: LabRun, *nodes: int) -> bool:
 
 def test_a_node_that_is_cut_off_and_back_in_time(fragile_lab: Lab, model: Path) -> None:
     lost = fragile_lab.node("node2")
-    with LabRun(fragile_lab, model, *QUICK) as run:
+    with LabRun(fragile_lab, model, *BACK) as run:
         before = run.text()
         lives = [c["incarnation"] for c in run.status()["cohorts"]]
         agent = run.status()["nodes"][1]["agent_pid"]
@@ -68,7 +70,7 @@ def test_a_node_that_stays_away_ends_the_run_with_a_message(fragile_lab: Lab, mo
 
 def test_a_frozen_node_is_fenced_without_and_does_no_harm_when_it_thaws(fragile_lab: Lab, model: Path) -> None:
     node = fragile_lab.node("node2")
-    with LabRun(fragile_lab, model, *QUICK) as run:
+    with LabRun(fragile_lab, model, *BACK) as run:
         before = run.text()
         old = run.engines(1)
         node.freeze()
@@ -102,7 +104,7 @@ def test_a_node_that_is_switched_off_ends_the_run_and_leaves_nothing_on_the_othe
 
 def test_a_run_that_ends_while_a_node_is_cut_off_ends_there_too(bare_lab: Lab, model: Path) -> None:
     """Its agent reads run.json; it does not keep its node for all of node_wait."""
-    run = LabRun(bare_lab, model, "--lease-ttl=3", "--node-wait=300", nodes=["node1", "node2"]).hand()
+    run = LabRun(bare_lab, model, *BACK, nodes=["node1", "node2"]).hand()
     with run:
         bare_lab.node("node2").cut()
         eventually(lambda: run.status()["lost_nodes"] == [1])
@@ -167,7 +169,7 @@ def refused(run: LabRun, node: Node, tmp_path: Path) -> None:
 
 def test_a_node_that_comes_back_with_a_new_agent(bare_lab: Lab, model: Path, tmp_path: Path) -> None:
     """By hand there is no Slurm to break the step: the rest waits for that node, and starts cold with it."""
-    run = LabRun(bare_lab, model, "--lease-ttl=3", "--node-wait=300").hand()
+    run = LabRun(bare_lab, model, *BACK).hand()
     with run:
         before = run.text()
         old = {i.identity for i in run.on_node(2)}
