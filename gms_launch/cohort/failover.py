@@ -136,6 +136,8 @@ def fold(events: Iterable[EventRecord], nnodes: int = 1) -> list[Failover]:
         if event.kind == "lock":
             since_lock = []
         since_lock.append(event)
+        for builder in found:
+            builder.explain(event)
         if event.kind in ("kill", "exit") and event.data.get("role") == "primary":
             known = next((b for b in found if b.victim == life), None)
             if known is None:
@@ -163,6 +165,7 @@ class _Builder:
         """`sign` is the first kill or exit of the victim."""
         self.victim = (sign.cohort_id, sign.incarnation)
         self._sign = sign
+        self._cause = sign
         self._nnodes = nnodes
         self._at: dict[str, float] = {}
         self._promoted: tuple[int, int] | None = None
@@ -172,6 +175,15 @@ class _Builder:
 
     def step(self, name: str, time: float) -> None:
         self._at.setdefault(name, time)
+
+    def explain(self, event: EventRecord) -> None:
+        """Take what befell another node's rank for the cause, if the first sign is a kill that only followed from it.
+
+        That kill may bear the earlier time: two agents' clocks differ by more than the word between them takes.
+        """
+        ended = event.kind in ("kill", "exit") and (event.cohort_id, event.incarnation) == self.victim
+        if ended and self._cause.detail == f"{PEER_ENDED}: rank {event.node_rank}":
+            self._cause = event
 
     def take(self, event: EventRecord) -> None:
         life = (event.cohort_id, event.incarnation)
@@ -220,7 +232,7 @@ class _Builder:
         counted = self._counted
         return Failover(
             zero,
-            self._sign.detail,
+            self._cause.detail,
             self.victim,
             self._promoted,
             steps,
@@ -231,12 +243,12 @@ class _Builder:
             lost=None if stood_still else counted.get("lost"),
             over="held" not in steps or bool(counted),
             stood_still=stood_still,
-            kind=_kind(self._sign),
+            kind=_kind(self._cause),
         )
 
 
 def _kind(sign: EventRecord) -> str:
-    """Which of `CAUSES` the first sign of a death shows."""
+    """Which of `CAUSES` a sign of a death shows."""
     if sign.kind == "exit" or sign.detail.startswith(PEER_ENDED):
         return "exit"
     if sign.detail in CAUSES:

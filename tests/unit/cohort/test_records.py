@@ -194,8 +194,10 @@ def test_a_failover_while_the_agent_stood_still_tells_no_gap() -> None:
         assert other.stood_still is None, "before it, or in the start of the next life"
 
 
-def event(time: float, kind: str, cohort: int, life: int, node: int = 0, **data: object) -> EventRecord:
-    return EventRecord(time, node, kind, cohort, life, data=data)
+def event(
+    time: float, kind: str, cohort: int, life: int, node: int = 0, detail: str = "", **data: object
+) -> EventRecord:
+    return EventRecord(time, node, kind, cohort, life, detail, data=data)
 
 
 def test_a_failover_from_its_events() -> None:
@@ -234,6 +236,15 @@ def test_a_lock_that_was_seen_before_the_death() -> None:
     assert first.promoted == (1, 1) and first.complete
     assert first.steps["lock"] == 0.0
     assert second.promoted == (0, 2)
+
+
+def test_a_kill_that_followed_from_another_is_not_the_cause_although_it_bears_the_earlier_time() -> None:
+    followed = event(10.0, "kill", 0, 1, role="primary", detail="a rank of the same life ended: rank 2")
+    for kind, why, is_ in (("kill", "drill", "drill"), ("kill", "hung: no answer", "hung"), ("exit", "code 7", "exit")):
+        root = event(10.01, kind, 0, 1, node=2, role="", detail=why)
+        elsewhere = event(10.005, "exit", 0, 1, node=1, role="", detail="killed by SIGKILL")
+        (found,) = fold([followed, elsewhere, root])
+        assert (found.cause, found.kind, found.time) == (why, is_, 10.0)
 
 
 def test_dead_is_when_the_last_node_says_so() -> None:
