@@ -30,7 +30,9 @@ UNREGISTERED_GRACE = 2.0
 
 
 class Discovery:
-    """`ranks` gives this node's newest lives; `dead(rank, why)` takes one for dead that lives."""
+    """`ranks` gives this node's newest lives; `dead(rank, why)` takes one for dead that lives; `front` gives the pid of
+    the frontend, 0 while none runs.
+    """
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class Discovery:
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
         ranks: Callable[[], Iterable[Rank]],
         dead: Callable[[Rank, str], None],
+        front: Callable[[], int],
     ) -> None:
         self._layout, self._report, self._spawn, self._ranks, self._dead = layout, report, spawn, ranks, dead
         self._registered = Registrations()
@@ -48,7 +51,7 @@ class Discovery:
         self._standing = Standing(lambda: report.link, layout.settings.dynamo_lease_ttl)
         count = partial(frontend.moves, layout.front.where)
         on = bool(layout.settings.migration_limit)
-        self._holds = Holds(on, report, spawn, self._around, self._keep, self._revoke, count)
+        self._holds = Holds(on, report, spawn, self._around, self._keep, self._revoke, count, front)
 
     def ended(self, life: Life) -> None:
         """A life has ended: hold what it was asked, and end its leases in time. Once said is enough."""

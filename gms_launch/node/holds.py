@@ -22,6 +22,7 @@ from gms_launch.cohort.hold import Act, Around
 from gms_launch.node.reporter import Reporter
 from gms_launch.numbers import numbered
 from gms_launch.process import listener
+from gms_launch.process.clients import Address, Client, Clients, plain
 from gms_launch.process.listener import TakeError
 
 log = logging.getLogger("agent")
@@ -31,30 +32,29 @@ Life = tuple[int, int]
 #: Most connections that are taken out of the kernel's backlog, and most of our descriptors that they may be; more of
 #: them wait in it.
 KEPT, SHARE = 2048, 0.25
-#: Pause before those that came back are turned away again: the first, and the longest (seconds). A frontend that has
-#: not heard of the successor yet spends one of its tries each time.
-TURN_PAUSE, TURN_PAUSE_MAX = 0.01, 0.16
-#: How often they are turned away before the dead one's lease has ended; the rest of them wait for that. Until then a
-#: frontend may well send a request here once more, and each time costs one of its tries.
-EARLY_TURNS = 2
+#: Pause before a frontend that came back is turned away again (seconds): always the first, once it is seen to know the
+#: successor; else it doubles, up to the longest. Each time costs one of its tries.
+TURN_PAUSE, TURN_PAUSE_MAX = 0.01, 1.0
+#: Longest pause between two looks at who has asked the successor (seconds); no event tells.
+LOOK_MAX = 0.16
 #: How often the registration of a dead engine is looked after while its requests wait (seconds).
 KEEP_EVERY = 2.0
-#: From the successor's registration to the end of the dead one's lease (seconds). A frontend that hears of both at once
-#: drops the dead engine before its router knows the new one, and what it is about to send is lost in between: it tries
-#: the dropped one again, as often as it may, within a millisecond.
-APART = 0.3
 #: How long a dead process may take to let go of its port, where that is bound anew (seconds).
 BIND_TRIES = 0.3
 
 
 @dataclass
 class _Held:
-    """One dead primary's socket at work."""
+    """One dead primary's socket at work. `known` have asked the dead one, `seen` of them have asked the successor."""
 
     life: Life
     listening: socket.socket
     begun: float
     waiting: list[socket.socket] = field(default_factory=list)
+    known: set[Client] = field(default_factory=set)
+    seen: set[Client] = field(default_factory=set)
+    whose: dict[Address, Client] = field(default_factory=dict)
+    all_seen: float = 0.0
     turned_away: int = 0
     knocked: float = 0.0
     released: float | None = None
@@ -69,17 +69,32 @@ class _Held:
         if more:
             asyncio.get_running_loop().remove_reader(self.listening)  # the rest stays in the backlog
 
-    def turn_away(self) -> int:
-        """Close all who wait; returns how many there were."""
+    def knocks(self) -> None:
+        """Somebody has come, while they are turned away."""
         self.take_in()
-        count = len(self.waiting)
-        for connection in self.waiting:
+        self.news.set()
+
+    def turn_away(self, may: Callable[[Client | None], bool] = lambda _: True) -> int:
+        """Close all who wait and `may` go; returns how many there were. Asked once of each client."""
+        self.take_in()
+        whose = [self.client(connection) for connection in self.waiting]
+        go = {client for client in set(whose) if may(client)}
+        stay = [c for c, client in zip(self.waiting, whose, strict=True) if client not in go]
+        for connection in set(self.waiting) - set(stay):
             connection.close()
-        self.waiting = []
+        count, self.waiting = len(self.waiting) - len(stay), stay
         self.turned_away += count
         if count:
             self.knocked = time.monotonic()
         return count
+
+    def client(self, connection: socket.socket) -> Client | None:
+        """Whose a connection is; None when it is not known (yet)."""
+        try:
+            host, port = connection.getpeername()[:2]
+        except OSError:
+            return None
+        return self.whose.get((plain(host), port))
 
     def close(self) -> None:
         for connection in self.waiting:
@@ -91,7 +106,8 @@ class Holds:
     """All that is held on a node. `around` says how things stand for a dead life; `keep` lets the frontends go on
     knowing it, and `revoke` ends that.
 
-    `count` asks the frontend how many requests have moved and failed so far; it may block.
+    `count` asks the frontend how many requests have moved and failed so far; it may block. `frontend` is the pid of the
+    run's own one, 0 when there is none.
     """
 
     def __init__(
@@ -103,8 +119,10 @@ class Holds:
         keep: Callable[[Life], Awaitable[None]],
         revoke: Callable[[Life], Awaitable[None]],
         count: Callable[[], tuple[float, float] | None],
+        frontend: Callable[[], int],
     ) -> None:
         self.on = on
+        self._clients = Clients(frontend)
         self._count_now = count
         self._moved: float | None = None
         self._report, self._spawn, self._around = report, spawn, around
@@ -171,6 +189,7 @@ class Holds:
             return
         held = self._held[life] = _Held(life, armed, begun)
         counting = asyncio.ensure_future(self._count())
+        looking = asyncio.ensure_future(self._look(held))  # a dead process's connections can be seen for a moment
         standing = asyncio.ensure_future(self._keep_up(held))
         armed.setblocking(False)  # whose own that was does not mind any more
         try:
@@ -187,6 +206,7 @@ class Holds:
             await self._tell(held, await counting)
         finally:
             counting.cancel()
+            looking.cancel()
             standing.cancel()
             held.close()
             del self._held[life]
@@ -219,7 +239,7 @@ class Holds:
     def _judge(self, life: Life, begun: float, held: _Held | None = None, since: float = 0.0) -> hold.Verdict:
         around = replace(self._around(life), begun=begun, now=time.monotonic(), stopping=self._stopping)
         if held is not None:
-            around = replace(around, successor_since=since, knocked=held.knocked)
+            around = replace(around, successor_since=since, knocked=held.knocked, seen=held.all_seen)
         else:
             around = replace(around, successor_since=around.now)
         return hold.judge(around)
@@ -242,22 +262,64 @@ class Holds:
 
     async def _turn_away(self, held: _Held, judge: Callable[..., hold.Verdict]) -> hold.Verdict:
         """Send everybody on, again and again until nobody comes back."""
-        count, since, pause = held.turn_away(), time.monotonic(), TURN_PAUSE
+        count, since = held.turn_away(), time.monotonic()
         if held.released is None:
             held.released = since
             took = since - held.begun
             text = f"{numbered(count, 'connection')} handed on after {took * 1000:.0f} ms"
             self._report.emit("released", *held.life, text, connections=count, seconds=round(took, 6), moved=True)
-        turns = 0
-        while (verdict := judge(held=held, since=since)).act is Act.TURN_AWAY:
-            if turns >= EARLY_TURNS and not held.ended:
-                await asyncio.sleep(max(0.0, since + APART - time.monotonic()))
-                await self._end_lease(held)
-                pause = TURN_PAUSE
-            await asyncio.sleep(pause)  # no event tells that the frontends have heard; who has not comes back
-            held.turn_away()
-            turns, pause = turns + 1, min(2 * pause, TURN_PAUSE_MAX)
-        return verdict
+        due: dict[Client | None, float] = {}
+        pauses: dict[Client | None, float] = {}
+
+        def may(client: Client | None) -> bool:
+            """Its turn has come; the next one is a pause later."""
+            now = time.monotonic()
+            if now < due.setdefault(client, now + TURN_PAUSE):
+                return False
+            pauses[client] = (
+                TURN_PAUSE if client in held.seen else min(2 * pauses.get(client, TURN_PAUSE), TURN_PAUSE_MAX)
+            )
+            due[client] = now + pauses[client]
+            return True
+
+        held.all_seen = 0.0
+        loop, step = asyncio.get_running_loop(), TURN_PAUSE
+        loop.add_reader(held.listening, held.knocks)
+        try:
+            while True:
+                held.news.clear()
+                await self._look(held)
+                step = TURN_PAUSE if held.turn_away(may) or held.waiting else min(2 * step, LOOK_MAX)
+                verdict = judge(held=held, since=since)
+                if verdict.forget:
+                    await self._end_lease(held)
+                if verdict.act is not Act.TURN_AWAY:
+                    return verdict
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(held.news.wait(), step)
+        finally:
+            loop.remove_reader(held.listening)
+
+    async def _look(self, held: _Held) -> None:
+        """See who has asked the dead one, and who of them has asked its successor."""
+        port = held.listening.getsockname()[1]
+        successors = [where[1] for where in self._where.values()]
+
+        def look() -> tuple[dict[Address, Client], set[Client], Client | None]:
+            here, *there = self._clients.of(port, *successors)
+            return here, {client for one in there for client in one.values()}, self._clients.own()
+
+        try:
+            here, there, own = await asyncio.get_running_loop().run_in_executor(None, look)
+        except OSError as exc:
+            log.warning("it cannot be seen who is connected to port %d: %s", port, exc)
+            return
+        held.whose = here
+        held.known |= {*here.values(), *([own] if own is not None else [])}
+        held.known = {client for client in held.known if client.alive}
+        held.seen = held.known & there
+        if held.all_seen == 0.0 and successors and held.seen == held.known:
+            held.all_seen = time.monotonic()
 
     async def _bind(self, where: tuple[str, int]) -> socket.socket | None:
         """Listen where the dead one did, as soon as it lets go of its port; None if it does not."""

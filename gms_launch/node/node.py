@@ -87,6 +87,7 @@ class Node:
             self.spawn,
             on_rank,
             self.herald.say,
+            lambda: runner.pid if (runner := self.services.get("frontend")) else 0,
         )
         self.exporter = Exporter(layout, self.report)
         self.claims = Claims(self.report.take, self.spawn, self.control_changed)

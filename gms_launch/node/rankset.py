@@ -44,7 +44,7 @@ class RankSet:
     """The ranks of one node. `keeper` names what keeps the lock and is no living rank's, by the last look.
 
     `on_event(rank, kind, detail)` hears what `Rank` noticed, after it was reported; `on_end` of a life that
-    ends here and of which nobody had said so.
+    ends here and of which nobody had said so; `front` is the frontend's pid, 0 while none runs here.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class RankSet:
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
         on_event: Callable[[Rank, str, str], None],
         on_end: Callable[[EndedRecord], None],
+        front: Callable[[], int],
     ) -> None:
         self._layout, self._mirror, self._report, self._gms = layout, mirror, report, gms
         self._writer = writer
@@ -67,7 +68,7 @@ class RankSet:
         self._clearer = scratch.Clearer()
         self._skipped: dict[int, RankRecord] = {}
         self._by_slot: dict[int, Rank] = {}
-        self.discovery = Discovery(layout, report, spawn, self._by_slot.values, self._hung)
+        self.discovery = Discovery(layout, report, spawn, self._by_slot.values, self._hung, front)
         self.starts = Starts(layout.cache_dir / "starts.json", layout.kind_of_start)
         self.starts.load()
 

@@ -40,11 +40,19 @@ def test_a_cold_start_is_waited_for_as_long_as_one_wants() -> None:
     assert late.act is Act.CLOSE and "5 s (hold_cold_start)" in late.why
 
 
-def test_the_frontends_have_seen_the_successor_when_nobody_knocks_any_more() -> None:
-    assert judge(TAKEN).act is Act.TURN_AWAY
-    assert judge(replace(TAKEN, now=101.0 + QUIET)).act is Act.CLOSE
-    assert judge(replace(TAKEN, now=101.0 + QUIET, knocked=101.3)).act is Act.TURN_AWAY, "one had not"
-    assert judge(replace(TAKEN, now=101.0 + TURNING, knocked=101.0 + TURNING)).act is Act.CLOSE, "one never will"
+def test_the_dead_lease_stands_until_every_frontend_was_seen_to_ask_the_successor() -> None:
+    verdict = judge(replace(TAKEN, now=101.0 + 10 * QUIET))
+    assert verdict.act is Act.TURN_AWAY and not verdict.forget, "one has not, however quiet it is"
+    seen = replace(TAKEN, now=111.0, seen=111.0)
+    assert judge(seen).act is Act.TURN_AWAY and judge(seen).forget
+    assert judge(replace(seen, now=111.0 + QUIET)).act is Act.CLOSE
+    assert judge(replace(seen, now=111.0 + QUIET, knocked=111.5)).act is Act.TURN_AWAY, "it had been on its way"
+
+
+def test_a_frontend_that_never_sees_the_successor_is_not_waited_for_for_ever() -> None:
+    assert judge(replace(TAKEN, now=100.9 + TURNING, knocked=100.9 + TURNING)).act is Act.TURN_AWAY
+    verdict = judge(replace(TAKEN, now=101.0 + TURNING, knocked=101.0 + TURNING))
+    assert verdict.act is Act.CLOSE and verdict.forget
 
 
 def test_the_next_one_dies_while_they_are_turned_away() -> None:

@@ -1,0 +1,48 @@
+"""Who is connected to a port of ours, as the kernel tells it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from gms_launch.process import proc
+from gms_launch.process.clients import Client, Clients
+from tests.support import eventually
+
+CONNECT = (
+    "import socket, sys; c = socket.create_connection((sys.argv[1], int(sys.argv[2]))); print(1); sys.stdin.read()"
+)
+
+
+@pytest.mark.parametrize(("host", "family"), [("127.0.0.1", socket.AF_INET), ("::1", socket.AF_INET6)])
+def test_a_client_of_this_machine_is_a_process(host: str, family: socket.AddressFamily) -> None:
+    mine = proc.identity(os.getpid())
+    with (
+        socket.create_server((host, 0), family=family) as listening,
+        socket.create_server((host, 0), family=family) as b,
+    ):
+        port = listening.getsockname()[1]
+        argv = [sys.executable, "-uc", CONNECT, host, str(port)]
+        other = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert other.stdout is not None and other.stdout.readline()
+        clients = Clients(os.getpid)
+        with socket.create_connection((host, port)) as own:
+            (found, none) = clients.of(port, b.getsockname()[1])
+            assert none == {}
+            assert found[own.getsockname()[:2]] == Client("", mine) == clients.own()
+            assert set(found.values()) == {Client("", mine), Client("", proc.identity(other.pid))}
+            assert all(c.alive for c in found.values()) and clients.of(port) == [found]
+        assert clients.of(port) == [{a: c for a, c in found.items() if c != Client("", mine)}]
+        (theirs,) = clients.of(port)[0].values()
+        other.kill()
+        other.communicate()
+        assert not theirs.alive
+        eventually(lambda: clients.of(port) == [{}], what="its connection is closed")
+
+
+def test_where_no_frontend_runs_there_is_none() -> None:
+    assert Clients().own() is None
