@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -90,6 +92,64 @@ def test_streams_of_a_primary_that_hangs_go_on_when_it_is_killed(tmp_path: Path,
     with Deployment(tmp_path / "home", model, *flags, **SLOW_TOKENS) as run:
         whole(run, lambda cohort: os.kill(cohort["ranks"][0]["pid"], signal.SIGSTOP))
         assert [e for e in run.events("hung") if "has been stopped" in e["detail"] or "no answer" in e["detail"]]
+
+
+@contextlib.contextmanager
+def another_frontend(run: Deployment) -> Iterator[tuple[str, int]]:
+    """A second one, as somebody would start it for themselves: its URL and pid."""
+    (first,) = [s["pid"] for s in run.status()["nodes"][0]["services"] if s["name"] == "frontend"]
+    argv = Path(f"/proc/{first}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
+    env = dict(e.split("=", 1) for e in Path(f"/proc/{first}/environ").read_bytes().decode().split("\0") if "=" in e)
+    env.pop(proc.TAG_ENV, None)
+    port = support.free_port()
+    argv[argv.index("--http-port") + 1] = str(port)
+    process = subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        eventually(lambda: support.complete("127.0.0.1", port, "hello", 2), 60, "the second frontend serves")
+        yield f"http://127.0.0.1:{port}", process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.timeout(240)
+def test_the_dead_lease_stands_until_a_second_frontend_has_seen_the_successor(run: Deployment) -> None:
+    """The second one is frozen over the whole failover, and loses nothing either; the first one's users do not wait."""
+    with another_frontend(run) as (url, pid):
+        old = primary(run)
+        life = (old["cohort_id"], old["incarnation"])
+
+        def of_it(kind: str) -> list[dict[str, Any]]:
+            return [e for e in run.events(kind) if (e["cohort_id"], e["incarnation"]) == life]
+
+        first = Load(run.run_file["frontend_url"], streams=4, unary=2, rate=10, tokens=100)
+        with Load(url, streams=6, unary=2, tokens=100, timeout=120) as other, first:
+            other.wait_busy(1.0)
+            first.wait_busy()
+            with support.stopped(pid):
+                kill_group(old)
+                eventually(lambda: of_it("released"), 60)
+                served = time.monotonic()
+                eventually(lambda: [a for a in list(first.answers) if a.sent > served and not a.error], 60)
+                assert not of_it("lease_revoked"), "one frontend has not seen the successor"
+            eventually(lambda: of_it("lease_revoked"), 60)
+            eventually(lambda: of_it("hold_over"), 60)
+        for load in (first, other):
+            assert load.answers and not load.lost and not load.wrong, load.said()
+
+
+@pytest.mark.timeout(240)
+def test_a_failover_right_after_etcd_came_back_loses_nothing(run: Deployment) -> None:
+    """The frontend takes seconds to find etcd again, and does not hear of the successor until then."""
+    restarted = len(run.events("service_restarted"))
+
+    def both(old: dict[str, Any]) -> None:
+        (etcd,) = [s["pid"] for s in run.status()["nodes"][0]["services"] if s["name"] == "etcd"]
+        os.kill(etcd, signal.SIGKILL)
+        eventually(lambda: len(run.events("service_restarted")) > restarted, 30)
+        kill_group(old)
+
+    whole(run, both, tokens=300)
 
 
 def test_an_engine_that_is_told_to_end_is_a_death_like_another(run: Deployment) -> None:
