@@ -10,6 +10,7 @@ Nothing else in the package imports etcd3 or grpc.
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,11 @@ from gms_launch.errors import NoContactError, UsageError
 etcd3 = etcd3_loader.load()
 
 import grpc  # noqa: E402 - after etcd3_loader, beside the only module that needs it
+
+# Whoever waits for a stream's next message looks ten times a second whether it has come, so that a signal is heard in
+# the main thread. We wait in others, and are woken by what comes.
+if (_waiting := sys.modules.get("grpc._common")) is not None:
+    vars(_waiting)["MAXIMUM_WAIT_TIMEOUT"] = 60.0
 
 T = TypeVar("T")
 RpcError = grpc.RpcError
@@ -313,12 +319,14 @@ class Etcd:
         return alive
 
     def _renewed(self, client: Any, lease: int, timeout: float) -> bool:
-        request = etcd3.etcdrpc.LeaseKeepAliveRequest(ID=lease)
-        replies = client.leasestub.LeaseKeepAlive(iter([request]), timeout)
-        try:
-            return bool(next(replies).TTL > 0)
-        finally:
-            replies.cancel()
+        """A stream of one request and one answer is a plain call on the wire, and as such costs a third: no threads."""
+        rpc = etcd3.etcdrpc
+        ask = client.channel.unary_unary(
+            "/etcdserverpb.Lease/LeaseKeepAlive",
+            request_serializer=rpc.LeaseKeepAliveRequest.SerializeToString,
+            response_deserializer=rpc.LeaseKeepAliveResponse.FromString,
+        )
+        return bool(ask(rpc.LeaseKeepAliveRequest(ID=lease), timeout=timeout).TTL > 0)
 
     def revoke(self, lease: int, retry: float = 8.0) -> bool:
         """End a lease and delete its keys; False when it does not exist (any more)."""

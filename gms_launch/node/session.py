@@ -223,7 +223,7 @@ class Session:
         ttl, wait = terms.silence(self._settings.lease_ttl), self._settings.node_wait
         while True:
             sent = self._sent
-            await self._silence(sent, ttl - LOOK_AHEAD)
+            await asyncio.sleep(max(0.0, sent + ttl - LOOK_AHEAD - time.monotonic()))  # and not upon each renewal
             if self._sent > sent:
                 continue
             answer = await self._loop.run_in_executor(None, reach, self._layout.etcd_endpoints, LOOK_AHEAD * 0.9)

@@ -47,11 +47,22 @@ class Stat:
         return self.state in "ZX"
 
 
+def _read(path: str) -> bytes:
+    """A whole file of /proc in half the calls of the kernel that `open` makes of it. Raises `OSError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = b""
+        while more := os.read(fd, 65536):
+            data += more
+        return data
+    finally:
+        os.close(fd)
+
+
 def stat(pid: int) -> Stat | None:
     """The process `pid`, or None when there is none."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            text = file.read().decode(errors="replace")
+        text = _read(f"/proc/{pid}/stat").decode(errors="replace")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     # The command name may hold spaces and parentheses; the fields begin after the last one.
@@ -89,8 +100,7 @@ def pids() -> Iterator[int]:
 def tag_of(pid: int) -> str | None:
     """The value of GMS_LAUNCH_TAG that `pid` was started with; None when it has none or cannot be read."""
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            data = file.read()
+        data = _read(f"/proc/{pid}/environ")
     except OSError:
         return None
     prefix = TAG_ENV.encode() + b"="
@@ -103,8 +113,7 @@ def tag_of(pid: int) -> str | None:
 def command_line(pid: int) -> str:
     """The command line with spaces between its words, or the title that a process gave itself; empty when unknown."""
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+        return _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return ""
 
@@ -121,8 +130,8 @@ def credentials(pid: int) -> tuple[int, int] | None:
     Not from the owner of /proc/PID, which is root for every process that keeps others from looking into it.
     """
     try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            fields = dict(line.split(b":", 1) for line in file.read().splitlines() if line[:4] in (b"Uid:", b"Gid:"))
+        lines = _read(f"/proc/{pid}/status").splitlines()
+        fields = dict(line.split(b":", 1) for line in lines if line[:4] in (b"Uid:", b"Gid:"))
     except OSError:
         return None
     users, groups = ({int(n) for n in fields.get(name, b"").split()} for name in (b"Uid", b"Gid"))
@@ -159,7 +168,15 @@ def tagged(prefix: str, uid: int | None = None, node_rank: int | None = None) ->
 
 def group(pgid: int) -> list[Stat]:
     """Every process of the group, zombies included."""
-    return [info for pid in pids() if (info := stat(pid)) is not None and info.pgid == pgid]
+    return [info for pid in pids() if _group_of(pid) == pgid and (info := stat(pid)) is not None and info.pgid == pgid]
+
+
+def _group_of(pid: int) -> int:
+    """One call of the kernel, where /proc takes four; 0 when there is no such process, or it is not ours to ask."""
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return 0
 
 
 def children(pid: int) -> list[int]:
@@ -171,8 +188,7 @@ def children(pid: int) -> list[int]:
         return found
     for task in tasks:
         try:
-            with open(f"/proc/{pid}/task/{task}/children") as file:
-                found.extend(int(p) for p in file.read().split())
+            found.extend(int(p) for p in _read(f"/proc/{pid}/task/{task}/children").split())
         except OSError:
             continue
     return found
@@ -191,6 +207,21 @@ def descendants(roots: Iterable[int]) -> list[Stat]:
             if info.pid not in found and not info.dead:
                 found[info.pid] = info
                 todo.append(info.pid)
+    return list(found.values())
+
+
+def below(roots: Iterable[int]) -> list[Stat]:
+    """`descendants` by the kernel's lists of children, not by all of /proc: for one who looks again soon.
+
+    It may miss what is born, or handed on by a parent that ends, in that moment.
+    """
+    found: dict[int, Stat] = {}
+    todo = list(roots)
+    while todo:
+        for pid in children(todo.pop()):
+            if pid not in found and (info := stat(pid)) is not None and not info.dead:
+                found[pid] = info
+                todo.append(pid)
     return list(found.values())
 
 

@@ -62,8 +62,7 @@ def untagged(run: str) -> list[ProcessId]:
     """Descendants of living children that do not carry the run's tag: what only their descent tells."""
     with CHILDREN.lock:
         own = set(CHILDREN.pids)
-    found = (i for i in proc.descendants(own) if not i.dead)
-    return [i.identity for i in found if not (proc.tag_of(i.pid) or "").startswith(f"{run}/")]
+    return [i.identity for i in proc.below(own) if not (proc.tag_of(i.pid) or "").startswith(f"{run}/")]
 
 
 def clear(

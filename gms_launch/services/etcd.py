@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gms_launch.control.access import Access
 from gms_launch.errors import LaunchError
@@ -15,6 +16,9 @@ from gms_launch.process.lifecycle import Command
 from gms_launch.services.base import NotReadyError, Service
 from gms_launch.services.pem import PemFiles
 from gms_launch.spool import files
+
+if TYPE_CHECKING:
+    from gms_launch.control.client import Etcd
 
 #: Room for etcd's records, which are a few MiB in a run of days (bytes). Full, it refuses writes (NOSPACE).
 RESERVED = 64 * 1024 * 1024
@@ -73,7 +77,7 @@ def service(member: Member, binary: str, timeout: float, liveness: float = 0.0) 
         *("etcd", Command(argv, env), lambda: probe(member.access), timeout),
         port=member.port,
         liveness=liveness,
-        alive=lambda: probe(member.access, max(0.2, liveness / 4)),
+        alive=Answers(member.access, max(0.2, liveness / 4)),
         essential=True,  # every Dynamo process ends itself when its lease does
     )
 
@@ -95,15 +99,35 @@ def reserve(data: Path) -> str:
 
 def probe(access: Access, timeout: float = 2.0) -> None:
     """A linearizable read, which needs an elected leader. Raises `NotReadyError`."""
-    from gms_launch.control.client import Etcd
-
-    etcd = Etcd(access, timeout)
+    one = Answers(access, timeout)
     try:
-        etcd.get("/gms-launch/ready", retry=0.0)
-    except LaunchError as exc:
-        raise NotReadyError(str(exc)) from None
+        one()
     finally:
-        etcd.close()
+        one.close()
+
+
+class Answers:
+    """`probe` again and again, over a connection that is kept while it answers: a new one costs a handshake."""
+
+    def __init__(self, access: Access, timeout: float) -> None:
+        self._access, self._timeout = access, timeout
+        self._etcd: Etcd | None = None
+
+    def __call__(self) -> None:
+        from gms_launch.control.client import Etcd
+
+        if self._etcd is None:
+            self._etcd = Etcd(self._access, self._timeout)
+        try:
+            self._etcd.get("/gms-launch/ready", retry=0.0)
+        except LaunchError as exc:
+            self.close()
+            raise NotReadyError(str(exc)) from None
+
+    def close(self) -> None:
+        if self._etcd is not None:
+            self._etcd.close()
+            self._etcd = None
 
 
 def host(address: str) -> str:

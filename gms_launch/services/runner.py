@@ -170,17 +170,20 @@ class ServiceRunner:
         """Wait for its end, or bring it about when it does not answer any more; why, in that case."""
         liveness, loop = self.service.liveness, asyncio.get_running_loop()
         good = loop.time()
-        while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._exited.wait(), liveness / 3 or None)
-            if self._exited.is_set():
-                return ""
-            reason = await asyncio.to_thread(_probe, self.service.alive or self.service.probe)
-            if reason is None or self._exited.is_set():
-                good = loop.time()
-            elif loop.time() - good >= liveness:
-                await self._kill()
-                return f"killed: no answer for {liveness:g} s ({reason})"
+        exited = loop.create_task(self._exited.wait())
+        try:
+            while True:
+                await asyncio.wait({exited}, timeout=liveness / 3 or None)
+                if self._exited.is_set():
+                    return ""
+                reason = await asyncio.to_thread(_probe, self.service.alive or self.service.probe)
+                if reason is None or self._exited.is_set():
+                    good = loop.time()
+                elif loop.time() - good >= liveness:
+                    await self._kill()
+                    return f"killed: no answer for {liveness:g} s ({reason})"
+        finally:
+            exited.cancel()
 
     async def renew(self) -> None:
         """End it and start it anew. Raises `ServiceError`."""

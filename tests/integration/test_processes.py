@@ -81,6 +81,19 @@ def test_a_process_that_left_group_and_session_is_found_and_killed(run: str, tmp
     child.reap()
 
 
+def test_descendants_are_found_by_the_lists_of_children_too(run: str, tmp_path: Path) -> None:
+    """Whatever their group, session and environment."""
+    child = start(run, tmp_path, ("sh", "-c", "env -i setsid sh -c 'sleep 600 & wait' & wait"))
+
+    def both() -> bool:
+        by_lists, by_all = proc.below([child.pid]), proc.descendants([child.pid])
+        return {i.identity for i in by_lists} == {i.identity for i in by_all} and len(by_lists) == 2
+
+    eventually(both)
+    assert fence.destroy(child.id, child.tag, [], 10.0).proved
+    child.reap()
+
+
 def test_another_process_with_the_number_is_not_touched(run: str, tmp_path: Path) -> None:
     child = start(run, tmp_path)
     impostor = ProcessId(child.pid, child.id.start - 1)

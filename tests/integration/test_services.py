@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -13,16 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from gms_launch.control.access import Access
 from gms_launch.gms.devices import virtual_devices
 from gms_launch.process import lifecycle
 from gms_launch.process.lifecycle import Command
 from gms_launch.run import credentials
-from gms_launch.services import etcd, gms, nats
+from gms_launch.services import etcd as etcd_of_the_run
+from gms_launch.services import gms, nats
 from gms_launch.services.base import NotReadyError, Service, find_binary, restart_delay
+from gms_launch.services.etcd import Answers, Member
 from gms_launch.services.pem import PemFiles
 from gms_launch.services.runner import ServiceError, ServiceRunner
 from gms_launch.spool.output import Output
-from tests.support import free_port
+from tests.support import EtcdServer, eventually, free_port
 
 
 @pytest.fixture
@@ -43,13 +47,48 @@ def etcd_service(directory: Path, timeout: float = 60.0, port: int | None = None
     files = PemFiles.of(directory, credentials.ETCD)
     files.write(secrets.ca, secrets.leaves[credentials.ETCD])
     access = secrets.access((f"https://127.0.0.1:{port}",))
-    member = etcd.Member("t", "127.0.0.1", port, free_port(), directory / "e", files, access)
-    return etcd.service(member, binary, timeout)
+    member = Member("t", "127.0.0.1", port, free_port(), directory / "e", files, access)
+    return etcd_of_the_run.service(member, binary, timeout)
 
 
 def test_delays_grow_and_end() -> None:
     assert [restart_delay(n) for n in (1, 2, 3, 4)] == [0.0, 0.2, 0.4, 0.8]
     assert restart_delay(50) == 5.0
+
+
+def test_etcd_is_asked_whether_it_lives_over_one_connection_for_as_long_as_it_answers(etcd: EtcdServer) -> None:
+    answers = Answers(Access((etcd.url,)), 1.0)
+
+    def connections() -> set[str]:
+        """Our sockets that are connected to etcd, by inode."""
+        tables = [Path(f"/proc/self/net/{name}").read_text() for name in ("tcp", "tcp6")]
+        rows = [line.split() for text in tables for line in text.splitlines()[1:]]
+        found = {r[9] for r in rows if r[2].endswith(f":{etcd.port:04X}") and r[3] == "01"}
+        return found & {name[8:-1] for fd in os.listdir("/proc/self/fd") if (name := link(fd)).startswith("socket:[")}
+
+    def link(fd: str) -> str:
+        with contextlib.suppress(OSError):
+            return os.readlink(f"/proc/self/fd/{fd}")
+        return ""
+
+    def does() -> bool:
+        with contextlib.suppress(NotReadyError):
+            answers()
+            return True
+        return False
+
+    eventually(does)
+    first = connections()
+    for _ in range(5):
+        answers()
+    assert connections() == first and len(first) == 1
+    etcd.send(signal.SIGSTOP)
+    with pytest.raises(NotReadyError):
+        answers()
+    etcd.send(signal.SIGCONT)
+    eventually(does)
+    assert len(connections() - first) == 1, "one over which no answer came is not used again"
+    answers.close()
 
 
 def test_etcd_and_nats_become_ready_and_come_back(run: str, fast_dir: Path) -> None:
@@ -125,12 +164,11 @@ def test_a_service_that_is_never_ready_is_ended_at_its_deadline(run: str, fast_d
     def probe() -> None:
         raise NotReadyError("still thinking")
 
-    code = "print('thinking', flush=True); import time; time.sleep(600)"
-    service = Service("slow", Command((sys.executable, "-c", code), {}), probe, 0.3)
+    service = Service("slow", Command(("sh", "-c", "echo thinking; exec sleep 600"), {}), probe, 2.0)
 
     async def live() -> ServiceRunner:
         runner = ServiceRunner(service, f"{run}/slow", 0, output(fast_dir), lambda *_: None)
-        with pytest.raises(ServiceError, match=r"not ready within 0.3 s \(still thinking\)") as caught:
+        with pytest.raises(ServiceError, match=r"not ready within 2 s \(still thinking\)") as caught:
             await runner.start()
         assert "| thinking" in str(caught.value)
         return runner
