@@ -1,11 +1,16 @@
 """What mkdocs does beside its own: the pages that lie elsewhere in the repository, and the page of all commands.
 
+Diagrams are written in Mermaid, which viewers of the repository draw by themselves; here the picture of it in
+docs/pictures takes its place, so that no script is needed. One that is not of its diagram is told, and ends the build.
+
 Links between pages are those of the repository, and are turned into the site's; one to a file that is no page becomes
 that file's path. A link to nothing is left for `mkdocs build --strict` to complain about.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -17,9 +22,15 @@ from mkdocs.structure.files import File, Files
 from gms_launch.cli.main import app
 from gms_launch.settings.declared import SETTINGS
 
+log = logging.getLogger("mkdocs.plugins.pictures")
 ROOT = Path(__file__).parents[2]
 #: Pages of the site that are elsewhere in the repository.
 ELSEWHERE = {"index.md": "README.md", "slurm.md": "slurm/README.md"}
+#: The picture of the one diagram that a page has, and what it shows for those who do not see it.
+PICTURES = {
+    "README.md": ("overview.svg", "two nodes, each with a rank of the primary, a rank of the shadow, and a GMS"),
+    "docs/architecture.md": ("rooms.svg", "the rooms of the code, and which imports which"),
+}
 _SETTINGS = {s.name for s in SETTINGS}
 
 
@@ -35,6 +46,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     here = posixpath.dirname(source)
     pages = {s: n for n, s in ELSEWHERE.items()}
 
+    def drawn(found: re.Match[str]) -> str:
+        name, shows = PICTURES[source]
+        if hashlib.sha256(found[1].encode()).hexdigest() not in (ROOT / "docs/pictures" / name).read_text():
+            log.warning(f"docs/pictures/{name} is not of the diagram in {source}: draw it again with Mermaid")
+        return f"![{shows}](pictures/{name})"
+
     def led(found: re.Match[str]) -> str:
         text, target, anchor = found.groups(default="")
         path = posixpath.normpath(posixpath.join(here, target))
@@ -44,6 +61,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"[{text}]({path.removeprefix('docs/')}{anchor})"
         return f"{text} (`{path}`)" if (ROOT / path).exists() else found[0]
 
+    markdown = re.sub(r"```mermaid\n(.*?)```", drawn, markdown, flags=re.DOTALL)
     return re.sub(r"\[([^\]\n]+)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", led, markdown)
 
 

@@ -225,7 +225,7 @@ def test_the_spans_of_all_pages(cluster: Lab, home: Path) -> None:
         waiting: list[str] = []
         for text in texts:
             if verb(text) == "web":
-                code, said = second.type(f"timeout --signal=INT 8 {text.text}")
+                code, said = second.type(f"timeout --signal=INT 10 {text.text}")
                 assert code == 124 and "http://127.0.0.1:" in said, f"{text.where}: {text.text}: {code} {said}"
             elif verb(text) == "wait":
                 first.type(text.text, background=True)
