@@ -99,6 +99,7 @@ kernels:
 bench: setup
 	$(BIN)/python -m bench.watch
 	$(BIN)/python -m bench.failover
+	$(BIN)/python -m bench.rearm
 	$(BIN)/python -m bench.fence
 	$(BIN)/python -m bench.simulate
 	$(BIN)/python -m bench.overhead

@@ -52,13 +52,13 @@ def summary(values: list[float]) -> dict[str, float]:
 class Launched:
     """A deployment under the launcher."""
 
-    def __init__(self, model: Path, home: Path) -> None:
-        self.model, self.home = model, home
+    def __init__(self, model: Path, home: Path, *extra: str, run: str = "bench", **environ: str) -> None:
+        self.model, self.home, self.name = model, home, run
         self.port = free_port()
-        self.env = os.environ | {"GMS_LAUNCH_HOME": str(home)}
-        flags = ["--engine", "reference", "--model", str(model), "--frontend-port", str(self.port)]
+        self.env = os.environ | {"GMS_LAUNCH_HOME": str(home), **environ}
+        flags = [*extra, "--engine", "reference", "--model", str(model), "--frontend-port", str(self.port)]
         try:
-            self.run("up", "-d", "--run-id", "bench", *flags)
+            self.run("up", "-d", "--run-id", self.name, *flags)
         except BaseException:
             self.down()
             raise
@@ -72,7 +72,7 @@ class Launched:
         return done.stdout
 
     def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.run("status", "--run", "bench", "--json"))
+        found: dict[str, Any] = json.loads(self.run("status", "--run", self.name, "--json"))
         return found
 
     def wait_full(self) -> dict[str, Any]:
@@ -91,12 +91,12 @@ class Launched:
         return first - begun
 
     def failovers(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(self.run("timeline", "--run", "bench", "--json"))["failovers"]
+        found: list[dict[str, Any]] = json.loads(self.run("timeline", "--run", self.name, "--json"))["failovers"]
         return found
 
     def down(self) -> None:
         subprocess.run(
-            [sys.executable, "-m", "gms_launch", "down", "--run", "bench"],
+            [sys.executable, "-m", "gms_launch", "down", "--run", self.name],
             env=self.env,
             capture_output=True,
             check=False,

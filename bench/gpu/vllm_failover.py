@@ -203,6 +203,7 @@ class Launched:
         self._agents: list[subprocess.Popen[bytes]] = []
         flags = ["--run-id", self.run, "--engine", "vllm", "--model", str(model), "--frontend-port", str(self.port)]
         flags += ["--frontend-host", "127.0.0.1", "--tp", str(options.nodes), "--nnodes", str(options.nodes)]
+        flags += ["--warm-slots", str(options.warm_slots)]
         flags += [] if shutil.which("nats-server") else ["--no-nats"]
         if options.nodes > 1:
             flags += ["--leader-addr", "127.0.0.1", "--interface", "lo"]
@@ -220,6 +221,7 @@ class Launched:
         return subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
 
     def wait_full(self, timeout: float) -> dict[str, Any]:
+        """Until every shadow is parked, and every warm slot waits."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             for agent in self._agents:
@@ -227,7 +229,9 @@ class Launched:
                     raise SystemExit(f"gms-launch up ended with {agent.returncode}:\n{self._log.read_text()[-6000:]}")
             done = self.cli("status", "--run", self.run, "--json")
             if done.returncode == 0 and (found := json.loads(done.stdout))["redundancy"] == "full":
-                return dict(found)
+                services = [s for n in found["nodes"] for s in n["services"]]
+                if all(s["state"] == "ready" for s in services if s["name"].startswith("warm-")):
+                    return dict(found)
             time.sleep(0.2)
         raise SystemExit(f"redundancy was not full within {timeout:g} s:\n{self._log.read_text()[-6000:]}")
 
@@ -440,6 +444,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, choices=[1, 2], default=1)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--recipe-kills", type=int, default=2, help="kills of the whole group under the recipe")
+    parser.add_argument("--warm-slots", type=int, default=0, help="as of `up`: processes that have imported vLLM")
     parser.add_argument("--watch", type=float, default=15.0, help="how long an outage is watched (seconds)")
     parser.add_argument("--after", type=float, default=10.0, help="how long requests go on after the first answer")
     parser.add_argument("--timeout", type=float, default=900.0, help="deadline for engines to be parked (seconds)")
@@ -511,6 +516,7 @@ def about(model: Path, options: argparse.Namespace) -> dict[str, Any]:
         "versions": versions,
         "model_gib": round(size / (1 << 30), 2),
         "nodes": options.nodes,
+        "warm_slots": options.warm_slots,
         "engine_args": options.engine,
     }
 

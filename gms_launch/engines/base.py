@@ -112,6 +112,10 @@ class Engine(Protocol):
     def ports(self) -> Mapping[str, int]:
         """Ports of its own: the first of each name, to which a cohort's number is added."""
 
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """What a process in a warm slot imports before it becomes one: nothing that uses CUDA. Empty when none can."""
+
     def problems(self, settings: Settings) -> list[str]:
         """What would stop this engine from starting with these settings; empty when nothing does."""
 

@@ -99,6 +99,10 @@ class CommandEngine:
     def phase_of(self, line: str) -> Phase | None:
         return next((_PHASES[n] for n, p in self.patterns.items() if n in _PHASES and p.search(line)), None)
 
+    @property
+    def imports(self) -> tuple[str, ...]:
+        return ()
+
     def step_of(self, line: str) -> Step | None:
         return None  # a start is one step, until its file says that it is parked
 

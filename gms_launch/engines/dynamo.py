@@ -36,6 +36,10 @@ class Spoken:
     def ports(self) -> dict[str, int]:
         return {}
 
+    @property
+    def imports(self) -> tuple[str, ...]:
+        return ()
+
     def phase_of(self, line: str) -> Phase | None:
         return next((phase for pattern, phase in _PHASES if pattern.search(line)), None)
 

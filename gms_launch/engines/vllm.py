@@ -72,6 +72,11 @@ class VllmEngine(dynamo.Spoken):
 
     name: str = "vllm"
 
+    @property
+    def imports(self) -> tuple[str, ...]:
+        # What its __main__ imports: vLLM and torch with it. A spawned core imports them once more, from a warm cache.
+        return ("dynamo.vllm.main",)
+
     def problems(self, settings: Settings) -> list[str]:
         has = installed.look(settings.python, MODULES, DISTRIBUTIONS)
         found = []

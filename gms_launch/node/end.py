@@ -37,7 +37,10 @@ async def shut_down(me: Node) -> None:
         failure = me.failure
         me.report.run(state=RunState.STOPPING, failed=str(failure or ""), exit_code=failure.exit_code if failure else 0)
     me.publish_node()
-    await _whatever_happens(me, "stopping the ranks", _stop_ranks(me))
+    await asyncio.gather(
+        _whatever_happens(me, "stopping the ranks", _stop_ranks(me)),
+        _whatever_happens(me, "stopping the warm slots", me.ranks.warm.stop()),
+    )
     await me.tasks.cancel()
     grace = min(3.0, me.settings.engine_grace)
     others = [(n, s) for n, s in me.services.items() if n != "etcd"]

@@ -30,6 +30,7 @@ from gms_launch.node.rankset import RankSet
 from gms_launch.node.reporter import Reporter
 from gms_launch.node.session import Session
 from gms_launch.node.tasks import Tasks
+from gms_launch.node.warm import WarmSlots
 from gms_launch.observe.progress import Teller
 from gms_launch.process import lifecycle
 from gms_launch.process.follow import FileWatcher
@@ -88,6 +89,7 @@ class Node:
             on_rank,
             self.herald.say,
             lambda: runner.pid if (runner := self.services.get("frontend")) else 0,
+            WarmSlots(layout, writer.output, self.spawn, self._warm_told, self.control_changed),
         )
         self.exporter = Exporter(layout, self.report)
         self.claims = Claims(self.report.take, self.spawn, self.control_changed)
@@ -187,6 +189,9 @@ class Node:
     def give_up(self, error: LaunchError) -> None:
         self.fail(error)
 
+    def _warm_told(self, kind: str, detail: str) -> None:
+        self.report.emit(kind, detail=detail)
+
     def _service_changed(self, runner: ServiceRunner, event: str, detail: str) -> None:
         name = runner.service.name
         self.report.emit(f"service_{event}", detail=f"{name} {detail}".strip())
@@ -205,7 +210,11 @@ class Node:
     def publish_node(self, force: bool = False, stopped: bool = False, left: str = "") -> None:
         failed = self.failure if self.stopping.is_set() else None
         self.report.node(
-            services=(*(runner.status() for runner in self.services.values()), self.guard.status),
+            services=(
+                *(runner.status() for runner in self.services.values()),
+                self.guard.status,
+                *self.ranks.warm.status,
+            ),
             gms=self.gms.status,
             gms_epoch=self.gms_epoch,
             gpu_memory=self.gms.gpus,

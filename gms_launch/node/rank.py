@@ -22,9 +22,8 @@ from gms_launch.node.fence import Fenced
 from gms_launch.node.pulse import Look
 from gms_launch.process import clock, lifecycle, proc, scratch
 from gms_launch.process.follow import FileWatcher, LogFollower
-from gms_launch.process.lifecycle import Child, Command
+from gms_launch.process.lifecycle import Child
 from gms_launch.process.proc import ProcessId, flock_holders, stat
-from gms_launch.spool.output import Output
 
 #: How long a rank gets to be proved dead (seconds). SIGKILL is quick; a process in the driver may not be.
 FENCE_TIMEOUT = 30.0
@@ -110,16 +109,15 @@ class Rank:
 
     # -- starting and watching ---------------------------------------------------------------------------------
 
-    def start(self, command: Command, output: Output, watcher: FileWatcher, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the process and watch it. Call on the main thread. Raises `OSError`."""
-        self.began = scratch.file_time()
-        self.child = lifecycle.spawn(f"cohort-{self.cohort_id}", command, self.tag, output)
+    def start(self, child: Child, began: float, watcher: FileWatcher, loop: asyncio.AbstractEventLoop) -> None:
+        """`child` is its process, begun just before: watch it. Call on the main thread. Raises `OSError`."""
+        self.child, self.began = child, began
         self._move(Phase.STARTING, clock.now())
         loop.add_reader(self.child.pidfd, self._exited, loop)
         if self.node_rank == 0:
-            self._follower = LogFollower(output.source)
+            self._follower = LogFollower(child.output.source)
             self._watcher = watcher
-            self._watch = watcher.add(output.source, self.read_log)
+            self._watch = watcher.add(child.output.source, self.read_log)
             self.read_log()
 
     def read_log(self) -> None:

@@ -25,9 +25,11 @@ from gms_launch.node.gms_watch import GmsWatch
 from gms_launch.node.pulse import Feeler, Pulse
 from gms_launch.node.rank import Rank
 from gms_launch.node.reporter import Reporter
+from gms_launch.node.warm import WarmSlots
 from gms_launch.observe.starts import Starts
 from gms_launch.process import clock, lifecycle, proc, scratch, strays
 from gms_launch.process.follow import FileWatcher
+from gms_launch.process.lifecycle import Child, Command
 from gms_launch.process.proc import ProcessId, Stat
 from gms_launch.run.plan import Layout
 from gms_launch.spool.writer import Writer
@@ -59,10 +61,12 @@ class RankSet:
         on_event: Callable[[Rank, str, str], None],
         on_end: Callable[[EndedRecord], None],
         front: Callable[[], int],
+        warm: WarmSlots,
     ) -> None:
         self._layout, self._mirror, self._report, self._gms = layout, mirror, report, gms
         self._writer = writer
         self._gates, self._spawn, self._on_event, self._on_end = gates, spawn, on_event, on_end
+        self.warm = warm
         self._node_rank = layout.topology.node_rank
         self.keeper = ""
         self._clearer = scratch.Clearer()
@@ -99,6 +103,8 @@ class RankSet:
         cohort_id, incarnation = desire.cohort_id, desire.incarnation
         if not self._gates.shut(cohort_id):
             return  # something of an earlier life has that lock: the next look tries again
+        if self.warm.asking():
+            return  # until it answers, or has not in time
         rank = Rank(
             cohort_id=cohort_id,
             incarnation=incarnation,
@@ -111,8 +117,8 @@ class RankSet:
         )
         command = self._layout.rank_command(cohort_id, incarnation, desire.master_port, desire.engine_args)
         try:
-            self._layout.node_dir.make_scratch(cohort_id, incarnation)
-            rank.start(command, self._writer.output(rank.log), files, loop)
+            child, began, how = self._process(rank, command)
+            rank.start(child, began, files, loop)
         except OSError as exc:
             # No process, no memory, no descriptor left: a life that failed, and the controller's to try again.
             self.skip(cohort_id, incarnation, f"could not be started: {exc}")
@@ -120,9 +126,25 @@ class RankSet:
         self._by_slot[cohort_id] = rank
         assert rank.child is not None
         self._writer.here(self._layout.node_dir.pgid_file(cohort_id), f"{rank.child.pgid}\n")
-        self._report.emit("started", cohort_id, incarnation, f"pid {rank.child.pid}")
+        self._report.emit("started", cohort_id, incarnation, f"{how}pid {rank.child.pid}")
         self.publish(rank)
         self._spawn(self._look_after(rank, rank.child.id))
+
+    def _process(self, rank: Rank, command: Command) -> tuple[Child, float, str]:
+        """A process for a rank, since when it litters, and for people where it is from. Raises `OSError`."""
+        name, output = f"cohort-{rank.cohort_id}", self._writer.output(rank.log)
+        if (taken := self.warm.take()) is not None:
+            waiting, directory = taken
+            try:
+                # What its imports have left in there is the life's.
+                directory.rename(self._layout.node_dir.scratch(*rank.life))
+                return waiting.become(name, command, rank.tag, output), waiting.began, "from a warm slot, "
+            except OSError as exc:
+                self._report.emit("warm_lost", *rank.life, f"started cold: {exc}")
+                self.warm.discard(waiting, directory)
+        self._layout.node_dir.make_scratch(*rank.life)
+        began = scratch.file_time()
+        return lifecycle.spawn(name, command, rank.tag, output), began, ""
 
     async def _look_after(self, rank: Rank, leader: ProcessId) -> None:
         """Ask a rank how it is for as long as it lives; one that hangs is treated as dead."""
@@ -217,7 +239,7 @@ class RankSet:
 
     def reap(self, keep: frozenset[int]) -> None:
         """Collect the orphans of dead ranks. `keep` are pids of the agent's other children."""
-        own = {r.child.pid for r in self._by_slot.values() if r.child is not None}
+        own = {r.child.pid for r in self._by_slot.values() if r.child is not None} | self.warm.pids
         lifecycle.reap_orphans(keep | own)
 
     # -- seeing and telling --------------------------------------------------------------------------------------

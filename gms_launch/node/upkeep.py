@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
+from gms_launch.cohort.model import Redundancy
 from gms_launch.errors import UsageError
 from gms_launch.node.node import Node
 from gms_launch.numbers import numbered
@@ -91,6 +92,8 @@ async def keep_up(me: Node) -> None:
             if (places := me.writer.places()) != told:
                 told = places
                 me.wake.set()
+            if me.redundancy is Redundancy.FULL:
+                me.ranks.warm.keep()
             if not me.ready.is_set():
                 # Somebody waits and looks on: how much is loaded, and for how long.
                 await me.look_at_gms()

@@ -209,7 +209,7 @@ class Metrics:
 
     def _node(self, node: NodeRecord) -> Iterator[Metric]:
         up = GaugeMetricFamily("gms_launch_service_up", "1 while a service is ready.", labels=["service"])
-        for service in node.services:
+        for service in (s for s in node.services if not s.name.startswith("warm-")):  # nobody's page if it is not
             up.add_metric([service.name], float(service.state == "ready"))
         yield up
         gms = GaugeMetricFamily(

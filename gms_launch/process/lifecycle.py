@@ -159,8 +159,10 @@ def child_environment(base: Mapping[str, str], command: Command, tag: str) -> di
     return env
 
 
-def spawn(name: str, command: Command, tag: str, output: Output) -> Child:
+def spawn(name: str, command: Command, tag: str, output: Output, fds: Sequence[int] = ()) -> Child:
     """Start `command` in its own session; what it prints goes to `output`. Call from the agent's main thread.
+
+    It inherits the descriptors `fds`, and no others.
 
     The parent-death signal is tied to the thread that starts the child, hence the main thread. Raises `OSError`.
     """
@@ -172,6 +174,7 @@ def spawn(name: str, command: Command, tag: str, output: Output) -> Child:
         stdout=output.fd,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        pass_fds=fds,
     )
     popen.returncode = 0  # we reap it ourselves, after its group was dealt with
     found = proc.stat(popen.pid)

@@ -134,6 +134,10 @@ class NodeDir:
         """Raises `OSError`."""
         self.scratch(cohort_id, incarnation).mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    def warm_scratch(self, number: int) -> Path:
+        """The same of a process in a warm slot; it becomes the life's."""
+        return self.path / "tmp" / f"w.{number}"
+
     def gate(self, cohort_id: int) -> Path:
         """The lock of one cohort alone (--activation agent)."""
         return self.gms / f"failover-{cohort_id}.lock"

@@ -23,6 +23,7 @@ from gms_launch.engines.base import LOOPBACK, DynamoPlane, Engine, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms import devices, gpus
 from gms_launch.numbers import numbered
+from gms_launch.process import waiting
 from gms_launch.process.lifecycle import Command
 from gms_launch.run import model, nodedir
 from gms_launch.run.credentials import DYNAMO, ETCD, Credentials
@@ -241,6 +242,13 @@ class Layout:
             )
         )
 
+    def warm_environment(self) -> dict[str, str | None]:
+        """What all lives on this node have in common; what differs between them is None."""
+        commands = [self.rank_command(k, n, 0) for k, n in ((0, 1), (self.settings.cohorts - 1, 2))]
+        first, second = (c.env for c in commands)
+        names = dict.fromkeys([*first, *second])
+        return {n: first[n] if n in first and n in second and first[n] == second[n] else None for n in names}
+
     def _meeting_secret(self, cohort_id: int, incarnation: int) -> str:
         """Of one life: every node's agent makes the same of what only agents know."""
         key, life = self.credentials.secret, f"meeting {self.attempt} {cohort_id} {incarnation}"
@@ -258,6 +266,8 @@ class Layout:
                 "exactly one of them may write the weights: unset it"
             )
         model.check(self.settings)
+        if self.settings.warm_slots and not self.engine.imports:
+            raise UsageError(f"--warm-slots: --engine {self.settings.engine} does not say what can be imported for it")
         for problem in self.engine.problems(self.settings):
             raise UsageError(problem)
         self.node_dir.check()
@@ -298,7 +308,8 @@ class Layout:
             port = self.ports.master(cohort_id, 1)
             name = f"cohort {cohort_id} rank {self.topology.node_rank}"
             found.append((name, self.rank_command(cohort_id, 1, port)))
-        return found
+        warm = waiting.command(self.python, self.engine.imports, self.warm_environment())
+        return found + [(f"warm-{n}", warm) for n in range(1, self.settings.warm_slots + 1)]
 
     def to_json(self) -> dict[str, Any]:
         """The plan for people and tests; secrets are hidden."""

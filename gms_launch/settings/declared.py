@@ -88,6 +88,13 @@ class Settings:
         "engine",
         choices=("lock", "agent"),
     )
+    warm_slots: int = setting(
+        0,
+        "processes on each node that have imported what an engine needs and wait to be started as one",
+        "engine",
+        minimum=0,
+        maximum=9,
+    )
     python: str = setting("", "interpreter for engines and frontend; this one when empty", "engine")
     namespace: str = setting("dynamo", "Dynamo namespace the engines register in", "engine")
     cache_dir: str = setting("", "engines' compile caches; ~/.cache/gms-launch when empty", "engine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 import sys
@@ -23,6 +24,7 @@ async def headless(config: args.EngineConfig) -> None:
 
 def main() -> None:
     config = args.parse(sys.argv[1:], os.environ)
+    importlib.import_module("gms_launch.engines.reference.burden")
     logging.basicConfig(
         level=logging.INFO,
         format=f"%(asctime)s (Engine_{config.engine_id} pid={os.getpid()}) %(levelname)s %(message)s",

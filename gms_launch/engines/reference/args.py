@@ -1,7 +1,7 @@
 """What the reference engine is told: dynamo.vllm's flags and environment names.
 
 REFERENCE_DEVICE says whether GMS owns host memory (host) or a GPU's (cuda). Knobs for tests come from the environment,
-as REFERENCE_* too: costs of start and wake, and where to fail.
+as REFERENCE_* too: costs of start and wake, and where to fail (`burden` reads what to import).
 """
 
 from __future__ import annotations

@@ -18,6 +18,11 @@ class ReferenceEngine(dynamo.Spoken):
 
     name: str = "reference"
 
+    @property
+    def imports(self) -> tuple[str, ...]:
+        front = "gms_launch.engines.reference"
+        return (f"{front}.burden", f"{front}.leader", "uvloop", "dynamo.llm", "dynamo.common.utils.runtime")
+
     def problems(self, settings: Settings) -> list[str]:
         found = []
         if missing := installed.look(settings.python, MODULES).missing:
