@@ -107,6 +107,9 @@ class Terminal:
     def ready(self, text: str) -> None:
         self.progress(f"ready: {text}")
 
+    def stopping(self) -> None:
+        pass  # said as progress, with the reason
+
     def failed(self, error: LaunchError) -> None:
         pass  # the caller prints it
 
@@ -153,6 +156,9 @@ class Notify:
         self._send(ready=text)
         if not self._stays:
             self._talker.say(self._shut)
+
+    def stopping(self) -> None:
+        pass  # said as progress, with the reason
 
     def failed(self, error: LaunchError) -> None:
         self._send(failed=str(error), exit=error.exit_code)

@@ -21,6 +21,7 @@ from gms_launch.errors import DeadlineError, LaunchError, NoContactError, Refuse
 from gms_launch.observe import look
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.run import contact, model
+from gms_launch.run.plan import cache_dir
 from gms_launch.run.rundir import RunDir, RunFile, home, new_run_id
 from gms_launch.settings.declared import SETTINGS, Settings
 from gms_launch.settings.resolve import checked
@@ -52,6 +53,8 @@ def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout
         raise UsageError(f"run {run!r}: a name of up to {_LONGEST} characters, since the number of each job is added")
     directory = RunDir.of(run)
     job = replace(job, run=run, home=home().absolute(), program=_program(), unset=_in_the_way())
+    if job.pyxis or job.apptainer:
+        job = replace(job, shared=_shared(settings, make=not dry_run))
     text = sbatch.script(job, settings.engine_args, BODY.read_text())
     saved = as_toml(settings)
     if dry_run:
@@ -76,6 +79,16 @@ def as_toml(settings: Settings) -> str:
     said = [(s.name, getattr(settings, s.name)) for s in SETTINGS if settings.was_set(s.name) and s.name != "run_id"]
     # A JSON string, number or boolean is one of TOML too, as long as it keeps its letters.
     return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in said)
+
+
+def _shared(settings: Settings, make: bool) -> tuple[str, ...]:
+    """What a run reads and keeps beside its directory: each of these is mounted, so it must be there."""
+    cache = cache_dir(settings.cache_dir)
+    if make:
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files = (settings.api_key_file, settings.tls_cert, settings.tls_key, settings.engine_file)
+    places = [Path(settings.model), cache, *(Path(f).expanduser() for f in files if f)]
+    return tuple(dict.fromkeys(str(path.absolute()) for path in places))
 
 
 def _program() -> str:

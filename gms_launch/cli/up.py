@@ -13,10 +13,10 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from gms_launch import __version__, engines
-from gms_launch.cli import background
+from gms_launch.cli import background, supervised
 from gms_launch.cli.reporters import Notify, Terminal
 from gms_launch.engines.base import LOOPBACK
-from gms_launch.errors import LaunchError, RefusedError
+from gms_launch.errors import LaunchError, RefusedError, UsageError
 from gms_launch.observe.stamp import Formatter
 from gms_launch.process import places, proc
 from gms_launch.run import credentials, dead, nodedir, ports, rundir, topology
@@ -38,6 +38,7 @@ LAST_WRITES = 3.0
 
 def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> None:
     settings = named(settings)
+    manager = supervised.taken()
     if settings.hosts:
         from gms_launch.cli import up_hosts
 
@@ -53,12 +54,16 @@ def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> N
             reservation.close()
             background.start(settings)
         else:
-            _agent(layout, reservation, notify_fd, until_eof)
+            reporter: Notify | Terminal
+            if notify_fd >= 0:
+                reporter = Notify(notify_fd, stays=until_eof)
+            else:
+                reporter = supervised.Supervised(layout, manager) if manager else Terminal(layout)
+            _agent(layout, reservation, reporter, until_eof)
 
 
-def _agent(layout: Layout, reservation: ports.Reservation, notify_fd: int, until_eof: bool) -> None:
+def _agent(layout: Layout, reservation: ports.Reservation, reporter: Notify | Terminal, until_eof: bool) -> None:
     """Look for the leader if it is another node, and be this node's agent."""
-    reporter: Notify | Terminal = Notify(notify_fd, stays=until_eof) if notify_fd >= 0 else Terminal(layout)
     leads = layout.topology.is_leader
     try:
         if not leads:
@@ -106,6 +111,11 @@ def _ports_dir() -> Any:
 def prepare(settings: Settings, place: Topology, reservation: ports.Reservation) -> Layout:
     """Everything that can go wrong before something is started. Raises `UsageError` and `RefusedError`."""
     run = settings.run_id
+    if not proc.own_numbers():
+        raise UsageError(
+            "/proc shows another pid namespace than this process is in, as in a container without a /proc of its own: "
+            "nothing here could be told alive or dead; give it one (`unshare --mount-proc`, docs/containers.md)"
+        )
     free = reservation.free if place.is_leader else lambda _: True
     layout = Layout(
         run=run,
@@ -166,6 +176,10 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
         agents.append(agent)
         loop = asyncio.get_running_loop()
 
+        async def announce_end() -> None:
+            await agent.node.stopping.wait()
+            reporter.stopping()
+
         async def announce() -> None:
             await agent.node.ready.wait()
             reporter.ready(f"{layout.front.url}/v1/completions, model {layout.model_name}{layout.front.hint}")
@@ -174,11 +188,12 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
             loop.add_reader(0, _input_ended, agent, loop)
         if "SLURM_STEP_ID" in os.environ and isinstance(reporter, Terminal):
             _watch_parent(agent, loop)  # a background agent outlives its parent, and so it should
-        waiting = loop.create_task(announce())
+        waiting = [loop.create_task(announce()), loop.create_task(announce_end())]
         try:
             await agent.run()
         finally:
-            waiting.cancel()
+            for task in waiting:
+                task.cancel()
 
     code, reason = 1, "the agent was interrupted"
     try:
@@ -239,6 +254,8 @@ def _watch_parent(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
     Slurm no longer knows of us then, and nobody else would ever stop us.
     """
     parent = os.getppid()
+    if not parent:
+        return  # we are the first process of a container, or were put into it: its own runtime looks after that
     try:
         fd = os.pidfd_open(parent)
     except ProcessLookupError:
@@ -265,6 +282,7 @@ def run_file(layout: Layout) -> RunFile:
         leader_boot_id=proc.boot_id(),
         agent_pid=me.pid,
         agent_start=me.start,
+        pid_namespace=proc.namespace(),
         node_dir=str(layout.node_dir.path),
         etcd_endpoints=layout.etcd_endpoints,
         etcd_auth=layout.own_etcd,

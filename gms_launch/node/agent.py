@@ -206,8 +206,7 @@ class Agent:
         elif kind == "unfenced":
             self.node.progress(f"cohort {rank.cohort_id} cannot be fenced: {detail}")
         elif kind == "fenced":
-            services = {runner.pid for runner in self.node.services.values()}
-            self.node.ranks.reap(frozenset(services | {self.node.guard.pid}))
+            self.node.reap()
         self.node.wake.set()
 
     def _show(self) -> None:

@@ -231,6 +231,10 @@ class Node:
             force=force,
         )
 
+    def reap(self) -> None:
+        """Collect what has died and is nobody else's: of dead ranks, and where we are a container's init, of all."""
+        self.ranks.reap(frozenset({self.guard.pid, *(runner.pid for runner in self.services.values())}))
+
     async def look_at_gms(self) -> None:
         await self.loop.run_in_executor(None, self.gms.look)
         self.wake.set()

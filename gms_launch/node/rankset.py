@@ -137,7 +137,7 @@ class RankSet:
             waiting, directory = taken
             try:
                 # What its imports have left in there is the life's.
-                directory.rename(self._layout.node_dir.scratch(*rank.life))
+                self._layout.node_dir.hand_scratch(directory, *rank.life)
                 return waiting.become(name, command, rank.tag, output), waiting.began, "from a warm slot, "
             except OSError as exc:
                 self._report.emit("warm_lost", *rank.life, f"started cold: {exc}")

@@ -104,6 +104,7 @@ async def keep_up(me: Node) -> None:
                 due += HOUSEKEEPING
                 await me.look_at_gms()
                 me.strays = await me.ranks.sweep()
+                me.reap()
                 # What only descent shows as ours, for the day when we are killed and nobody can tell any more.
                 untagged = await me.loop.run_in_executor(None, strays.untagged, me.layout.run)
                 me.guard.tell(untagged)

@@ -145,7 +145,7 @@ class WarmSlots:
         tag = f"{layout.run}/warm/{self._number:012d}/{layout.topology.node_rank}"
         made = layout.warm_environment() | {"TMPDIR": str(slot.directory)}
         try:
-            slot.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            layout.node_dir.make_warm_scratch(self._number)
             output = self._output(layout.log_dir / f"{slot.name}.log")
             slot.waiting = Waiting.start(slot.name, layout.python, layout.engine.imports, made, tag, output)
         except OSError as exc:

@@ -146,6 +146,37 @@ def same_namespace(pid: int) -> bool:
         return False
 
 
+def namespace() -> str:
+    """The pid namespace that this process is numbered in; it lasts as long as something is in it."""
+    return os.readlink("/proc/self/ns/pid")
+
+
+def own_numbers() -> bool:
+    """False when /proc numbers processes as another pid namespace does, in a container without a /proc of its own."""
+    return os.readlink("/proc/self") == str(os.getpid())
+
+
+def seen_from_here(who: ProcessId, numbered_in: str) -> ProcessId | None:
+    """A process by its number in our pid namespace; None when it has none: it is gone, or beside or above us.
+
+    `numbered_in` is the namespace that gave `who` its number; empty for ours. Start times are the same in all.
+    """
+    if numbered_in in ("", namespace()):
+        return who
+    for pid in pids():
+        try:
+            if os.readlink(f"/proc/{pid}/ns/pid") != numbered_in:
+                continue
+            with open(f"/proc/{pid}/status", "rb") as file:
+                numbers = next(line.split()[1:] for line in file if line.startswith(b"NSpid:"))
+        except (OSError, StopIteration):
+            continue
+        found = identity(pid)
+        if int(numbers[-1]) == who.pid and found is not None and found.start == who.start:
+            return found
+    return None
+
+
 def tagged(prefix: str, uid: int | None = None, node_rank: int | None = None) -> list[tuple[Stat, str]]:
     """Every running process of a user whose tag is `prefix` or begins with `prefix/`, with its tag.
 

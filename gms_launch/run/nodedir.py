@@ -84,7 +84,7 @@ class NodeDir:
         me = proc.identity(os.getpid())
         assert me is not None
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{me.pid} {me.start}\n".encode(), 0)
+        os.pwrite(fd, f"{me.pid} {me.start} {proc.namespace()}\n".encode(), 0)
         self.gms.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _take_place(self) -> int:
@@ -116,12 +116,16 @@ class NodeDir:
             self.remove()
 
     def agent(self) -> proc.ProcessId | None:
-        """The agent that took this directory last, alive or not; None when there is none on record."""
+        """The agent that took this directory last, alive or not, by its number here.
+
+        None when there is none on record, or it has no number here: it is in a container that is not below us, or it
+        was in one that has ended.
+        """
         try:
-            pid, start = places.read_own(self.path / "agent.lock").split()
+            pid, start, *where = places.read_own(self.path / "agent.lock").split()
+            return proc.seen_from_here(proc.ProcessId(int(pid), int(start)), "".join(where[:1]))
         except (OSError, ValueError):
             return None
-        return proc.ProcessId(int(pid), int(start))
 
     def pgid_file(self, cohort_id: int) -> Path:
         return self.path / f"engine-{cohort_id}.pgid"
@@ -137,6 +141,16 @@ class NodeDir:
     def warm_scratch(self, number: int) -> Path:
         """The same of a process in a warm slot; it becomes the life's."""
         return self.path / "tmp" / f"w.{number}"
+
+    def make_warm_scratch(self, number: int) -> Path:
+        """Raises `OSError`."""
+        path = self.warm_scratch(number)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path
+
+    def hand_scratch(self, warm: Path, cohort_id: int, incarnation: int) -> None:
+        """Let the directory of a warm slot's process be that of a life. Raises `OSError`."""
+        warm.rename(self.scratch(cohort_id, incarnation))
 
     def gate(self, cohort_id: int) -> Path:
         """The lock of one cohort alone (--activation agent)."""

@@ -75,8 +75,7 @@ class Layout:
     @property
     def cache_dir(self) -> Path:
         """Where engines keep what they compile, for the next life and the next run."""
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(self.settings.cache_dir or f"{base}/gms-launch").expanduser()
+        return cache_dir(self.settings.cache_dir)
 
     @property
     def kind_of_start(self) -> str:
@@ -348,6 +347,12 @@ class Layout:
 
 def _public(command: Command) -> dict[str, str | None]:
     return {k: HIDDEN if v and any(s in k for s in _SECRET) else v for k, v in sorted(command.env.items())}
+
+
+def cache_dir(chosen: str) -> Path:
+    """The directory that `--cache-dir` means, given or not."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(chosen or f"{base}/gms-launch").expanduser()
 
 
 def no_gpu() -> str:

@@ -97,7 +97,8 @@ class RunFile:
 
     `attempt` tells this run from an earlier one of the same name. `slurm` is "job.restart.step" under Slurm.
     `unwritten` counts events and lines of the agent's log that had not come to the home when the run ended. `etcd_ca`
-    is the certificate, as PEM text, that its etcd's follows from; empty for one without TLS.
+    is the certificate, as PEM text, that its etcd's follows from; empty for one without TLS. In `pid_namespace` the
+    agent has its number.
     """
 
     run: str
@@ -124,18 +125,28 @@ class RunFile:
     nodes: tuple[NodeEnd, ...] = ()
     unwritten: int = 0
     etcd_ca: str = ""
+    pid_namespace: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
     @property
     def local(self) -> bool:
-        """True when this is the leader's machine, and not a later boot of it."""
-        return self.leader_host == socket.gethostname() and self.leader_boot_id == proc.boot_id()
+        """True when this is the leader's machine, not a later boot of it, and its agent has a number here.
+
+        It has none for who is in another container than it, and none any more when its container has ended.
+        """
+        here = self.leader_host == socket.gethostname() and self.leader_boot_id == proc.boot_id()
+        return here and self._agent is not None
 
     @property
     def agent(self) -> proc.ProcessId:
-        return proc.ProcessId(self.agent_pid, self.agent_start)
+        """The leader's agent, by its number here where it is `local`."""
+        return self._agent or proc.ProcessId(self.agent_pid, self.agent_start)
+
+    @property
+    def _agent(self) -> proc.ProcessId | None:
+        return proc.seen_from_here(proc.ProcessId(self.agent_pid, self.agent_start), self.pid_namespace)
 
     @property
     def live(self) -> bool:

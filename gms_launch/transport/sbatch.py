@@ -25,7 +25,7 @@ class Job:
     """What is asked of Slurm. `options` are sbatch's own, as on its command line.
 
     `drain` (seconds) and `successor` (minutes) are times before the limit. `pyxis` and `apptainer` are images that the
-    agents run in, `mounts` SRC:DST[:FLAGS].
+    agents run in, `mounts` SRC:DST[:FLAGS], and `shared` what is to be there under the name that it has out here.
     """
 
     run: str
@@ -40,6 +40,7 @@ class Job:
     successor: int = 0
     pyxis: str = ""
     apptainer: str = ""
+    shared: tuple[str, ...] = ()
     mounts: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -106,9 +107,12 @@ def script(job: Job, engine_args: Sequence[str], body: str) -> str:
 def _container(job: Job) -> list[str]:
     """What srun starts on each node, and with which options of its own."""
     # What all nodes share, and what engines and agents of a node share with each other.
-    mounts = [f"{job.home}:{job.home}", "/dev/shm:/dev/shm", *job.mounts]
+    named = {mount.split(":")[1] if ":" in mount else mount for mount in job.mounts}
+    mounts = [f"{place}:{place}" for place in (str(job.home), "/dev/shm", *job.shared) if place not in named]
+    mounts += job.mounts
     if job.pyxis:
         options = [f"--container-image={job.pyxis}", f"--container-mounts={','.join(mounts)}"]
+        options.append("--no-container-remap-root")  # another user's number in there would make it another user's run
         return [f"GL_STEP=({shlex.join(options)})"]
     if job.apptainer:
         binds = [word for mount in mounts for word in ("--bind", mount)]

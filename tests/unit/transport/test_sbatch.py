@@ -44,11 +44,13 @@ def test_jobs_of_an_array_and_successors_are_runs_of_their_own() -> None:
 
 
 def test_containers_get_what_nodes_share() -> None:
-    mounts = "/home/me/.gms-launch:/home/me/.gms-launch,/dev/shm:/dev/shm,/models:/models:ro"
-    found = lines(replace(JOB, pyxis="nvcr.io#x/y:1", mounts=("/models:/models:ro",)))
-    assert f"GL_STEP=('--container-image=nvcr.io#x/y:1' --container-mounts={mounts})" in found
+    mounts = "/home/me/.gms-launch:/home/me/.gms-launch,/dev/shm:/dev/shm,/cache:/cache,/models:/models:ro"
+    job = replace(JOB, shared=("/models", "/cache"), mounts=("/models:/models:ro",))
+    found = lines(replace(job, pyxis="nvcr.io#x/y:1"))
+    own = "--no-container-remap-root"
+    assert f"GL_STEP=('--container-image=nvcr.io#x/y:1' --container-mounts={mounts} {own})" in found
     assert not [line for line in found if line.startswith("GL_AGENT=")], "in the image it is on PATH"
-    found = lines(replace(JOB, apptainer="/images/v.sif", mounts=("/models:/models:ro",)))
+    found = lines(replace(job, apptainer="/images/v.sif"))
     binds = " ".join(f"--bind {mount}" for mount in mounts.split(","))
     assert f"GL_AGENT=(apptainer exec --nv {binds} /images/v.sif gms-launch)" in found
 
