@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := curl prometheus etcd-server etcd-client nats-server haproxy iproute2 slurm-wlm systemd munge openssh-server
 STAMP := $(VENV)/.installed
+LOCK := requirements.lock
 
 .PHONY: setup demo demo-down test test-slow lint bench clean
 
@@ -17,11 +18,21 @@ packages:
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	if [ -n "$$missing" ]; then tests/install-packages.sh $$missing; fi
 
-$(STAMP): pyproject.toml | packages
+$(STAMP): pyproject.toml $(LOCK) | packages
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -e '.[reference,dynamo,test]'
+	$(BIN)/python -m pip install -q --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install -q --no-deps -e .
 	touch $@
+
+# Newer versions into the lock file; then run the tests.
+.PHONY: lock
+LOCK_VENV := .venv-lock
+lock:
+	test -x $(LOCK_VENV)/bin/uv || { $(PYTHON) -m venv $(LOCK_VENV) && $(LOCK_VENV)/bin/pip install -q uv; }
+	echo '# Every package that `make setup` installs, for Python 3.10 to 3.13, with hashes of its files. Made by `make lock`.' >$(LOCK).new
+	$(LOCK_VENV)/bin/uv pip compile -q --universal --python-version 3.10 --generate-hashes --no-header \
+	  --extra reference --extra dynamo --extra test pyproject.toml >>$(LOCK).new
+	mv $(LOCK).new $(LOCK)
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/demo.sh
