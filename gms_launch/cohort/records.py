@@ -172,7 +172,7 @@ class NodeRecord(Record):
     `clock` is its `clock.OFFSET`; `gms_epoch` the one that its servers are of. `writing`: what is wrong with its
     directories, or was lost there; `strays`: processes of dead lives that would not die; `internal_errors`: errors of
     the agent's own that the run outlived. `metrics` is where it serves them (host:port; empty: nowhere), `word_port`
-    where it hears from other nodes (UDP; 0: nowhere).
+    where it hears from other nodes (UDP; 0: nowhere). `alarms` are etcd's own, as the leader last heard of them.
     """
 
     node_rank: int
@@ -183,6 +183,7 @@ class NodeRecord(Record):
     agent_start: int
     gpus: tuple[str, ...] = ()
     services: tuple[ServiceStatus, ...] = ()
+    alarms: tuple[str, ...] = ()
     gms: tuple[GmsStatus, ...] = ()
     gpu_memory: tuple[GpuStatus, ...] = ()
     lock_holder: str = ""

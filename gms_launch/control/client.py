@@ -9,6 +9,7 @@ Nothing else in the package imports etcd3 or grpc.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import threading
@@ -33,6 +34,10 @@ if (_waiting := sys.modules.get("grpc._common")) is not None:
 T = TypeVar("T")
 RpcError = grpc.RpcError
 
+#: As etcd numbers them.
+_ALARMS = {1: "NOSPACE", 2: "CORRUPT"}
+#: An alarm is ended when no more than this share of the quota is in use.
+ENOUGH = 0.8
 #: A frozen server is noticed within keepalive time + timeout, and a dead one retried at least every 2 s.
 _CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 5000),
@@ -47,6 +52,12 @@ _CHANNEL_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "UNKNOWN"}
+#: What etcd says while an alarm of its own makes it refuse what it is asked.
+_ALARMED = ("database space exceeded", "corrupt cluster")
+
+
+class AlarmedError(NoContactError):
+    """etcd answers, and refuses: it is out of space, or takes its own data for corrupt."""
 
 
 class _Client(etcd3.Etcd3Client):  # type: ignore[misc, name-defined]
@@ -174,6 +185,8 @@ class Etcd:
             except (etcd3.exceptions.ConnectionFailedError, etcd3.exceptions.ConnectionTimeoutError) as exc:
                 error: BaseException = exc
             except grpc.RpcError as exc:
+                if any(words in (exc.details() or "") for words in _ALARMED):
+                    raise AlarmedError(f"etcd at {', '.join(self._access.endpoints)} refuses: {describe(exc)}") from exc
                 if exc.code().name not in _TRANSIENT:
                     raise
                 error = exc
@@ -273,6 +286,38 @@ class Etcd:
     def compact(self, revision: int) -> None:
         """Forget history before `revision`."""
         self.call(lambda c: c.compact(revision))
+
+    # -- alarms ------------------------------------------------------------------------------------------------
+
+    def alarms(self, retry: float = 1.0) -> tuple[str, ...]:
+        """The alarms that etcd has raised: NOSPACE and CORRUPT; with either it refuses writes."""
+        return tuple(sorted({_ALARMS.get(a.alarm, f"alarm {a.alarm}") for a in self._raised(retry)}))
+
+    def _raised(self, retry: float) -> list[Any]:
+        ask = etcd3.etcdrpc.AlarmRequest(action=etcd3.etcdrpc.AlarmRequest.GET, alarm=etcd3.etcdrpc.NONE)
+        return list(self.call(lambda c: c.maintenancestub.Alarm(ask, timeout=self._timeout), retry).alarms)
+
+    def relieve(self, quota: int) -> bool:
+        """Make room: forget all history, give its room back, and end the alarm if that is enough of `quota` bytes.
+
+        etcd answers nobody while it does the second, a few ms for every MiB.
+        """
+        rpc = etcd3.etcdrpc
+        revision = self.call(
+            lambda c: c.kvstub.Range(rpc.RangeRequest(key=b"/"), timeout=self._timeout)
+        ).header.revision
+        with contextlib.suppress(grpc.RpcError):  # already compacted up to here
+            self.call(lambda c: c.kvstub.Compact(rpc.CompactionRequest(revision=revision, physical=True), timeout=30.0))
+        self.call(lambda c: c.maintenancestub.Defragment(rpc.DefragmentRequest(), timeout=30.0), retry=0.0)
+        size = self.call(lambda c: c.maintenancestub.Status(rpc.StatusRequest(), timeout=self._timeout)).dbSize
+        if size > quota * ENOUGH:
+            return False
+        for raised in self._raised(1.0):
+            if raised.alarm == rpc.NOSPACE:
+                whose = {"memberID": raised.memberID, "alarm": rpc.NOSPACE}
+                over = rpc.AlarmRequest(action=rpc.AlarmRequest.DEACTIVATE, **whose)
+                self.call(lambda c, over=over: c.maintenancestub.Alarm(over, timeout=self._timeout))  # type: ignore[misc]
+        return True
 
     # -- leases ------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,10 @@ class Door:
         told = self._ask(lambda etcd: etcd.time_to_live(key))
         return None if told is None else (max(0, told[1] - told[0]), told[1])
 
+    def alarms(self) -> tuple[str, ...]:
+        """See `Etcd.alarms`."""
+        return self._ask(lambda etcd: etcd.alarms(retry=0.0))
+
     def put(self, key: str, value: bytes, lease: int = 0) -> None:
         self._ask(lambda etcd: etcd.put(key, value, lease or None, retry=0.0))
 

@@ -161,6 +161,14 @@ class ControlLink:
             self._etcd.create(key, value, lease)
         return lease
 
+    def alarms(self) -> tuple[str, ...]:
+        """See `Etcd.alarms`. Blocks. Raises `NoContactError`."""
+        return self._etcd.alarms()
+
+    def relieve(self, quota: int) -> bool:
+        """See `Etcd.relieve`. Blocks. Raises `NoContactError`."""
+        return self._etcd.relieve(quota)
+
     def revoke(self, lease: int) -> bool:
         """End a lease of anybody's. Blocks."""
         return self._etcd.revoke(lease)

@@ -13,13 +13,15 @@ import threading
 import time
 from typing import NamedTuple
 
-from gms_launch.control.client import Etcd, describe
+from gms_launch.control.client import AlarmedError, Etcd, describe
 from gms_launch.errors import NoContactError
 
 log = logging.getLogger("agent")
 
 #: How long what is only kept for later waits for company (seconds): longer than a cohort takes to die.
 LINGER = 0.1
+#: Between two tries of what etcd refuses because of an alarm (seconds).
+ALARMED = 0.5
 #: Most keys in one transaction; etcd's default limit is 128.
 BATCH = 100
 
@@ -80,7 +82,7 @@ class Publisher(threading.Thread):
         while (batch := self._next()) is not None:
             try:
                 self._write(batch)
-            except NoContactError:
+            except NoContactError as exc:
                 with self._condition:
                     # A newer value may have come meanwhile; ours is then out of date.
                     for key, entry in batch.items():
@@ -88,7 +90,7 @@ class Publisher(threading.Thread):
                             self._now.setdefault(key, entry)
                     if self._stopping:
                         return
-                    self._condition.wait(0.1)
+                    self._condition.wait(ALARMED if isinstance(exc, AlarmedError) else 0.1)
             except Exception as exc:
                 log.warning("etcd refused %s: %s", ", ".join(batch), describe(exc))
 

@@ -82,6 +82,8 @@ class Agent:
         """The loop: look, decide, act; sleep until something happens or a deadline comes."""
         self.node.spawn(upkeep.keep_up(self.node))
         self.node.spawn(upkeep.notice_stalls(self.node))
+        if self.node.is_leader:
+            self.node.spawn(upkeep.watch_alarms(self.node))
         failed = 0
         while not self.node.stopping.is_set():
             self.node.wake.clear()

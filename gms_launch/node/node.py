@@ -99,6 +99,7 @@ class Node:
         self.wake = asyncio.Event()
         self.hurry = False
         self.strays: tuple[str, ...] = ()
+        self.alarms: tuple[str, ...] = ()
         self.ends: tuple[NodeEnd, ...] = ()
         self.sightings = Sightings()
         self.confirmed: tuple[int, int] | None = None
@@ -215,6 +216,7 @@ class Node:
                 self.guard.status,
                 *self.ranks.warm.status,
             ),
+            alarms=self.alarms,
             gms=self.gms.status,
             gms_epoch=self.gms_epoch,
             gpu_memory=self.gms.gpus,

@@ -33,10 +33,18 @@ LEVELS = {
         ("left_behind", "exit", "hung", "cut_off", "lease_lost", "rolled_back", "gms_restart"), logging.WARNING
     ),
     **dict.fromkeys(
-        ("service_exited", "service_killed", "service_restarted", "guard_exited", "guard_missing", "stood_still"),
+        (
+            "service_exited",
+            "service_killed",
+            "service_restarted",
+            "service_looping",
+            "guard_exited",
+            "guard_missing",
+            "stood_still",
+        ),
         logging.WARNING,
     ),
-    **dict.fromkeys(("unfenced", "given_up", "service_failed"), logging.ERROR),
+    **dict.fromkeys(("unfenced", "given_up", "service_failed", "etcd_alarm"), logging.ERROR),
 }
 #: Events of which the agent says the same to people, in the same log.
 SAID = frozenset({"redundancy", "stopped"})

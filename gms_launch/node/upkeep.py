@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from functools import partial
 
 from gms_launch.cohort.model import Redundancy
-from gms_launch.errors import UsageError
+from gms_launch.errors import NoContactError, UsageError
 from gms_launch.node.node import Node
 from gms_launch.numbers import numbered
 from gms_launch.process import strays
 from gms_launch.run.front import Front
-from gms_launch.services import proxy
+from gms_launch.services import etcd, proxy
 from gms_launch.spool.reading import PATIENCE, within
 from gms_launch.spool.writer import Place
 
+log = logging.getLogger("agent")
+
+#: How often etcd is asked for its alarms, and between two tries to make room in it (seconds).
+ALARMS = 2.0
+RELIEF = 30.0
 #: How often what waits for the disk is kept within bounds, and what is wrong there is told (seconds).
 WRITING = 1.0
 #: How often GMS is asked, and what would not die is killed again (seconds).
@@ -65,6 +71,51 @@ def _renew(front: Front, hashes: tuple[str, ...]) -> str:
     except OSError as exc:
         return str(exc)
     return ""
+
+
+async def watch_alarms(me: Node) -> None:
+    """Tell of etcd's alarms, and of their end. Of our own etcd, make room when it has run out of it.
+
+    It is not started again for one: an alarm is in its data, and it answers.
+    """
+    link = me.report.link
+    assert link is not None
+    tried = 0.0
+    while True:
+        await asyncio.sleep(ALARMS)
+        try:
+            found = await asyncio.to_thread(link.alarms)
+        except NoContactError:
+            continue  # its keeper sees to that
+        except Exception as exc:
+            if not me.layout.own_etcd:
+                return  # who may not ask is not told
+            me.report.unexpected("etcd's alarms", exc)
+            continue
+        if found != me.alarms:
+            for alarm in sorted(set(found) - set(me.alarms)):
+                me.report.emit("etcd_alarm", detail=alarm)
+                me.progress(f"etcd has raised the alarm {alarm}: it refuses writes, and no engine can register")
+            for alarm in sorted(set(me.alarms) - set(found)):
+                me.report.emit("etcd_alarm_over", detail=alarm)
+                me.progress(f"etcd's alarm {alarm} is over")
+            me.alarms = found
+            me.wake.set()
+        if "NOSPACE" in found and me.layout.own_etcd and me.loop.time() - tried > RELIEF:
+            tried = me.loop.time()
+            await asyncio.to_thread(_relieve, me)
+
+
+def _relieve(me: Node) -> None:
+    """Make room in the run's own etcd. Blocks."""
+    assert me.report.link is not None
+    try:
+        enough = me.report.link.relieve(etcd.RESERVED)
+        log.warning("etcd: history was forgotten to make room: %s", "enough" if enough else "not enough")
+        if wanting := etcd.reserve(me.layout.node_dir.etcd_data):
+            log.warning("no room could be taken for etcd's records: %s", wanting)
+    except Exception as exc:
+        log.warning("no room could be made in etcd: %s", exc)
 
 
 async def notice_stalls(me: Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 from gms_launch.control import terms
@@ -32,6 +33,9 @@ def read(directory: RunDir, door: Door) -> tuple[Mirror, snapshot.Snapshot]:
 def now(directory: RunDir, run: RunFile, door: Door) -> snapshot.Snapshot:
     """The run at this moment, and whether its leader's agent still reports. Raises `NoContactError`."""
     mirror, shot = read(directory, door)
+    with contextlib.suppress(NoContactError):  # who may not ask that of an etcd of their own is told of the rest
+        # Asked for itself: while there is an alarm no agent can write down that there is.
+        shot = replace(shot, alarms=door.alarms())
     if shot.stopping:
         return shot
     heard = door.silence(mirror.keys.node(0))

@@ -204,6 +204,12 @@ class Metrics:
         yield _gauge("starting", "1 until the run has served for the first time.", {}, float(shot.starting))
         yield _gauge("nodes", "Nodes of the run.", {}, float(shot.nnodes))
         yield _gauge("nodes_missing", "Nodes without a living record.", {}, float(len(shot.missing)))
+        alarms = GaugeMetricFamily(
+            "gms_launch_etcd_alarm", "1 while etcd has raised that alarm, and refuses writes.", labels=["alarm"]
+        )
+        for alarm in sorted({"NOSPACE", "CORRUPT", *shot.alarms}):
+            alarms.add_metric([alarm], float(alarm in shot.alarms))
+        yield alarms
         given_up = sum(c.given_up for c in shot.cohorts)
         yield _gauge("slots_given_up", "Cohorts that are not started again for now.", {}, float(given_up))
 

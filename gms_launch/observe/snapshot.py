@@ -41,6 +41,7 @@ class CohortStatus:
 class Snapshot:
     """A run at one moment. `records` is the redundancy that the records of its ranks amount to.
 
+    `alarms` are etcd's own, by name.
     `starting` until the run served for the first time: its redundancy is down, and nothing is wrong with that.
     `reported_ago`: seconds since the leader's agent was heard of, as far as was asked; `leader_silent` says it in words
     when that is so long that the rest may be out of date.
@@ -62,6 +63,7 @@ class Snapshot:
     generation: int = 0
     rolling: bool = False
     starting: bool = False
+    alarms: tuple[str, ...] = ()
     reported_ago: float = field(default=0.0, compare=False)
     leader_silent: str = field(default="", compare=False)
 
@@ -105,6 +107,7 @@ class Snapshot:
             "missing_nodes": self.missing,
             "generation": self.generation,
             "rolling": self.rolling,
+            "alarms": list(self.alarms),
             "cohorts": [_cohort_json(c) for c in self.cohorts],
             "nodes": [_node_json(n) for n in self.nodes],
         }
@@ -135,6 +138,7 @@ def build(mirror: Mirror) -> Snapshot:
         generation=run.generation if run else 0,
         rolling=run.rolling if run else False,
         starting=run is None or not run.redundancy,
+        alarms=tuple(sorted({a for n in nodes for a in n.alarms})),
     )
 
 

@@ -20,6 +20,11 @@ from gms_launch.observe.stamp import stamp
 
 #: No row is longer (characters).
 PIPE_WIDTH = 10_000
+#: What an alarm of etcd's comes to.
+ALARMS = {
+    "NOSPACE": "it refuses writes, so what is shown may be old, and no engine can register",
+    "CORRUPT": "it takes its data for corrupt and refuses writes, so what is shown may be old",
+}
 _COLOURS = {
     Redundancy.FULL: "green",
     Redundancy.DEGRADED: "yellow",
@@ -57,6 +62,8 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
     parts: list[RenderableType] = [head, cohorts]
     if shot.leader_silent:
         parts.insert(0, Text(f"as of {shot.reported_ago:.0f} s ago: {shot.leader_silent}", "bold red"))
+    for alarm in shot.alarms:
+        parts.insert(0, Text(f"etcd has raised the alarm {alarm}: {ALARMS.get(alarm, 'see its manual')}", "bold red"))
     rest = Table(box=None, pad_edge=False, header_style="dim")
     for name in words.PARTS:
         rest.add_column(name)

@@ -18,7 +18,11 @@ from gms_launch.process.lifecycle import Command
 
 #: A service that ran this long before it died is started again without delay (seconds).
 STABLE_AFTER = 30.0
-RESTART_MAX = 5.0
+#: Longest pause before a start (seconds); shorter for one that the run cannot go on without.
+RESTART_MAX = 30.0
+ESSENTIAL_MAX = 5.0
+#: So many ends in a row, none of them after `STABLE_AFTER`, are told as a loop.
+LOOP = 3
 #: As much of a log is searched for a traceback (bytes).
 LOG_READ = 8 * 1024 * 1024
 
@@ -80,11 +84,11 @@ def http_get(address: str, port: int, path: str, timeout: float = 2.0, context: 
     return body
 
 
-def restart_delay(failures: int) -> float:
-    """Seconds to wait before start number `failures` + 1: nothing the first time, then 0.2 s doubling to 5 s."""
+def restart_delay(failures: int, most: float = RESTART_MAX) -> float:
+    """Seconds to wait before start number `failures` + 1: nothing the first time, then 0.2 s doubling to `most`."""
     if failures <= 1:
         return 0.0
-    return min(RESTART_MAX, 0.2 * 2.0 ** min(failures - 2, 10))
+    return min(most, 0.2 * 2.0 ** min(failures - 2, 10))
 
 
 def shown(path: str | Path) -> str:

@@ -114,12 +114,14 @@ class Answers:
         self._etcd: Etcd | None = None
 
     def __call__(self) -> None:
-        from gms_launch.control.client import Etcd
+        from gms_launch.control.client import AlarmedError, Etcd
 
         if self._etcd is None:
             self._etcd = Etcd(self._access, self._timeout)
         try:
             self._etcd.get("/gms-launch/ready", retry=0.0)
+        except AlarmedError:
+            return  # it answers: to start it again would change nothing of that
         except LaunchError as exc:
             self.close()
             raise NotReadyError(str(exc)) from None

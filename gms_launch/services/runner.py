@@ -16,7 +16,16 @@ from gms_launch.cohort.records import ServiceStatus
 from gms_launch.errors import LaunchError
 from gms_launch.process import lifecycle, proc
 from gms_launch.process.lifecycle import Child
-from gms_launch.services.base import RESTART_MAX, STABLE_AFTER, NotReadyError, Service, excerpt, restart_delay
+from gms_launch.services.base import (
+    ESSENTIAL_MAX,
+    LOOP,
+    RESTART_MAX,
+    STABLE_AFTER,
+    NotReadyError,
+    Service,
+    excerpt,
+    restart_delay,
+)
 from gms_launch.spool.output import Output
 
 log = logging.getLogger("agent")
@@ -27,8 +36,9 @@ class ServiceError(LaunchError):
 
 
 class ServiceRunner:
-    """One service of this node. `on_change(event, detail)` is told: ready, exited, restarted, failed. `output` makes
-    what it prints to, by the log's name.
+    """One service of this node. `on_change(event, detail)` is told: ready, exited, restarted, failed; looping, when it
+    ends again and again soon after its start, and steady, when it no longer does. `output` makes what it prints to, by
+    the log's name.
 
     Only an essential one fails for good: when it cannot be brought back within its own timeout.
     """
@@ -45,6 +55,7 @@ class ServiceRunner:
         self.state = "starting"
         self.detail = ""
         self.starts = 0
+        self._loop = ""
         self._tag, self._node_rank, self._open, self._on_change = tag, node_rank, output, on_change
         self._child: Child | None = None
         self._exited = asyncio.Event()
@@ -150,8 +161,7 @@ class ServiceRunner:
             failures = 1 if loop.time() - since > STABLE_AFTER else failures + 1
             gone = loop.time()
             while True:
-                self.state = "restarting"
-                await asyncio.sleep(restart_delay(failures))
+                await self._pause(failures)
                 try:
                     self._spawn()
                     await self._wait_ready()
@@ -166,16 +176,32 @@ class ServiceRunner:
                         return
             self._became("restarted", f"start {self.starts}")
 
+    async def _pause(self, ends: int) -> None:
+        """Wait before the next start, the longer the more often it has ended in a row; a loop is told."""
+        delay = restart_delay(ends, ESSENTIAL_MAX if self.service.essential else RESTART_MAX)
+        self.state = "restarting"
+        if ends >= LOOP:
+            self._loop = f"ended {ends} times in a row, each time within {STABLE_AFTER:g} s of its start"
+            why = f" ({self.detail})" if self.detail else ""
+            self.detail = f"{self._loop}; the next start after a pause of {delay:g} s{why}"
+            self._on_change(self, "looping", self.detail)
+        await asyncio.sleep(delay)
+
     async def _ended_or_silent(self) -> str:
         """Wait for its end, or bring it about when it does not answer any more; why, in that case."""
         liveness, loop = self.service.liveness, asyncio.get_running_loop()
-        good = loop.time()
+        begun = good = loop.time()
         exited = loop.create_task(self._exited.wait())
         try:
             while True:
-                await asyncio.wait({exited}, timeout=liveness / 3 or None)
+                await asyncio.wait({exited}, timeout=liveness / 3 or (STABLE_AFTER if self._loop else None))
                 if self._exited.is_set():
                     return ""
+                if self._loop and loop.time() - begun >= STABLE_AFTER:
+                    self._loop = ""
+                    self._became("steady")
+                if not liveness:
+                    continue
                 reason = await asyncio.to_thread(_probe, self.service.alive or self.service.probe)
                 if reason is None or self._exited.is_set():
                     good = loop.time()
@@ -192,8 +218,8 @@ class ServiceRunner:
         await self.start()
 
     def _became(self, event: str, detail: str = "") -> None:
-        self.state = {"ready": "ready", "restarted": "ready", "exited": "restarting"}.get(event, event)
-        self.detail = detail if event == "exited" else ""
+        self.state = "restarting" if event == "exited" else "ready"
+        self.detail = detail if event == "exited" else self._loop
         self._on_change(self, event, detail)
 
     async def _kill(self) -> None:

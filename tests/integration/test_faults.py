@@ -11,11 +11,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gms_launch.control.client import AlarmedError, Etcd, etcd3
 from gms_launch.process import proc
 from gms_launch.run.credentials import DYNAMO
 from gms_launch.run.rundir import RunDir
@@ -341,6 +343,85 @@ def test_an_etcd_that_cannot_be_brought_back_ends_the_run_with_its_log(deploy: D
     assert found["exit_code"] == 1
     assert "etcd could not be brought back" in found["reason"] and said in found["reason"]
     eventually(lambda: run.alive() == [])
+
+
+@pytest.mark.timeout(240)
+def test_an_etcd_whose_history_fills_its_quota_is_told_and_makes_room_and_failovers_go_on(deploy: Deploy) -> None:
+    """Really filled: one key, put until etcd refuses. What it holds now is small, so forgetting is enough."""
+    run = deploy()
+    before, pid = run.text(), service(run, "etcd")["pid"]
+    fill(run, lambda _: "/junk/same")
+    assert run.events("etcd_alarm")[0]["detail"] == "NOSPACE"
+    eventually(lambda: run.events("etcd_alarm_over"), 60, "room was made")
+    assert "alarm" not in run.etcdctl("alarm", "list")
+    eventually(lambda: run.status()["alarms"] == [], 20)
+    assert run.cli("kill-primary").returncode == 0
+    assert run.wait_full() and run.text() == before
+    assert service(run, "etcd")["pid"] == pid, "no restart"
+    assert run.events("service_exited") == []
+
+
+@pytest.mark.timeout(400)
+def test_an_etcd_that_stays_full_is_told_and_serves_on_and_is_well_when_there_is_room(deploy: Deploy) -> None:
+    """Filled by what is not history. A failover comes as far as to an engine that cannot register until there is room;
+    what could not be written meanwhile is written then."""
+    run = deploy()
+    before, pid = run.text(), service(run, "etcd")["pid"]
+    fill(run, lambda k: f"/junk/{k}")
+    assert run.status()["alarms"] == ["NOSPACE"]
+    shown = run.cli("status").stdout
+    assert "etcd has raised the alarm NOSPACE" in shown
+    assert run.text() == before, "who serves serves on"
+    victim = run.status()["primary"]
+    os.killpg(run.cohort(victim)["ranks"][0]["pgid"], signal.SIGKILL)
+    eventually(lambda: [e for e in run.events("lock") if e["cohort_id"] != victim], 30, "the shadow has the lock")
+    assert run.status()["alarms"] == ["NOSPACE"]
+    run.etcdctl("del", "--prefix", "/junk/")
+    eventually(lambda: run.events("etcd_alarm_over"), 90, "room was made")
+    assert eventually(run.text, 120) == before
+    run.wait_full(120)
+    assert service(run, "etcd")["pid"] == pid, "no restart"
+    assert [e for e in run.events("service_exited") if "etcd" in e["detail"]] == []
+
+
+@pytest.mark.timeout(240)
+def test_an_etcd_that_takes_its_data_for_corrupt_is_told_and_not_started_again(deploy: Deploy) -> None:
+    """The alarm is armed by etcd's own call. etcd refuses writes then, and to be asked whether it is well."""
+    run = deploy()
+    before, pid = run.text(), service(run, "etcd")["pid"]
+    with closing(Etcd(run.access)) as etcd:
+        corrupt = etcd3.etcdrpc.AlarmRequest.AlarmAction.Value("ACTIVATE"), etcd3.etcdrpc.AlarmType.Value("CORRUPT")
+        over = etcd3.etcdrpc.AlarmRequest.AlarmAction.Value("DEACTIVATE"), corrupt[1]
+        member = etcd.call(
+            lambda c: c.maintenancestub.Status(etcd3.etcdrpc.StatusRequest(), timeout=5.0)
+        ).header.member_id
+
+        def say(action: int, alarm: int) -> None:
+            request = etcd3.etcdrpc.AlarmRequest(action=action, memberID=member, alarm=alarm)
+            etcd.call(lambda c: c.maintenancestub.Alarm(request, timeout=5.0))
+
+        say(*corrupt)
+        eventually(lambda: [e["detail"] for e in run.events("etcd_alarm")] == ["CORRUPT"], 20)
+        assert run.status()["alarms"] == ["CORRUPT"]
+        assert "etcd has raised the alarm CORRUPT" in run.cli("status").stdout
+        with pytest.raises(AlarmedError, match="corrupt cluster"):
+            etcd.put("/junk", b"")
+        time.sleep(5.0)  # more than the liveness of 3 s, in which an etcd that is taken for hung is killed
+        assert run.events("service_exited") == []
+        assert run.text() == before
+        say(*over)
+    eventually(lambda: run.events("etcd_alarm_over"), 20)
+    assert run.wait_full() and service(run, "etcd")["pid"] == pid
+    assert run.cli("kill-primary").returncode == 0
+
+
+def fill(run: Deployment, key: Callable[[int], str]) -> None:
+    """Put until etcd refuses, and its alarm is told."""
+    with closing(Etcd(run.access)) as etcd, contextlib.suppress(AlarmedError):
+        for k in range(200):
+            etcd.put(key(k), bytes(1_000_000))
+        pytest.fail("etcd took it all")
+    eventually(lambda: run.events("etcd_alarm"), 20, "the alarm is told")
 
 
 def test_a_wiped_etcd_is_filled_again(deploy: Deploy) -> None:

@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from gms_launch.process.lifecycle import Command
 from gms_launch.run import credentials
 from gms_launch.services import etcd as etcd_of_the_run
 from gms_launch.services import gms, nats
+from gms_launch.services import runner as runner_module
 from gms_launch.services.base import NotReadyError, Service, find_binary, restart_delay
 from gms_launch.services.etcd import Answers, Member
 from gms_launch.services.pem import PemFiles
@@ -53,7 +55,8 @@ def etcd_service(directory: Path, timeout: float = 60.0, port: int | None = None
 
 def test_delays_grow_and_end() -> None:
     assert [restart_delay(n) for n in (1, 2, 3, 4)] == [0.0, 0.2, 0.4, 0.8]
-    assert restart_delay(50) == 5.0
+    assert restart_delay(50) == 30.0
+    assert restart_delay(50, 5.0) == 5.0
 
 
 def test_etcd_is_asked_whether_it_lives_over_one_connection_for_as_long_as_it_answers(etcd: EtcdServer) -> None:
@@ -124,6 +127,51 @@ def test_etcd_and_nats_become_ready_and_come_back(run: str, fast_dir: Path) -> N
     assert seen == [f"{name} {event}" for name in ("etcd", "nats") for event in ("ready", "exited", "restarted")]
     with pytest.raises(NotReadyError):
         nats.probe(server)
+
+
+def test_a_service_that_dies_at_once_each_time_is_started_with_growing_pauses_and_that_is_told(
+    run: str, fast_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real process that is ready and ends, until it is left alone; then it is steady, and that is told too."""
+    monkeypatch.setattr(runner_module, "STABLE_AFTER", 3.0)
+    broken = fast_dir / "broken"
+    broken.touch()
+    code = f"import os, time\nif os.path.exists({str(broken)!r}): raise SystemExit(7)\ntime.sleep(600)"
+    service = Service("fragile", Command((sys.executable, "-c", code), {}), lambda: None, 20.0)
+
+    async def live() -> list[tuple[str, str, float]]:
+        loop = asyncio.get_running_loop()
+        seen: list[tuple[str, str, float]] = []
+        looped, steady = asyncio.Event(), asyncio.Event()
+
+        def told(runner: ServiceRunner, event: str, detail: str) -> None:
+            seen.append((event, detail, loop.time()))
+            if sum(e == "looping" for e, *_ in seen) >= 4:
+                looped.set()
+            if event == "steady":
+                steady.set()
+
+        runner = ServiceRunner(service, f"{run}/fragile", 0, output(fast_dir), told)
+        broken.unlink()
+        await runner.start()
+        broken.touch()
+        os.kill(runner.pid, signal.SIGKILL)
+        await asyncio.wait_for(looped.wait(), 60)
+        assert runner.status().state == "restarting" and "times in a row" in runner.status().detail
+        broken.unlink()
+        await asyncio.wait_for(steady.wait(), 60)
+        assert (runner.state, runner.detail) == ("ready", "")
+        await runner.stop()
+        return seen
+
+    seen = asyncio.run(live())
+    looping = [(detail, at) for event, detail, at in seen if event == "looping"]
+    assert (
+        "ended 3 times in a row, each time within 3 s of its start; the next start after a pause of 0.4 s"
+        in (looping[0][0])
+    )
+    gaps = [b[1] - a[1] for a, b in pairwise(looping[:4])]
+    assert all(gap >= pause for gap, pause in zip(gaps, (0.4, 0.8, 1.6), strict=True)), gaps
 
 
 def test_a_wrong_password_is_not_ready(run: str, fast_dir: Path) -> None:

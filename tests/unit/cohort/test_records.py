@@ -117,7 +117,7 @@ def test_status_json_layout() -> None:
     assert data["schema"] == 1
     assert set(data) == {
         *("schema", "run", "redundancy", "primary", "stopping", "frontend_url", "model", "created", "cohorts", "nodes"),
-        *("nnodes", "lost_nodes", "missing_nodes", "starting", "generation", "rolling"),
+        *("nnodes", "lost_nodes", "missing_nodes", "starting", "generation", "rolling", "alarms"),
         *("leader_reported_ago", "leader_silent"),
     }
     assert data["cohorts"][0]["role"] == "primary" and data["cohorts"][1]["role"] == "shadow"
