@@ -6,6 +6,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
@@ -17,7 +18,7 @@ import pytest
 from gms_launch.control import tls
 from gms_launch.control.access import Access
 from gms_launch.control.authority import Authority
-from gms_launch.control.client import Etcd
+from gms_launch.control.client import Etcd, etcd3
 from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
@@ -369,9 +370,42 @@ def test_a_store_that_knows_somebody_already_is_not_taken(secure: EtcdServer, au
     root.close()
 
 
+def test_nobody_makes_himself_root_in_etcds_first_moments(secure: EtcdServer, authority: Authority) -> None:
+    """Somebody asks for a user of his own from before etcd listens until it has been told who there is."""
+    secure.kill()
+    over, refused, added = threading.Event(), [], []
+
+    def race() -> None:
+        rpc = etcd3.etcdrpc
+        while not over.is_set():
+            stranger = Etcd(Access((secure.url,), authority.cert), timeout=0.5)
+            try:
+                stranger.call(
+                    lambda c: c.authstub.UserAdd(rpc.AuthUserAddRequest(name="b", password="b"), timeout=0.5), 0
+                )
+                added.append("b")
+            except Exception as exc:
+                refused.append(exc)
+            stranger.close()
+
+    racer = threading.Thread(target=race)
+    racer.start()
+    try:
+        secure.start()
+        root = known_as("root", secure, authority)
+        root.get("/ready", retry=20.0)
+        establish(root, {"dynamo": ["v1/"]})  # refuses when somebody is there already
+    finally:
+        over.set()
+        racer.join()
+    assert added == [] and len(refused) > 1
+    root.close()
+
+
 def test_who_has_no_certificate_of_the_run_is_not_heard(secure: EtcdServer, authority: Authority) -> None:
     ours, stranger = known_as("root", secure, authority), Authority.create()
     ours.put("/a/1", b"1")
+    lease = ours.grant(60)
     seen = Seen()
     watch = seen.watch(ours)
     assert seen.wait(lambda k, _: k == "snapshot") == {"/a/1": b"1"}
@@ -384,9 +418,20 @@ def test_who_has_no_certificate_of_the_run_is_not_heard(secure: EtcdServer, auth
         Access((secure.url,), stranger.cert, theirs.cert, theirs.key),
     ):
         client = Etcd(access, timeout=1.0)
-        with pytest.raises(NoContactError):
-            client.put("/a/1", b"2", retry=0.0)
+        # Of the run's etcd without certificates, etcd itself asks for no login but for the first.
+        for call in (
+            lambda c=client: c.put("/a/1", b"2", retry=0.0),
+            lambda c=client: c.alarms(retry=0.0),
+            lambda c=client: c.grant(5, retry=0.0),
+            lambda c=client: c.keep(lease, retry=0.0),
+            lambda c=client: c.revoke(lease, retry=0.0),
+            lambda c=client: c.call(lambda e: e.compact(1), retry=0.0),
+            lambda c=client: c.get_prefix("/", retry=0.0),
+        ):
+            with pytest.raises(NoContactError):
+                call()
         client.close()
+    assert ours.keep(lease), "nobody has ended it"
     assert tls.answers(Access((secure.url,), authority.cert), 30.0)
     assert not tls.answers(Access((secure.url,), stranger.cert), 5.0), "another run's, on the same port"
     ours.close()

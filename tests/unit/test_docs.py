@@ -18,7 +18,7 @@ from tests import documents, reference
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gms_launch"
 #: A route of an engine, and a file that a reader makes.
-NOT_OURS = {"control/sleep", "sample_engine.py"}
+NOT_OURS = {"control/sleep", "control/wake_up", "sample_engine.py"}
 
 
 def test_the_table_of_settings_is_what_is_declared() -> None:
