@@ -37,10 +37,6 @@ class GmsWatch:
         return [find_socket(self._directory, d, tag) for d in self.devices for tag in TAGS]
 
     @property
-    def kv_sockets(self) -> list[Path]:
-        return [s for s in self.sockets if s.name.endswith("_kv_cache.sock")]
-
-    @property
     def missed(self) -> bool:
         """True while a server that is not yet taken for gone has missed its last look."""
         return any(g.missed for g in self.status)

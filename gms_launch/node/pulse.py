@@ -21,6 +21,8 @@ from gms_launch.process.proc import ProcessId
 
 #: In the first looks the members of a group are found anew each time, later after so many: that reads all of /proc.
 MEMBERS_EVERY = 5
+#: How long a parked engine may have memory of GMS (seconds).
+SETTLING = 1.0
 #: States of /proc/PID/stat: stopped by a signal. A tracer's stop (t) is a debugger at work, and somebody's choice.
 STOPPED = "T"
 
@@ -30,13 +32,15 @@ class Look:
     """What was seen of a rank: its signs (leader ranks only), the KV memory's state, its stopped processes.
 
     `vital` are the processes without which it is dead; `members` all pids of its group; `shared` the segments of shared
-    memory that they have mapped, in looks in which that was asked for.
+    memory that they have mapped, in looks in which that was asked for. `woken`: it is parked and has memory of GMS, and
+    not the lock.
     """
 
     signals: Signals | None = None
     kv_session: bool = False
     stopped: tuple[int, ...] = ()
     vital: tuple[ProcessId, ...] = ()
+    woken: bool = False
     members: frozenset[int] = frozenset()
     shared: frozenset[scratch.Segment] = frozenset()
 
@@ -49,6 +53,7 @@ class Pulse:
     answered: bool = False
     silent_since: float | None = None
     stopped_since: float | None = None
+    woken_since: float | None = None
 
     @property
     def doubtful(self) -> bool:
@@ -65,6 +70,10 @@ class Pulse:
             here = look.signals.health.healthy is not None
             self.answered |= here
             self.silent_since = None if here or not self.answered else self.silent_since or now
+        # A server may not have read yet that an engine which has just parked has let go.
+        self.woken_since = None if not look.woken else self.woken_since or now
+        if self.woken_since is not None and now - self.woken_since >= SETTLING:
+            return "woken before its turn: it has memory of GMS and not the lock; somebody asked its system port to"
         if self.stopped_since is not None and now - self.stopped_since >= self.timeout:
             pids = ", ".join(map(str, look.stopped))
             return f"hung: process {pids} has been stopped for {self.timeout:g} s (health_timeout)"
@@ -89,8 +98,9 @@ class Feeler:
     _due: int = 1
     _pause: int = 1
 
-    def feel(self, kv_sockets: Collection[Path], phase: Phase, fresh: bool) -> Look:
-        """One look at a rank in `phase`. `fresh`: find its members anew, since it has just changed its phase.
+    def feel(self, sockets: Collection[Path], phase: Phase, fresh: bool) -> Look:
+        """One look at a rank in `phase`. `sockets` are GMS's on this node. `fresh`: find its members anew, since it has
+        just changed its phase.
 
         A parked engine's metrics are not asked for, since the lock tells when that ends; and of an active one only
         whether it answers is of interest.
@@ -109,12 +119,16 @@ class Feeler:
         if not self.port:
             return Look(stopped=stopped, vital=self._vital, members=members, shared=shared)
         health = self._ask(phase)
+        # Before the lock is looked at: who has it may wake, and does so after taking it.
+        using = phase is Phase.PARKED and any(_uses(socket, members) for socket in sockets)
         holds = not active and any(
             (info := proc.stat(pid)) is not None and info.pgid == self.leader.pid
             for pid in proc.flock_holders(str(self.lock))
         )
-        mapped = holds and all(map(_has_writer, kv_sockets))
-        return Look(Signals(health, holds, registered=active), mapped, stopped, self._vital, members, shared)
+        mapped = holds and all(_has_writer(s) for s in sockets if s.name.endswith("_kv_cache.sock"))
+        signs = Signals(health, holds, registered=active)
+        woken = bool(using) and not holds
+        return Look(signs, mapped, stopped, self._vital, woken=woken, members=members, shared=shared)
 
     def _ask(self, phase: Phase) -> Health:
         """What the system port says. Of an engine that starts /health is asked for in the looks 1, 2, 4, 8 and so on.
@@ -130,6 +144,14 @@ class Feeler:
         self._pause = 1 if found.healthy is None else 2 * self._pause
         self._due = self._looks + self._pause
         return found
+
+
+def _uses(socket: Path, pids: Collection[int]) -> bool:
+    """True when one of these processes has a session with that server."""
+    try:
+        return any(session.pid in pids for session in probe.runtime_state(socket).sessions)
+    except probe.ProbeError:
+        return False
 
 
 def _has_writer(socket: Path) -> bool:

@@ -161,7 +161,7 @@ class RankSet:
                 return
             phase, fresh = rank.phase, rank.news.is_set()
             try:
-                look = await loop.run_in_executor(None, feeler.feel, self._gms.kv_sockets, phase, fresh)
+                look = await loop.run_in_executor(None, feeler.feel, self._gms.sockets, phase, fresh)
             except Exception as exc:  # a rank is looked after for as long as it lives
                 self._report.unexpected(f"looking at cohort {rank.cohort_id}", exc)
                 continue

@@ -1,0 +1,108 @@
+"""What another user of the leader's node can do to a run by the ports on loopback, and what becomes of it.
+
+Each number of the security review and the tests in which its attack is made and fails:
+
+1, 9  sweep as root: test_other_users.py
+2  etcd's peer port: here
+3  the race at its start: test_control.py (`test_nobody_makes_himself_root_in_etcds_first_moments`,
+   `test_a_store_that_knows_somebody_already_is_not_taken`)
+4  calls that ask for no login: test_control.py (`test_who_has_no_certificate_of_the_run_is_not_heard`)
+5  the engines' system ports: here
+6  the ranks' meeting: test_meeting.py; the ports that others reach: slurm/test_on_the_wire.py
+7  what is in clear on the network: slurm/test_on_the_wire.py
+8  Python's working directory: not yet
+10, 11, 14  directories and names: test_other_users.py
+13, 15  HTTPS, keys, thresholds: test_front.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import Deployment, eventually
+
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root"),
+]
+STRANGER = 64111
+DROP = ("setpriv", "--reuid", str(STRANGER), "--regid", str(STRANGER), "--clear-groups")
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Iterator[Deployment]:
+    with Deployment(tmp_path / "home", model, "--health-interval", "0.5") as deployment:
+        yield deployment
+
+
+def ask(run: Deployment, cohort_id: int, route: str) -> subprocess.Popen[bytes]:
+    """Another user posts to a route of an engine's system port, and waits for the answer for as long as it takes."""
+    port = run.run_file["ports"]["system"][cohort_id]
+    code = (
+        "import os, urllib.request as r; assert os.getuid() == " + str(STRANGER) + "; "
+        f"r.urlopen(r.Request('http://127.0.0.1:{port}/engine/control/{route}', b'{{}}', "
+        "{'content-type': 'application/json'}))"
+    )
+    # The interpreter of a virtual environment may be where that user cannot look.
+    return subprocess.Popen([*DROP, "/usr/bin/python3", "-c", code], cwd="/", stderr=subprocess.DEVNULL)
+
+
+def test_another_user_gets_no_word_in_at_etcds_ports(run: Deployment) -> None:
+    """One raft message to the peer port would make him etcd's root; nobody hears it without a certificate."""
+    for name in ("etcd_peer", "etcd"):
+        port = run.run_file["ports"][name]
+        code = (
+            "import os, socket, ssl; assert os.getuid() == " + str(STRANGER) + "; "
+            f"s = socket.create_connection(('127.0.0.1', {port}), 20); s.settimeout(20); "
+            "s = ssl._create_unverified_context().wrap_socket(s); "
+            "s.sendall(b'POST /raft HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n'); print('answer', s.recv(99))"
+        )
+        done = subprocess.run(
+            [*DROP, "/usr/bin/python3", "-c", code], cwd="/", capture_output=True, text=True, check=False
+        )
+        assert (
+            "certificate required" in done.stderr or "bad certificate" in done.stderr or "answer b''" in done.stdout
+        ), name + done.stdout + done.stderr
+    assert run.text()
+
+
+def hung(run: Deployment) -> list[tuple[int, str]]:
+    return [(e["cohort_id"], e["detail"]) for e in run.events("hung")]
+
+
+def test_a_shadow_that_a_stranger_wakes_is_killed_before_it_is_needed(run: Deployment) -> None:
+    before, primary = run.text(), run.status()["primary"]
+    shadow, serving = 1 - primary, run.cohort(primary)["ranks"][0]["pid"]
+    stranger = ask(run, shadow, "wake_up")
+    try:
+        eventually(lambda: hung(run), 30, "it is noticed")
+        ((who, why),) = hung(run)
+        assert who == shadow and "woken before its turn" in why
+        eventually(lambda: run.cohort(shadow)["incarnation"] == 2, 30, "another is started")
+        found = run.wait_full()
+        assert found["primary"] == primary and run.cohort(primary)["ranks"][0]["pid"] == serving
+        assert run.text() == before
+        assert run.cli("kill-primary").returncode == 0, "and that one takes over"
+        assert run.wait_full()["primary"] == shadow and run.text() == before
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_primary_that_a_stranger_puts_to_sleep_is_failed_over(run: Deployment) -> None:
+    before, primary = run.text(), run.status()["primary"]
+    stranger = ask(run, primary, "sleep")
+    try:
+        eventually(lambda: hung(run), 30, "it is noticed")
+        ((who, why),) = hung(run)
+        assert who == primary and "has not been registered with Dynamo" in why
+        assert eventually(run.text, 60) == before
+        assert run.wait_full()["primary"] == 1 - primary
+    finally:
+        stranger.kill()
+        stranger.wait()
