@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from gms_launch import __version__
+from gms_launch.cli.common import Html, Json, Run
 from gms_launch.cli.options import WithEngineArgs, descriptor, duration, number, positive, with_settings
 from gms_launch.errors import LaunchError, UsageError
 from gms_launch.settings.declared import Settings
@@ -24,16 +25,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Keep a multi-node LLM engine serving when one of its processes dies.",
 )
-
-Run = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads this at run time on Python 3.10 too
-    typer.Option("--run", "--run-id", help="which run (default: GMS_LAUNCH_RUN, SLURM_JOB_ID, or the only live one)"),
-]
-Json = Annotated[bool, typer.Option("--json", help="print JSON with a documented layout")]
-Html = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--html", metavar="<file>", help="write a page for a browser, in one file"),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -317,6 +308,30 @@ def timeline(
     from gms_launch.cli import timeline as verb
 
     verb.main(run, json, html, events)
+
+
+@app.command("events")
+def events(
+    run: Run = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="keep printing them until the run has ended")] = False,
+    tail: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "-n", "--tail", parser=number, metavar="<int>", help="the newest so many; 0 for all (default: 10 with -f)"
+        ),
+    ] = None,
+    since: Annotated[
+        str, typer.Option("--since", metavar="TIME", help="not those before: 30s, 10m, 2h, 1d ago, or a moment in UTC")
+    ] = "",
+    json: Annotated[bool, typer.Option("--json", help="print a JSON document a line, as in events.jsonl")] = False,
+) -> None:
+    """Print what happens, a line an event.
+
+    The newest run's when none is up.
+    """
+    from gms_launch.cli import events as verb
+
+    verb.main(run, follow, tail, since, json)
 
 
 @app.command("sweep")

@@ -35,6 +35,7 @@ async def start(me: Node) -> None:
     place = f"node {me.node_rank} of {nnodes}, " if nnodes > 1 else ""
     me.progress(f"run {layout.run} on {layout.topology.host}: {place}{layout.run_dir.path}")
     await clear_node(me)
+    me.hook.start(me.loop)
     if leader and layout.own_etcd:
         credentials = layout.credentials
         PemFiles.of(layout.node_dir.path, ETCD).write(credentials.ca, credentials.leaves[ETCD])

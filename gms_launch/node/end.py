@@ -23,6 +23,8 @@ from gms_launch.run.rundir import NodeEnd
 
 #: What etcd, the last reports and the removal of files may take (seconds).
 LAST_STEPS = 1.0
+#: What the user's hook may still take for events that wait for it (seconds).
+HOOK = 2.0
 #: How long the leader waits for the other nodes' proof when nobody will kill it meanwhile (seconds).
 CALM = 30.0
 
@@ -44,7 +46,8 @@ async def shut_down(me: Node) -> None:
     await me.tasks.cancel()
     grace = min(3.0, me.settings.engine_grace)
     others = [(n, s) for n, s in me.services.items() if n != "etcd"]
-    await asyncio.gather(*(_whatever_happens(me, f"stopping {n}", s.stop(grace)) for n, s in others))
+    hook = me.loop.run_in_executor(None, me.hook.close, min(HOOK, grace))
+    await asyncio.gather(hook, *(_whatever_happens(me, f"stopping {n}", s.stop(grace)) for n, s in others))
     wait = me.settings.kill_wait if me.hurry else max(me.settings.kill_wait, CALM)
     deadline = begun + wait - LAST_STEPS
     if me.is_leader and linked:

@@ -25,6 +25,7 @@ from gms_launch.node.gates import Gates
 from gms_launch.node.gms_watch import GmsWatch
 from gms_launch.node.guarded import Guarded
 from gms_launch.node.herald import Herald
+from gms_launch.node.hook import Hook
 from gms_launch.node.rank import Rank
 from gms_launch.node.rankset import RankSet
 from gms_launch.node.reporter import Reporter
@@ -72,6 +73,8 @@ class Node:
         self.progress = on_progress
         self.writer = writer
         self.report = Reporter(layout, self.mirror, writer)
+        self.hook = Hook(layout, writer, self._hook_changed)
+        self.report.listeners.append(self.hook.hear)
         self.tasks = Tasks(self.fail, self._outlived)
         self.spawn = self.tasks.spawn
         self.gms = GmsWatch(layout.devices(), layout.node_dir.gms)
@@ -129,6 +132,7 @@ class Node:
         self.hurry |= hurry
         if not self.stopping.is_set():
             self.progress(f"stopping: {why}")
+            self.report.emit("stopping", detail=str(self.failure or why))
             self.stopping.set()
             self.wake.set()
 
@@ -168,6 +172,10 @@ class Node:
     def _guard_changed(self, kind: str, detail: str) -> None:
         self.report.emit(kind, detail=detail)
         self.wake.set()  # a new one is told its duty, and status of it
+
+    def _hook_changed(self, kind: str, detail: str) -> None:
+        self.report.emit(kind, detail=detail)
+        self.wake.set()
 
     def control_changed(self) -> None:
         self.wake.set()
@@ -215,6 +223,7 @@ class Node:
                 *(runner.status() for runner in self.services.values()),
                 self.guard.status,
                 *self.ranks.warm.status,
+                *self.hook.status,
             ),
             alarms=self.alarms,
             gms=self.gms.status,

@@ -30,7 +30,18 @@ log = logging.getLogger("agent")
 #: Events that somebody should look at; everything else is as it should be.
 LEVELS = {
     **dict.fromkeys(
-        ("left_behind", "exit", "hung", "cut_off", "lease_lost", "rolled_back", "gms_restart"), logging.WARNING
+        (
+            "left_behind",
+            "exit",
+            "hung",
+            "cut_off",
+            "lease_lost",
+            "rolled_back",
+            "gms_restart",
+            "hook_failed",
+            "hook_dropped",
+        ),
+        logging.WARNING,
     ),
     **dict.fromkeys(
         (
@@ -47,7 +58,7 @@ LEVELS = {
     **dict.fromkeys(("unfenced", "given_up", "service_failed", "etcd_alarm"), logging.ERROR),
 }
 #: Events of which the agent says the same to people, in the same log.
-SAID = frozenset({"redundancy", "stopped"})
+SAID = frozenset({"redundancy", "stopping", "stopped"})
 #: Events of this node that stay in etcd; the journal keeps all.
 EVENTS_KEPT = 1000
 

@@ -25,7 +25,7 @@ from gms_launch.process import proc
 from gms_launch.process.proc import ProcessId, Stat
 from gms_launch.spool.output import Output
 
-_EXEC_CHILD = str(Path(__file__).with_name("exec_child.py"))
+EXEC_CHILD = str(Path(__file__).with_name("exec_child.py"))
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -166,7 +166,7 @@ def spawn(name: str, command: Command, tag: str, output: Output, fds: Sequence[i
 
     The parent-death signal is tied to the thread that starts the child, hence the main thread. Raises `OSError`.
     """
-    argv: Sequence[str] = [sys.executable, "-I", "-S", _EXEC_CHILD, str(os.getpid()), "--", *command.argv]
+    argv: Sequence[str] = [sys.executable, "-I", "-S", EXEC_CHILD, str(os.getpid()), "--", *command.argv]
     popen = CHILDREN.popen(
         argv,
         env=child_environment(os.environ, command, tag),
@@ -237,8 +237,11 @@ def kill_process(who: ProcessId, sig: int = signal.SIGKILL) -> int | None:
 
 def reap_orphans(keep: frozenset[int]) -> None:
     """Collect dead processes that became ours when their parent died. `keep` are children that are reaped elsewhere."""
-    for pid in proc.children(os.getpid()):
-        if pid not in keep and (info := proc.stat(pid)) is not None and info.dead:
+    found = proc.children(os.getpid())
+    with CHILDREN.lock:
+        own = keep | CHILDREN.pids
+    for pid in found:
+        if pid not in own and (info := proc.stat(pid)) is not None and info.dead:
             try:
                 os.waitpid(pid, os.WNOHANG)
             except ChildProcessError:

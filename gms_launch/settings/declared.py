@@ -214,6 +214,12 @@ class Settings:
     log_max_mib: int = setting(
         64, "size at which a log is rotated (MiB); one old part is kept", "run", minimum=1, maximum=2**20
     )
+    on_event: str = setting(
+        "", "shell command that the leader's agent runs for every event, which it gets as JSON on stdin", "run"
+    )
+    on_event_timeout: float = seconds(
+        10.0, "time that --on-event gets for one event before its process group is killed"
+    )
     engine_args: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
