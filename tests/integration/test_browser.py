@@ -35,18 +35,18 @@ def test_the_pages_of_a_live_run_follow_it(model: Path, tmp_path: Path) -> None:
                 return connection.getresponse().read().decode()
 
             run.wait_full()
-            eventually(lambda: f"<h1>run {run.run}: full</h1>" in page(""), 30)
+            eventually(lambda: f"<h1>run {run.run}: full</h1>" in page(""))
             pids = [str(r["pid"]) for c in run.status()["cohorts"] for r in c["ranks"]]
             assert pids and all(f'<td class="number">{pid}</td>' in page("") for pid in pids)
             assert "There has been none." in page("timeline")
             done = run.cli("kill-primary")
             assert done.returncode == 0, done.stderr
-            eventually(lambda: 'id="failover-1"' in page("timeline"), 30)
+            eventually(lambda: 'id="failover-1"' in page("timeline"))
             file = tmp_path / "status.html"
             assert run.cli("status", "--html", str(file)).returncode == 0
             assert f"<h1>run {run.run}: " in file.read_text()
             assert run.cli("down").returncode == 0
-            eventually(lambda: f"run {run.run} is not up" in page(""), 30)
+            eventually(lambda: f"run {run.run} is not up" in page(""))
             assert "It ended at " in page("timeline")
         finally:
             web.kill()

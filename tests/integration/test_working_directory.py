@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import pytest
 
 from tests.support import Deployment, eventually
 
-pytestmark = pytest.mark.timeout(240)
 PLANTED = """
 import os, sys
 with open({marks!r}, "a") as file:
@@ -51,7 +51,9 @@ def test_nothing_is_imported_from_where_a_run_is_started(
     other.chmod(0o755)
     with Deployment(tmp_path / "home", model, "--python", str(other)) as run:
         assert run.wait_full() and run.text()
-        assert all(Path(f"/proc/{pid}/cwd").readlink() in (place, Path("/")) for pid in run.alive())
+        for pid in run.alive():
+            with contextlib.suppress(FileNotFoundError):  # a look at a rank that has ended by now
+                assert Path(f"/proc/{pid}/cwd").readlink() in (place, Path("/"))
         assert run.cli("kill-primary").returncode == 0
         assert eventually(run.text)
         for verb in (["plan", *run.flags], ["doctor", *run.flags], ["timeline"], ["logs", "agent"]):
