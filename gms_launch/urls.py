@@ -1,11 +1,10 @@
-"""URLs that hold a login, told to people without it: messages of errors go through `public`.
-
-A plan and run.json do not yet (docs/security.md).
-"""
+"""URLs that hold a login, told to people without it: messages of errors and lines of logs go through `public`."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
+from urllib.parse import unquote
 
 #: What stands for a secret in whatever is printed.
 HIDDEN = "<hidden>"
@@ -16,3 +15,33 @@ _LOGIN = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)([^/?#'\",]*)@")
 def public(text: str) -> str:
     """`text` with every login in a URL left out."""
     return _LOGIN.sub(rf"\1{HIDDEN}@", text)
+
+
+class Login(NamedTuple):
+    """A URL without its login, and that: of a user, or of nobody but who has the token; empty where there is none."""
+
+    url: str
+    user: str = ""
+    password: str = ""
+    token: str = ""
+
+
+def split_login(url: str) -> Login:
+    """`nats://user:password@host:4222` or `nats://token@host:4222`, taken apart. What is %-encoded is decoded."""
+    before, at, host = url.rpartition("@")
+    scheme, slashes, said = before.rpartition("://")
+    if not at:
+        return Login(url)
+    user, colon, password = said.partition(":")
+    if not colon:
+        return Login(scheme + slashes + host, token=unquote(user))
+    return Login(scheme + slashes + host, unquote(user), unquote(password))
+
+
+def hidden(url: str) -> str:
+    """A URL, or what was given for one, without anything that could be part of a login."""
+    before, at, host = url.rpartition("@")
+    scheme, slashes, _ = before.partition("://")
+    if not at:
+        return url
+    return f"{scheme}{slashes}{HIDDEN}@{host}" if slashes else f"{HIDDEN}@{host}"

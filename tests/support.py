@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -181,6 +182,60 @@ def complete(host: str, port: int, prompt: str, tokens: int, timeout: float = 30
         return None
     finally:
         connection.close()
+
+
+class NatsServer:
+    """A real NATS that asks for a password, at `address`; `more` are lines of its configuration."""
+
+    def __init__(self, directory: Path, *more: str, address: str = "127.0.0.1", scheme: str = "nats") -> None:
+        self.user, self.password = "dynamo", "Sesame-" + uuid.uuid4().hex
+        self.port = free_port()
+        self.url = f"{scheme}://{self.user}:{self.password}@{address}:{self.port}"
+        self.config = directory / "nats.conf"
+        lines = [f'listen: "{address}:{self.port}"', f'jetstream {{ store_dir: "{directory}/nats" }}', *more]
+        lines += [f'authorization {{ user: "{self.user}", password: "{self.password}" }}']
+        self.config.write_text("\n".join(lines))
+        self.log = directory / "nats.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def argv(self) -> list[str]:
+        # Says who has come, and does not repeat what they said.
+        return ["nats-server", "-c", str(self.config), "-D", "-l", str(self.log)]
+
+    def __enter__(self) -> NatsServer:
+        self._process = subprocess.Popen(self.argv, stdin=subprocess.DEVNULL, start_new_session=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+class CommandLines:
+    """Looks at the command lines of this machine's processes for as long as it lasts; `seen` are those with `word`."""
+
+    def __init__(self, word: str) -> None:
+        self._word, self.seen = word.encode(), set[bytes]()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.02):
+            for pid in proc.pids():
+                with contextlib.suppress(OSError):
+                    line = Path(f"/proc/{pid}/cmdline").read_bytes()
+                    if self._word in line:
+                        self.seen.add(line)
+
+    def __enter__(self) -> CommandLines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
 
 class Deployment:

@@ -20,6 +20,7 @@ def start(settings: Settings) -> None:
     reader, writer = os.pipe()
     command = module(sys.executable, "gms_launch", "up", f"--notify-fd={writer}", *as_flags(settings))
     env = {k: v for k, v in os.environ.items() if not k.startswith("GMS_LAUNCH_") or k == "GMS_LAUNCH_HOME"}
+    env |= as_environment(settings)
     directory = RunDir.of(settings.run_id)
     agent = subprocess.Popen(
         command,
@@ -62,11 +63,16 @@ def _wait_ready(reader: int, agent: subprocess.Popen[bytes], directory: RunDir) 
     )
 
 
+def as_environment(settings: Settings) -> dict[str, str]:
+    """The settings that nobody else may see, by name in the environment."""
+    return {s.env: getattr(settings, s.name) for s in SETTINGS if s.secret and settings.was_set(s.name)}
+
+
 def as_flags(settings: Settings) -> list[str]:
-    """The settings that are not defaults, as flags for the background agent."""
+    """The other settings that are not defaults, as flags for the background agent."""
     flags = []
     for s in SETTINGS:
-        if not settings.was_set(s.name):
+        if s.secret or not settings.was_set(s.name):
             continue
         value = getattr(settings, s.name)
         if s.kind is bool:

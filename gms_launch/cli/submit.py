@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,11 +24,12 @@ from gms_launch.observe.snapshot import Snapshot
 from gms_launch.run import contact, model
 from gms_launch.run.plan import cache_dir
 from gms_launch.run.rundir import RunDir, RunFile, home, new_run_id
-from gms_launch.settings.declared import SETTINGS, Settings
+from gms_launch.settings.declared import BY_NAME, SETTINGS, Settings
 from gms_launch.settings.resolve import checked
 from gms_launch.settings.rules import RUN_ID
 from gms_launch.spool.files import trouble, write_private
 from gms_launch.transport import sbatch
+from gms_launch.urls import hidden
 
 BODY = Path(sbatch.__file__).with_name("gms-launch.sbatch")
 #: Settings that Slurm decides, in the job.
@@ -56,15 +58,15 @@ def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout
     if job.pyxis or job.apptainer:
         job = replace(job, shared=_shared(settings, make=not dry_run))
     text = sbatch.script(job, settings.engine_args, BODY.read_text())
-    saved = as_toml(settings)
     if dry_run:
+        saved = as_toml(settings, hidden)
         print(f"# {job.directory / 'submit.sbatch'}\n{text}\n# {job.directory / 'settings.toml'}\n{saved}", end="")
         return
     directory.refuse_live()
     try:
         home().mkdir(mode=0o700, parents=True, exist_ok=True)
         job.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_private(job.directory / "settings.toml", saved)
+        write_private(job.directory / "settings.toml", as_toml(settings))
         write_private(job.directory / "submit.sbatch", text)
     except OSError as exc:
         raise RefusedError(f"{job.directory} is {trouble(exc)} ({exc.strerror}): nothing was submitted") from None
@@ -74,9 +76,14 @@ def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout
         _wait_full(directory, job, number, timeout)
 
 
-def as_toml(settings: Settings) -> str:
-    """What was said of each setting, wherever it was said: a settings file that says the same."""
-    said = [(s.name, getattr(settings, s.name)) for s in SETTINGS if settings.was_set(s.name) and s.name != "run_id"]
+def as_toml(settings: Settings, secret: Callable[[str], str] = str) -> str:
+    """What was said of each setting, wherever it was said: a settings file that says the same.
+
+    `secret` is what is made of those that others may not see.
+    """
+    named = [s for s in SETTINGS if settings.was_set(s.name) and s.name != "run_id"]
+    values = [(s.name, getattr(settings, s.name)) for s in named]
+    said = [(name, secret(value) if BY_NAME[name].secret else value) for name, value in values]
     # A JSON string, number or boolean is one of TOML too, as long as it keeps its letters.
     return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in said)
 

@@ -28,6 +28,7 @@ from gms_launch.run.topology import Topology
 from gms_launch.settings.declared import Settings
 from gms_launch.settings.resolve import checked
 from gms_launch.spool.writer import LogHandler, Writer
+from gms_launch.urls import public
 
 if TYPE_CHECKING:
     from gms_launch.node.agent import Agent
@@ -201,11 +202,11 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
         code, reason = 0, ""
     except LaunchError as exc:
         logging.error("%s", exc)
-        code, reason = exc.exit_code, str(exc)
+        code, reason = exc.exit_code, public(str(exc))
         raise
     except Exception as exc:
         logging.exception("internal error")
-        reason = f"internal error in the agent: {exc!r}"
+        reason = public(f"internal error in the agent: {exc!r}")
         raise LaunchError(reason) from exc
     finally:
         if leader:

@@ -97,7 +97,7 @@ class Hosts:
         """Until the last agent has ended. Raises what the run failed with."""
         connections = self._connect()
         try:
-            remotes = [c.start(self._argv(k)) for k, c in enumerate(connections)]
+            remotes = [c.start(self._argv(k), self._secrets()) for k, c in enumerate(connections)]
             for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(sig, self._signalled)
             for rank, remote in enumerate(remotes):
@@ -137,9 +137,14 @@ class Hosts:
         if nnodes > 1:
             flags.append(f"--leader-addr={leader_of(self._hosts, self._settings)}")
         # In the working directory of this command where the host has it, as srun does: paths may be relative.
-        here = ["sh", "-c", 'cd -- "$0" 2>/dev/null; exec "$@"', os.getcwd()]
+        read = "".join(f"IFS= read -r {name}; export {name}; " for name in background.as_environment(settings))
+        here = ["sh", "-c", f'{read}cd -- "$0" 2>/dev/null; exec "$@"', os.getcwd()]
         home = ["env", f"GMS_LAUNCH_HOME={rundir.home().absolute()}"]
         return [*here, *home, *gms_launch("up", "--until-eof", "--notify-fd=1", *flags, *background.as_flags(own))]
+
+    def _secrets(self) -> str:
+        """What an agent gets before anything else on its standard input: anybody there can read its command line."""
+        return "".join(f"{value}\n" for value in background.as_environment(self._settings).values())
 
     def _read(self, rank: int, remote: ssh.Remote) -> None:
         """In a thread: pass on what one agent says, and how it ended."""

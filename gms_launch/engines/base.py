@@ -11,6 +11,7 @@ from gms_launch.cohort.model import Phase
 from gms_launch.cohort.steps import Step
 from gms_launch.control.access import Access
 from gms_launch.process.lifecycle import Command
+from gms_launch.urls import split_login
 
 if TYPE_CHECKING:
     from gms_launch.settings.declared import Settings
@@ -24,8 +25,34 @@ MEETING_SECRET = "GMS_LAUNCH_MEETING_SECRET"
 
 
 @dataclass(frozen=True)
+class Nats:
+    """The NATS that Dynamo's processes use; no URL: none. `login` is empty where it asks for none."""
+
+    url: str = ""
+    login: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, url: str) -> Nats:
+        """The NATS of a URL, which may hold a login: Dynamo's client takes none from there."""
+        found = split_login(url)
+        login = {"USERNAME": found.user, "PASSWORD": found.password, "TOKEN": found.token}
+        return cls(found.url, {k: v for k, v in login.items() if v})
+
+    def environment(self) -> dict[str, str | None]:
+        # One that is not there blocks a start for two minutes: named only when there is one.
+        env: dict[str, str | None] = {"NATS_SERVER": self.url or None}
+        if self.login or not self.url:
+            env |= dict.fromkeys(_NATS_LOGINS) | {f"NATS_AUTH_{k}": v for k, v in self.login.items()}
+        return env
+
+
+#: Every way to log in that Dynamo takes from the environment. One that the user set counts where we have no other.
+_NATS_LOGINS = tuple(f"NATS_AUTH_{k}" for k in ("USERNAME", "PASSWORD", "TOKEN", "NKEY", "CREDENTIALS_FILE"))
+
+
+@dataclass(frozen=True)
 class DynamoPlane:
-    """What every Dynamo process of a run needs to find the others. Passwords are empty where there is no login.
+    """What every Dynamo process of a run needs to find the others.
 
     `address` is the node's on the network, for what an engine says to its ranks on other nodes.
     """
@@ -35,9 +62,7 @@ class DynamoPlane:
     etcd: Access
     lease_ttl: float
     event_plane: str
-    nats_url: str
-    nats_user: str
-    nats_password: str
+    nats: Nats
 
     def environment(self) -> dict[str, str | None]:
         """Environment of the frontend and of leader ranks; None removes a name that the agent may carry."""
@@ -63,10 +88,7 @@ class DynamoPlane:
             # frontend are the leader ranks, on its own node.
             "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
             "DYN_EVENT_PLANE_HOST": LOOPBACK,
-            # A NATS_SERVER that is not there blocks a start for two minutes: set only when NATS runs.
-            "NATS_SERVER": self.nats_url or None,
-            "NATS_AUTH_USERNAME": self.nats_user if self.nats_url else None,
-            "NATS_AUTH_PASSWORD": self.nats_password if self.nats_url else None,
+            **self.nats.environment(),
         }
         return {k: v or None for k, v in env.items()}
 

@@ -7,6 +7,8 @@ import re
 import time
 from datetime import datetime, timezone
 
+from gms_launch.urls import public
+
 
 def stamp(moment: float) -> str:
     """A moment (Unix seconds) as 2026-11-25T01:29:06.621Z."""
@@ -29,10 +31,13 @@ def moment(text: str, now: float) -> float:
 
 
 class Formatter(logging.Formatter):
-    """Lines of an agent's log: when, how bad, what."""
+    """Lines of an agent's log: when, how bad, what; a URL stands without its login."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         return stamp(record.created)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return public(super().format(record))

@@ -19,7 +19,7 @@ from typing import Any
 from gms_launch import engines
 from gms_launch.control.access import Access
 from gms_launch.engines import installed
-from gms_launch.engines.base import LOOPBACK, DynamoPlane, Engine, RankSpec
+from gms_launch.engines.base import LOOPBACK, DynamoPlane, Engine, Nats, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms import devices, gpus
 from gms_launch.numbers import numbered
@@ -38,7 +38,7 @@ from gms_launch.services.pem import PemFiles
 from gms_launch.settings.declared import Settings
 from gms_launch.urls import HIDDEN
 
-_SECRET = ("PASSWORD", "SECRET", "CLIENT_KEY")
+_SECRET = ("PASSWORD", "SECRET", "CLIENT_KEY", "AUTH_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,22 @@ class Layout:
     @property
     def plane(self) -> DynamoPlane:
         """How Dynamo's processes of this node reach the services."""
-        nats_url = ""
-        if self.settings.nats:
-            nats_url = self.settings.nats_server or f"nats://{LOOPBACK}:{self.ports.nats}"
         return DynamoPlane(
             address=self.topology.address,
             namespace=self.settings.namespace,
             etcd=self.credentials.access(self.etcd_endpoints, DYNAMO),
             lease_ttl=self.settings.dynamo_lease_ttl,
             event_plane="zmq" if self.settings.event_plane == "auto" else self.settings.event_plane,
-            nats_url=nats_url,
-            nats_user=self.credentials.nats_user if self.own_nats else "",
-            nats_password=self.credentials.nats_password if self.own_nats else "",
+            nats=self.dynamo_nats,
         )
+
+    @property
+    def dynamo_nats(self) -> Nats:
+        """The run's own, the user's, or none."""
+        if not self.own_nats:
+            return Nats.of(self.settings.nats_server)
+        login = {"USERNAME": self.credentials.nats_user, "PASSWORD": self.credentials.nats_password}
+        return Nats(f"nats://{LOOPBACK}:{self.ports.nats}", login)
 
     # -- what runs ---------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
+from gms_launch.urls import hidden
+
 ENV_PREFIX = "GMS_LAUNCH_"
 #: Of every duration (seconds): two weeks. poll() takes 24 days, and nobody means more.
 LONGEST = 14 * 24 * 3600.0
@@ -24,7 +26,7 @@ MOST_NODES, MOST_RANKS = 4096, 65536
 class Setting:
     """One setting. `name` is the TOML key, the dataclass field and, with dashes, the flag, unless `word` is that.
 
-    `maximum` of a text is its length.
+    `maximum` of a text is its length. `secret`: a URL that may hold a login.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Setting:
     minimum: float | None = None
     maximum: float | None = None
     word: str = ""
+    secret: bool = False
 
     @property
     def flag(self) -> str:
@@ -53,7 +56,7 @@ class Setting:
 
 
 def setting(default: Any, help_: str, group: str, **limits: Any) -> Any:
-    """A field that is a setting. `limits`: recipe (its name in the recipe), choices, minimum, maximum."""
+    """A field that is a setting. `limits`: recipe (its name in the recipe), choices, minimum, maximum, secret."""
     return field(default=default, metadata={"help": help_, "group": group, **limits})
 
 
@@ -137,7 +140,13 @@ class Settings:
     etcd_endpoints: str = setting(
         "", "use this etcd (comma-separated URLs) instead of starting one", "services", recipe="ETCD_ENDPOINTS"
     )
-    nats_server: str = setting("", "use this NATS (URL) instead of starting one", "services", recipe="NATS_SERVER")
+    nats_server: str = setting(
+        "",
+        "use this NATS (URL) instead of starting one; nats://USER:PASSWORD@HOST:PORT, or nats://TOKEN@... to log in",
+        "services",
+        recipe="NATS_SERVER",
+        secret=True,
+    )
     frontend_host: str = setting(
         "",
         "address clients come in by; when empty the leader's with --api-key-file or --open-frontend, else loopback",
@@ -242,7 +251,8 @@ class Settings:
         return name in self.sources
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
+        """For whoever may read it: without logins."""
+        data = asdict(self) | {s.name: hidden(getattr(self, s.name)) for s in SETTINGS if s.secret}
         data.pop("sources")
         data["engine_args"] = list(self.engine_args)
         return data

@@ -17,6 +17,7 @@ from gms_launch.errors import UsageError
 from gms_launch.numbers import real, whole
 from gms_launch.settings import rules
 from gms_launch.settings.declared import BY_NAME, ENV_PREFIX, LONGEST_TEXT, SETTINGS, Setting, Settings
+from gms_launch.urls import HIDDEN
 
 #: Names with our prefix that are not settings: the process tag, and where runs are recorded.
 RESERVED_ENV = frozenset({"GMS_LAUNCH_TAG", "GMS_LAUNCH_HOME", "GMS_LAUNCH_CONFIG"})
@@ -30,6 +31,10 @@ LONGEST_SHOWN = 120
 def parse(setting: Setting, value: Any, source: str) -> Any:
     """Turn `value` into the setting's type, or raise `UsageError` that names the source."""
     where = f"{setting.name} (from {source})"
+
+    def shown(value: Any) -> str:
+        return HIDDEN if setting.secret else _short(value)
+
     if isinstance(value, str) and (wrong := rules.unprintable(value)):
         raise UsageError(f"{where}: there is {wrong} in it")
     if setting.kind is bool:
@@ -40,9 +45,9 @@ def parse(setting: Setting, value: Any, source: str) -> Any:
             return True
         if word in {"0", "false", "no", "off"}:
             return False
-        raise UsageError(f"{where}: {_short(value)} is neither true nor false")
+        raise UsageError(f"{where}: {shown(value)} is neither true nor false")
     if isinstance(value, bool) or (setting.kind is str and not isinstance(value, str)):
-        raise UsageError(f"{where}: expected {setting.kind.__name__}, found {_short(value)}")
+        raise UsageError(f"{where}: expected {setting.kind.__name__}, found {shown(value)}")
     parsed: Any
     try:
         if isinstance(value, str) and setting.kind is not str:
@@ -54,17 +59,17 @@ def parse(setting: Setting, value: Any, source: str) -> Any:
         if isinstance(parsed, float) and not math.isfinite(parsed):
             raise ValueError("TOML has nan and inf")
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"{where}: {_short(value)} is not a valid {setting.kind.__name__}") from None
+        raise UsageError(f"{where}: {shown(value)} is not a valid {setting.kind.__name__}") from None
     if setting.choices and parsed not in setting.choices:
-        raise UsageError(f"{where}: {_short(parsed)} is not one of {', '.join(setting.choices)}")
+        raise UsageError(f"{where}: {shown(parsed)} is not one of {', '.join(setting.choices)}")
     if isinstance(parsed, str):
         if len(parsed) > (longest := int(setting.maximum or LONGEST_TEXT)):
-            raise UsageError(f"{where}: {_short(parsed)} is longer than {longest} characters")
+            raise UsageError(f"{where}: {shown(parsed)} is longer than {longest} characters")
         return parsed
     if setting.minimum is not None and not parsed >= setting.minimum:
-        raise UsageError(f"{where}: {_short(parsed)} is below {_plain(setting.minimum)}")
+        raise UsageError(f"{where}: {shown(parsed)} is below {_plain(setting.minimum)}")
     if setting.maximum is not None and not parsed <= setting.maximum:
-        raise UsageError(f"{where}: {_short(parsed)} is above {_plain(setting.maximum)}")
+        raise UsageError(f"{where}: {shown(parsed)} is above {_plain(setting.maximum)}")
     return parsed
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from gms_launch.errors import UsageError
 from gms_launch.numbers import numbered
 from gms_launch.settings import arguments
-from gms_launch.urls import public
+from gms_launch.urls import hidden
 
 if TYPE_CHECKING:
     from gms_launch.settings.declared import Settings
@@ -131,6 +131,11 @@ def check(s: Settings) -> None:
         )
     for url in s.etcd_endpoints.split(",") if s.etcd_endpoints else ():
         _check_url("--etcd-endpoints", url.strip(), ("http", "https"), "http://HOST:2379")
+        if "@" in url:
+            raise UsageError(
+                f"--etcd-endpoints {shortened(hidden(url.strip()))} holds a login, and nobody here asks an etcd with a "
+                "password: leave it out"
+            )
     if s.nats_server:
         _check_url("--nats-server", s.nats_server, ("nats", "tls", "ws", "wss"), "nats://HOST:4222")
     _check_hosts(s)
@@ -192,7 +197,7 @@ def _check_url(flag: str, text: str, schemes: tuple[str, ...], example: str) -> 
     except ValueError:  # a port that is none, a bracket that is not closed
         good = False
     if not good:
-        raise UsageError(f"{flag} {shortened(public(text))} {why}; expected something like {example}")
+        raise UsageError(f"{flag} {shortened(hidden(text))} {why}; expected something like {example}")
 
 
 def _ranges(s: Settings) -> Mapping[str, Iterable[int]]:

@@ -44,10 +44,12 @@ class Connection:
     def close(self) -> None:
         self._client.close()
 
-    def start(self, argv: Sequence[str]) -> Remote:
-        """Start a command. It gets end of file on its standard input when this side says so, or is gone."""
+    def start(self, argv: Sequence[str], first: str = "") -> Remote:
+        """Start a command. On its standard input it gets `first`, and end of file when this side ends it or is gone."""
         try:
             stdin, stdout, stderr = self._client.exec_command(shlex.join(argv))
+            stdin.write(first)
+            stdin.flush()
         except (paramiko.SSHException, OSError) as exc:
             raise NoContactError(
                 f"{self.host}: the command could not be started: {exc or type(exc).__name__}"

@@ -11,7 +11,7 @@ import pytest
 from gms_launch.process import proc
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
-from tests.support import LONG, eventually, kill
+from tests.support import LONG, CommandLines, NatsServer, eventually, kill
 
 
 def test_by_hand_with_node_rank_on_three_nodes(bare_lab: Lab, model: Path) -> None:
@@ -219,6 +219,29 @@ def test_in_the_background_by_ssh(lab: Lab, model: Path, ssh_home: Path) -> None
     finally:
         assert run.cli("down").returncode == 0
     assert run.left() == {}
+
+
+def test_a_secret_reaches_agents_by_ssh_and_nobody_else(lab: Lab, model: Path, ssh_home: Path, fast_dir: Path) -> None:
+    nats = NatsServer(fast_dir, address=f"{lab.net}.254")
+    server = lab.popen(nats.argv)
+    run = LabRun(lab, model, "--event-plane=nats")
+    env = {"HOME": str(ssh_home), "NATS_SERVER": nats.url}
+    try:
+        with CommandLines(nats.password) as lines:
+            done = lab.run([*run.up("--hosts", "node1,node2"), "-d"], env=env)
+            try:
+                assert done.returncode == 0, done.stderr
+                assert run.text()
+                assert "Client connection created" in nats.log.read_text()
+                assert "authentication error" not in nats.log.read_text()
+            finally:
+                assert run.cli("down").returncode == 0
+        assert not lines.seen
+        told = [p for p in run.home.rglob("*") if p.is_file() and nats.password.encode() in p.read_bytes()]
+        assert not told and nats.password not in done.stdout + done.stderr
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_hosts_that_cannot_be_reached_are_named_and_nothing_is_started(lab: Lab, model: Path, ssh_home: Path) -> None:
