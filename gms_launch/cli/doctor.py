@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib import metadata
 
 from gms_launch.cli.plan import layout, memory
+from gms_launch.control.access import Access
 from gms_launch.engines import installed
 from gms_launch.errors import LaunchError
 from gms_launch.gms import gpus
@@ -18,13 +19,13 @@ from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.numbers import numbered
 from gms_launch.process import listener, places
 from gms_launch.run import model as models
-from gms_launch.run import ports, topology
+from gms_launch.run import outside, ports, topology
 from gms_launch.run.fit import GIB
 from gms_launch.run.nodedir import LOCAL_ROOT, must_be_writable, user_root, wanting
 from gms_launch.run.plan import no_gpu
 from gms_launch.run.rundir import home
-from gms_launch.services import certificate
-from gms_launch.services.base import find_binary
+from gms_launch.services import certificate, etcd
+from gms_launch.services.base import NotReadyError, find_binary
 from gms_launch.settings.declared import Settings
 
 
@@ -49,7 +50,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
     def check(name: str, look: Callable[[], str]) -> None:
         try:
             checks.append((name, True, look()))
-        except (LaunchError, OSError) as exc:
+        except (LaunchError, NotReadyError, OSError) as exc:
             checks.append((name, False, str(exc)))
 
     def interpreter() -> str:
@@ -164,6 +165,16 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         certificate.check(settings.tls_cert, settings.tls_key)
         return f"{settings.tls_cert}, with its key {settings.tls_key}"
 
+    def own_etcd() -> str:
+        found = outside.pem(settings)
+        assert found is not None
+        etcd.probe(Access(outside.endpoints(settings), found.ca, found.cert, found.key))
+        return f"{settings.etcd_endpoints} answers"
+
+    def own_nats() -> str:
+        outside.check(settings)
+        return outside.ask_nats(settings)
+
     check("topology", place)
     check("model", model)
     check("python", interpreter)
@@ -176,9 +187,13 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         check("gpu identity", same_gpu)
         if settings.engine == "vllm":
             check("gpu memory", room)
-    if not settings.etcd_endpoints:
+    if settings.etcd_endpoints:
+        check("etcd", own_etcd)
+    else:
         check("etcd", lambda: find_binary("etcd_bin", settings.etcd_bin, "etcd", "etcd-server"))
-    if settings.nats and not settings.nats_server:
+    if settings.nats_server:
+        check("nats", own_nats)
+    elif settings.nats:
         check("nats", lambda: find_binary("nats_bin", settings.nats_bin, "nats-server", "nats-server"))
     if settings.api_key_file:
         check("proxy", proxy)

@@ -14,7 +14,7 @@ from gms_launch import engines
 from gms_launch.engines import vllm
 from gms_launch.errors import LaunchError, UsageError
 from gms_launch.gms import devices
-from gms_launch.run import model, ports, topology
+from gms_launch.run import model, outside, ports, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.fit import GIB, Fit, fit
 from gms_launch.run.nodedir import NodeDir
@@ -34,7 +34,7 @@ def layout(settings: Settings, place: Topology | None = None) -> Layout:
         settings=settings,
         topology=place or topology.discover(settings),
         ports=ports.layout(settings, lambda _: True, engines.get(settings.engine, settings.engine_file).ports),
-        credentials=Credentials.hidden(HIDDEN),
+        credentials=Credentials.hidden(HIDDEN, outside.placeholder(settings, HIDDEN)),
         run_dir=RunDir.of(run),
         node_dir=NodeDir.of(run, settings.gms_socket_dir, settings.node_rank),
     )

@@ -19,7 +19,7 @@ from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError, RefusedError, UsageError
 from gms_launch.observe.stamp import Formatter
 from gms_launch.process import places, proc
-from gms_launch.run import credentials, dead, nodedir, ports, rundir, topology
+from gms_launch.run import credentials, dead, nodedir, outside, ports, rundir, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import Layout
@@ -71,7 +71,8 @@ def _agent(layout: Layout, reservation: ports.Reservation, reporter: Notify | Te
             layout = follow(layout, reservation, reporter.progress)
         else:
             place = layout.topology
-            layout = replace(layout, credentials=credentials.make((place.leader_address, place.address)))
+            hosts = (place.leader_address, place.address)
+            layout = replace(layout, credentials=credentials.make(hosts, outside.pem(layout.settings)))
         if leads and (moved := ports.moved(layout.settings, layout.ports)):
             reporter.progress(f"ports in use here, so others were taken: {moved}")
         run_agent(layout, reporter, until_eof)

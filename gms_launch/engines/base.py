@@ -26,24 +26,28 @@ MEETING_SECRET = "GMS_LAUNCH_MEETING_SECRET"
 
 @dataclass(frozen=True)
 class Nats:
-    """The NATS that Dynamo's processes use; no URL: none. `login` is empty where it asks for none."""
+    """The NATS that Dynamo's processes use; no URL: none. `login` is empty where it asks for none.
+
+    `files`: what TLS to it takes, by Dynamo's names.
+    """
 
     url: str = ""
     login: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, url: str) -> Nats:
+    def of(cls, url: str, files: Mapping[str, str]) -> Nats:
         """The NATS of a URL, which may hold a login: Dynamo's client takes none from there."""
         found = split_login(url)
         login = {"USERNAME": found.user, "PASSWORD": found.password, "TOKEN": found.token}
-        return cls(found.url, {k: v for k, v in login.items() if v})
+        return cls(found.url, {k: v for k, v in login.items() if v}, files)
 
     def environment(self) -> dict[str, str | None]:
         # One that is not there blocks a start for two minutes: named only when there is one.
         env: dict[str, str | None] = {"NATS_SERVER": self.url or None}
         if self.login or not self.url:
             env |= dict.fromkeys(_NATS_LOGINS) | {f"NATS_AUTH_{k}": v for k, v in self.login.items()}
-        return env
+        return env | {f"NATS_TLS_{k}_PATH": path for k, path in self.files.items()}
 
 
 #: Every way to log in that Dynamo takes from the environment. One that the user set counts where we have no other.

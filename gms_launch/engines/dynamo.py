@@ -29,6 +29,12 @@ _STEPS: tuple[tuple[re.Pattern[str], Step], ...] = (
 _AWAKE = re.compile(r"\[Shadow\] Engine awake, registering with discovery")
 
 
+def speaks_tls_to_nats(version: str) -> bool:
+    """Whether that release of Dynamo does; one that is not known does."""
+    found = re.match(r"([0-9]+)\.([0-9]+)", version)
+    return found is None or (int(found[1]), int(found[2])) >= (1, 5)
+
+
 class Spoken:
     """How an engine that speaks as dynamo.vllm does is read. It has no ports but those that every engine gets."""
 

@@ -61,8 +61,14 @@ class Credentials(msgspec.Struct, frozen=True):
     external: Pem | None = None
 
     def access(self, endpoints: tuple[str, ...], owner: str = AGENT) -> Access:
-        """The run's etcd, as `owner` (one of `USES`) may reach it."""
-        shown = self.external or Pem(self.ca, *astuple(self.leaves[owner]))
+        """The run's etcd, as `owner` (one of `USES`) may reach it.
+
+        Dynamo speaks TLS only if it has a certificate to show. A server that asks for none never sees it.
+        """
+        own, given = Pem(self.ca, *astuple(self.leaves[owner])), self.external or Pem()
+        shown = own if self.external is None else given
+        if given.ca and not given.cert and owner == DYNAMO:
+            shown = Pem(given.ca, own.cert, own.key)
         return Access(endpoints, shown.ca, shown.cert, shown.key)
 
     @property
@@ -79,9 +85,9 @@ class Credentials(msgspec.Struct, frozen=True):
         return msgspec.json.decode(text, type=cls)
 
     @classmethod
-    def hidden(cls, word: str) -> Credentials:
+    def hidden(cls, word: str, external: Pem | None = None) -> Credentials:
         """For a plan that is printed: `word` stands for every secret."""
-        return cls(word, "dynamo", word, Authority(word, word), {name: Leaf(word, word) for name in USES})
+        return cls(word, "dynamo", word, Authority(word, word), {name: Leaf(word, word) for name in USES}, external)
 
 
 def make(hosts: Sequence[str], external: Pem | None = None) -> Credentials:

@@ -25,7 +25,7 @@ from gms_launch.gms import devices, gpus
 from gms_launch.numbers import numbered
 from gms_launch.process import waiting
 from gms_launch.process.lifecycle import Command
-from gms_launch.run import model, nodedir
+from gms_launch.run import model, nodedir, outside
 from gms_launch.run.credentials import DYNAMO, ETCD, Credentials
 from gms_launch.run.front import LATER, Front
 from gms_launch.run.nodedir import NodeDir
@@ -100,7 +100,7 @@ class Layout:
     def etcd_endpoints(self) -> tuple[str, ...]:
         if self.own_etcd:
             return (f"https://{etcd.host(self.topology.leader_address)}:{self.ports.etcd}",)
-        return tuple(e.strip() for e in self.settings.etcd_endpoints.split(",") if e.strip())
+        return outside.endpoints(self.settings)
 
     @property
     def etcd_access(self) -> Access:
@@ -132,7 +132,7 @@ class Layout:
     def dynamo_nats(self) -> Nats:
         """The run's own, the user's, or none."""
         if not self.own_nats:
-            return Nats.of(self.settings.nats_server)
+            return outside.nats(self.settings)
         login = {"USERNAME": self.credentials.nats_user, "PASSWORD": self.credentials.nats_password}
         return Nats(f"nats://{LOOPBACK}:{self.ports.nats}", login)
 
@@ -290,6 +290,7 @@ class Layout:
             if self.own_nats:
                 self.nats_service()
             self.front.check()
+            outside.check(self.settings)
 
     def _size(self) -> str:
         """The wanted GPUs by the settings that say how many."""
@@ -366,6 +367,7 @@ def no_gpu() -> str:
 #: Settings in which the nodes of a run may differ.
 _OWN = frozenset(
     {"node_rank", "leader_addr", "interface", "hosts", "gms_socket_dir", "etcd_bin", "nats_bin", "python"}
+    | {"etcd_ca", "etcd_cert", "etcd_key", "nats_ca", "nats_cert", "nats_key"}  # the leader's are used
     | {"virtual_gpus", "run_id", "kill_wait", "cache_dir", "haproxy_bin", "metrics_host", "metrics_port"}
 )
 

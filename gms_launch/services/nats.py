@@ -5,8 +5,11 @@ Dynamo needs it up to 1.2 and for `--event-plane nats`; newer releases only conn
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,18 +48,36 @@ def service(server: Server, binary: str, timeout: float, liveness: float = 0.0) 
 
 def probe(server: Server) -> None:
     """INFO, CONNECT with the password, PING, PONG. Raises `NotReadyError`."""
+    info = ask(server.address, server.port, {"user": server.user, "pass": server.password})
+    if not info.get("jetstream"):
+        raise NotReadyError("JetStream is not up")
+
+
+def ask(
+    address: str, port: int, login: Mapping[str, str], tls: ssl.SSLContext | None = None, timeout: float = 1.0
+) -> Mapping[str, object]:
+    """Log in to a NATS (`user` and `pass`, or `auth_token`) and return what it says of itself.
+
+    Raises `NotReadyError`.
+    """
     try:
-        with socket.create_connection((server.address, server.port), timeout=1.0) as connection:
-            file = connection.makefile("rb")
-            info = file.readline()
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(socket.create_connection((address, port), timeout=timeout))
+            # Unbuffered: what follows the first line may be the server's part of a TLS handshake.
+            info = stack.enter_context(connection.makefile("rb", buffering=0)).readline()
             if not info.startswith(b"INFO "):
                 raise NotReadyError(f"expected INFO, got {info[:40]!r}")
-            if not json.loads(info[5:]).get("jetstream"):
-                raise NotReadyError("JetStream is not up")
-            login = json.dumps({"user": server.user, "pass": server.password, "verbose": False})
-            connection.sendall(f"CONNECT {login}\r\nPING\r\n".encode())
+            said: Mapping[str, object] = json.loads(info[5:])
+            if tls is not None:
+                connection = stack.enter_context(tls.wrap_socket(connection, server_hostname=address))
+            options = json.dumps({**login, "verbose": False, "tls_required": tls is not None})
+            connection.sendall(f"CONNECT {options}\r\nPING\r\n".encode())
+            file = stack.enter_context(connection.makefile("rb"))
             answer = file.readline().strip()
+            if answer.startswith(b"INFO "):  # again, once the connection is encrypted
+                answer = file.readline().strip()
             if answer != b"PONG":
                 raise NotReadyError(f"expected PONG, got {answer[:80]!r}")
+            return said
     except (OSError, ValueError) as exc:
-        raise NotReadyError(f"{server.address}:{server.port}: {exc}") from None
+        raise NotReadyError(f"{address}:{port}: {exc}") from None

@@ -140,6 +140,11 @@ class Settings:
     etcd_endpoints: str = setting(
         "", "use this etcd (comma-separated URLs) instead of starting one", "services", recipe="ETCD_ENDPOINTS"
     )
+    etcd_ca: str = setting(
+        "", "authority of that etcd's certificate (PEM), with https URLs; the system's own when empty", "services"
+    )
+    etcd_cert: str = setting("", "certificate that is shown to that etcd (PEM)", "services")
+    etcd_key: str = setting("", "private key of --etcd-cert (PEM, without a passphrase)", "services")
     nats_server: str = setting(
         "",
         "use this NATS (URL) instead of starting one; nats://USER:PASSWORD@HOST:PORT, or nats://TOKEN@... to log in",
@@ -147,6 +152,11 @@ class Settings:
         recipe="NATS_SERVER",
         secret=True,
     )
+    nats_ca: str = setting(
+        "", "authority of that NATS's certificate (PEM), with a tls URL; the system's own when empty", "services"
+    )
+    nats_cert: str = setting("", "certificate that is shown to that NATS (PEM)", "services")
+    nats_key: str = setting("", "private key of --nats-cert (PEM, without a passphrase)", "services")
     frontend_host: str = setting(
         "",
         "address clients come in by; when empty the leader's with --api-key-file or --open-frontend, else loopback",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -136,6 +136,8 @@ def check(s: Settings) -> None:
                 f"--etcd-endpoints {shortened(hidden(url.strip()))} holds a login, and nobody here asks an etcd with a "
                 "password: leave it out"
             )
+    _check_tls(s, "etcd", s.etcd_endpoints.split(",") if s.etcd_endpoints else [], "https")
+    _check_tls(s, "nats", [s.nats_server] if s.nats_server else [], "tls")
     if s.nats_server:
         _check_url("--nats-server", s.nats_server, ("nats", "tls", "ws", "wss"), "nats://HOST:4222")
     _check_hosts(s)
@@ -184,6 +186,24 @@ def _check_frontend(s: Settings) -> None:
             "and no key is asked for; ask for one (--api-key-file FILE), or leave it out and stay on loopback (ssh -L "
             "reaches that), or say --open-frontend if everybody may use the model"
         )
+
+
+def _check_tls(s: Settings, server: str, urls: Sequence[str], scheme: str) -> None:
+    """The files by which we speak TLS to a server of the user's own."""
+    where = {"etcd": "--etcd-endpoints", "nats": "--nats-server"}[server]
+    secure = [url.strip().startswith(f"{scheme}://") for url in urls]
+    if server == "etcd" and any(secure) and not all(secure):
+        raise UsageError(f"{where} has https and other URLs in it: one etcd speaks TLS everywhere or nowhere")
+    given = [name for name in (f"{server}_ca", f"{server}_cert", f"{server}_key") if getattr(s, name)]
+    if given and not all(secure or [False]):
+        raise UsageError(
+            f"{given[0]} (from {s.sources.get(given[0])}) is for a server of your own that speaks TLS: give its URL "
+            f"with {where} {scheme}://..."
+        )
+    cert, key = f"{server}_cert", f"{server}_key"
+    if bool(getattr(s, cert)) != bool(getattr(s, key)):
+        there, absent = (cert, key) if getattr(s, cert) else (key, cert)
+        raise UsageError(f"{there} (from {s.sources.get(there)}) needs --{absent.replace('_', '-')} too")
 
 
 def _check_url(flag: str, text: str, schemes: tuple[str, ...], example: str) -> None:

@@ -70,6 +70,7 @@ def test_every_variable_that_we_set_is_known(line: Line) -> None:
     native |= {"DYN_EVENT_PLANE_HOST", "ETCD_ENDPOINTS", "ETCD_LEASE_TTL", "ETCD_AUTH_USERNAME", "ETCD_AUTH_PASSWORD"}
     native |= {"ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY"}
     native |= {"NATS_SERVER", "NATS_AUTH_USERNAME", "NATS_AUTH_PASSWORD", "GMS_SOCKET_DIR"}
+    native |= {"NATS_AUTH_TOKEN", "NATS_AUTH_NKEY", "NATS_AUTH_CREDENTIALS_FILE"}
     vllms = {
         "TMPDIR",
         "VLLM_PORT",
