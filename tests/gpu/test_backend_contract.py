@@ -41,7 +41,7 @@ class Server:
         argv += ["--alloc-retry-timeout", str(patience), "--alloc-retry-interval", "0.05"]
         env = {k: v for k, v in os.environ.items() if k != "GMS_LAUNCH_GPU_TESTS"} | {"GMS_SOCKET_DIR": str(directory)}
         self.process = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
-        eventually(self.answers, 30.0)
+        eventually(self.answers)
 
     def answers(self) -> bool:
         assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()

@@ -393,7 +393,7 @@ def test_nobody_makes_himself_root_in_etcds_first_moments(secure: EtcdServer, au
     try:
         secure.start()
         root = known_as("root", secure, authority)
-        root.get("/ready", retry=20.0)
+        root.get("/ready", retry=60.0)
         establish(root, {"dynamo": ["v1/"]})  # refuses when somebody is there already
     finally:
         over.set()

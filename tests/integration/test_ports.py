@@ -5,14 +5,11 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-import pytest
-
 from tests import listening
 from tests.listening import Row
 from tests.support import Deployment, eventually
 
 
-@pytest.mark.timeout(240)
 def test_a_run_listens_on_what_the_page_says_and_on_nothing_else(tmp_path: Path, model: Path) -> None:
     run = Deployment(tmp_path / "home", model)
     seen: set[Row] = set()

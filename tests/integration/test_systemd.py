@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gms_launch.process import proc
-from tests.support import GMS_LAUNCH, Deployment, eventually
+from tests.support import GMS_LAUNCH, LONG, Deployment, eventually
 
 UNITS = Path(__file__).parents[2] / "systemd"
 
@@ -48,7 +48,6 @@ class Manager:
                 return any(text in h.splitlines() for h in self.heard)
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("kind", ["path", "abstract"])
 def test_a_service_says_when_it_is_full_and_when_it_stops(tmp_path: Path, model: Path, kind: str) -> None:
     run = Deployment(tmp_path / "home", model)
@@ -63,13 +62,13 @@ def test_a_service_says_when_it_is_full_and_when_it_stops(tmp_path: Path, model:
             assert agent.poll() is None, "it has ended"
             return manager.has("READY=1")
 
-        eventually(full, 90.0, "READY=1")
+        eventually(full, LONG, "READY=1")
         assert run.status()["redundancy"] == "full"
         assert manager.has("STATUS=redundancy full") and not manager.has("STOPPING=1")
         for pid in run.alive():
             assert b"NOTIFY_SOCKET" not in Path(f"/proc/{pid}/environ").read_bytes(), proc.command_line(pid)
         agent.send_signal(signal.SIGTERM)
-        eventually(lambda: manager.has("STOPPING=1"), 30.0, "STOPPING=1")
+        eventually(lambda: manager.has("STOPPING=1"), what="STOPPING=1")
         assert agent.wait(60) == 0 and run.alive() == []
     finally:
         run.__exit__()

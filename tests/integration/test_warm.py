@@ -29,7 +29,7 @@ def ready(run: Deployment, other_than: int = 0) -> int:
         row = warm(run)
         return int(row["pid"]) if row["state"] == "ready" and row["pid"] != other_than else 0
 
-    return eventually(look, 60.0, "a warm process")
+    return eventually(look, what="a warm process")
 
 
 def pids(run: Deployment) -> set[int]:
@@ -43,7 +43,6 @@ def environment_of_children(pid: int) -> dict[str, str]:
     return dict(w.decode().split("=", 1) for w in words if w)
 
 
-@pytest.mark.timeout(300)
 def test_a_waiting_process_becomes_the_engine(tmp_path: Path, model: Path) -> None:
     with Deployment(tmp_path / "home", model, "--warm-slots", "1", REFERENCE_IMPORTS="sqlite3") as run:
         before, status = run.text(), run.wait_full()
@@ -103,7 +102,6 @@ def test_a_waiting_process_becomes_the_engine(tmp_path: Path, model: Path) -> No
         assert run.alive() == [] and not node_dir.exists()
 
 
-@pytest.mark.timeout(120)
 def test_it_dies_with_its_agent(tmp_path: Path, model: Path) -> None:
     with Deployment(tmp_path / "home", model, "--warm-slots", "1", "--shadows", "0") as run:
         who = proc.identity(ready(run))
