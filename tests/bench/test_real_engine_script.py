@@ -32,7 +32,7 @@ def test_two_nodes_under_the_launcher_and_under_the_recipe(tmp_path: Path, model
         "--recipe-kills",
         "1",
         "--watch",
-        "3",
+        "8",
         "--after",
         "1",
         "--model",
