@@ -1,4 +1,4 @@
-"""What a stranger on the nodes' network reads of what crosses it."""
+"""What a stranger on the nodes' network meets: which ports are open to him, and what he reads on the way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests import certificates
+import pytest
+
+from tests import certificates, listening
+from tests.listening import Row
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
 from tests.support import eventually
@@ -143,3 +146,47 @@ def test_no_password_token_key_or_prompt_is_in_clear_on_the_network(lab: Lab, mo
         assert not sniffer.has(before[:24].encode()), "and no answer"
         for value in (b"/gms-launch/", b"incarnation", b"agent_pid"):
             assert not sniffer.has(value), "no key or value of etcd's"
+
+
+@pytest.mark.timeout(400)
+def test_three_nodes_listen_on_what_the_page_says_and_a_scan_finds_no_more(bare_lab: Lab, model: Path) -> None:
+    """Nodes with nothing else on them, so that every port that a scan from another machine finds is the run's."""
+    run = Guarded(bare_lab, model).hand()
+    seen: set[Row] = set()
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            if (run.home / "run.json").exists() and (ports := run.run_file().get("ports")):
+                seen.update(listening.of_run(run.run, ports)[0])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with run:
+            ports = run.run_file()["ports"]
+            now, sockets = listening.of_run(run.run, ports)
+            assert now == listening.documented(3), sockets
+            victim = run.kill_rank(run.status()["primary"], 2)
+            run.wait_dead(*victim)
+            run.wait_full()
+            now, sockets = listening.of_run(run.run, ports)
+            assert now == listening.documented(3), sockets
+            for node in bare_lab.nodes.values():
+                here = {s.port for s in sockets if s.kind == "tcp" and s.address == node.address}
+                assert scan(node.address) == here, f"from another machine, of {node.name}"
+    finally:
+        over.set()
+        watcher.join()
+    assert seen == listening.documented(3), "nor did it in between"
+
+
+def scan(address: str) -> set[int]:
+    """The TCP ports that take a connection there, of all that there are."""
+    found = set()
+    for port in range(1, 65536):
+        with socket.socket() as one:
+            one.settimeout(5.0)
+            if one.connect_ex((address, port)) == 0:
+                found.add(port)
+    return found
