@@ -1,6 +1,6 @@
 """Failover latency with the launcher, beside the floor in the same run.
 
-    python -m bench.failover [--kills 50] [--mib 64]
+    python -m bench.failover [--kills 50] [--mib 64] [--plain-etcd]
 
 The floor is the same engine with nobody supervising it (bench/bare.py): the group is SIGKILLed from outside and the
 first token awaited. Launcher and floor take turns in blocks, on one machine, so that both see the same noise. The
@@ -11,6 +11,7 @@ between from the launcher's own timeline.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bare import BareStack, free_port, wait_for_text
+from bench.plain import PlainEtcd
 from bench.stopping import stoppable
 from gms_launch.engines.reference.demo_model import make
 
@@ -94,6 +96,12 @@ class Launched:
         found: list[dict[str, Any]] = json.loads(self.run("timeline", "--run", self.name, "--json"))["failovers"]
         return found
 
+    def resident(self) -> float:
+        """Of the agent (MiB)."""
+        pid = json.loads((self.home / "bench" / "run.json").read_text())["agent_pid"]
+        (line,) = [x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS")]
+        return round(int(line.split()[1]) / 1024, 1)
+
     def down(self) -> None:
         subprocess.run(
             [sys.executable, "-m", "gms_launch", "down", "--run", self.name],
@@ -103,13 +111,18 @@ class Launched:
         )
 
 
-def measure(kills: int, mib: int, block: int = 10) -> dict[str, Any]:
+def measure(kills: int, mib: int, plain: bool = False, block: int = 10) -> dict[str, Any]:
     launched_times: list[float] = []
     floor_times: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as name,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as data,
+        contextlib.ExitStack() as stack,
+    ):
         model, home = Path(name) / "model", Path(name) / "home"
         make(model, mib)
-        launched = Launched(model, home)
+        more = ["--etcd-endpoints", stack.enter_context(PlainEtcd(Path(data))).url] if plain else []
+        launched = Launched(model, home, *more)
         try:
             with BareStack(model) as bare:
                 while len(launched_times) < kills:
@@ -117,6 +130,7 @@ def measure(kills: int, mib: int, block: int = 10) -> dict[str, Any]:
                     launched_times += [launched.failover() for _ in range(count)]
                     floor_times += [bare.failover() for _ in range(count)]
             failovers = launched.failovers()
+            memory = launched.resident()
         finally:
             launched.down()
     steps = {s: summary([f["steps"][s] for f in failovers if s in f["steps"]]) for s in STEPS}
@@ -126,6 +140,8 @@ def measure(kills: int, mib: int, block: int = 10) -> dict[str, Any]:
         "versions": {n: metadata.version(n) for n in ("ai-dynamo", "etcd3", "protobuf", "grpcio")}
         | {"python": platform.python_version()},
         "weights_mib": mib,
+        "etcd": "plain" if plain else "TLS",
+        "agent_resident_mib": memory,
         "first_token_at_client": {"launcher": summary(launched_times), "floor": summary(floor_times)},
         "ratio_p50": round(statistics.median(launched_times) / statistics.median(floor_times), 3),
         "ratio_p99": round(percentile(launched_times, 0.99) / percentile(floor_times, 0.99), 3),
@@ -142,9 +158,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--mib", type=int, default=64)
+    parser.add_argument("--plain-etcd", action="store_true", help="an etcd without TLS; to failover-plain.json")
     options = parser.parse_args()
-    result = measure(options.kills, options.mib)
-    out = Path(__file__).with_name("results") / "failover.json"
+    result = measure(options.kills, options.mib, options.plain_etcd)
+    out = Path(__file__).with_name("results") / f"failover{'-plain' * options.plain_etcd}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     result.pop("raw")

@@ -1,6 +1,6 @@
 """From a rank's death on one node to the last process of its cohort dead on every node, and where the time goes.
 
-    python -m bench.fence [--kills 200] [--nodes 4]
+    python -m bench.fence [--kills 200] [--nodes 4] [--plain-etcd]
 
 Nodes are network namespaces of this machine (tests/slurm/lab.py), each with an agent of one run. A remote rank of the
 primary is SIGKILLed, in turns. Deaths are seen from outside, through pidfds of all processes of the cohort, so the
@@ -13,6 +13,7 @@ dying itself is measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.failover import summary
+from bench.plain import PlainEtcd
 from bench.stopping import stoppable
 from gms_launch.cohort.records import EndedRecord
 from gms_launch.control.client import Etcd
@@ -99,12 +101,18 @@ def split(kill: dict[str, Any], events: list[dict[str, Any]], seen: Seen) -> dic
     }
 
 
-def measure(kills: int, nodes: int) -> dict[str, Any]:
+def measure(kills: int, nodes: int, plain: bool = False) -> dict[str, Any]:
     seen = Seen()
-    with tempfile.TemporaryDirectory(prefix="bench-") as name, Lab(nodes=nodes, slurm=False) as lab:
-        model = Path(name) / "model"
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as name,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as data,
+        Lab(nodes=nodes, slurm=False) as lab,
+        contextlib.ExitStack() as stack,
+    ):
+        model, leader = Path(name) / "model", lab.node(lab.names[0])
         make(model, 8)
-        with LabRun(lab, model).hand() as run:
+        etcds = [stack.enter_context(PlainEtcd(Path(data), leader.address, leader.popen))] if plain else []
+        with LabRun(lab, model, *(f"--etcd-endpoints={one.url}" for one in etcds)).hand() as run:
             etcd = Etcd(RunDir(run.home).credentials().access(tuple(run.run_file()["etcd_endpoints"])))
             watch = Watch(etcd, [prefix(f"/gms-launch/{run.run}/ended/")], lambda _: None, seen)
             watch.start()
@@ -127,6 +135,7 @@ def measure(kills: int, nodes: int) -> dict[str, Any]:
         "versions": {n: metadata.version(n) for n in ("ai-dynamo", "etcd3", "protobuf", "grpcio")}
         | {"python": platform.python_version()},
         "nodes": nodes,
+        "etcd": "plain" if plain else "TLS",
         "kill_to_last_death": summary([s["total"] for s in splits]),
         "floor_all_killed_at_once_by_hand": summary(floors),
         "kill_to_last_kill_sent": summary(to_last_kill),
@@ -144,9 +153,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--plain-etcd", action="store_true", help="an etcd without TLS; to fence-plain.json")
     options = parser.parse_args()
-    result = measure(options.kills, options.nodes)
-    out = Path(__file__).with_name("results") / "fence.json"
+    result = measure(options.kills, options.nodes, options.plain_etcd)
+    out = Path(__file__).with_name("results") / f"fence{'-plain' * options.plain_etcd}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     result.pop("raw")
     print(json.dumps(result, indent=1))
