@@ -85,6 +85,30 @@ def journal(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+class Looks:
+    """When to ask for a status while redundancy is waited for: that is a process, and takes time from what is awaited.
+
+    At once, when the journal says that it is full, and else every `EVERY` seconds, since the journal may be somewhere
+    where nothing can be written.
+    """
+
+    EVERY = 2.0
+
+    def __init__(self, events: Path) -> None:
+        self._events, self._next = events, 0.0
+
+    def due(self) -> bool:
+        try:
+            text = self._events.read_text()
+        except OSError:
+            text = ""
+        last = text[text.rfind('"kind":"redundancy"') :].partition("\n")[0]
+        if '"detail":"full"' not in last and time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + self.EVERY
+        return True
+
+
 class Told(Protocol):
     """Something that can say how it stands, for who must find out why a test failed."""
 
@@ -297,9 +321,12 @@ class Deployment:
     def wait_full(self, timeout: float = LONG) -> dict[str, Any]:
         """Wait until every shadow is parked."""
         found: dict[str, Any] = {}
+        looks = Looks(self.home / self.run / "events.jsonl")
 
         def full() -> bool:
             nonlocal found
+            if not looks.due():
+                return False
             found = self.status()
             return found["redundancy"] == "full"
 

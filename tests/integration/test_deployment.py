@@ -39,6 +39,7 @@ def kill_from_outside(run: Deployment, cohort_id: int) -> int:
     return int(rank["pid"])
 
 
+@pytest.mark.timeout(1800)
 def test_twenty_failovers_in_a_row(run: Deployment) -> None:
     before = run.text()
     assert before

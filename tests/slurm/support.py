@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from gms_launch.process import lifecycle, proc
 from tests.slurm.lab import Lab
-from tests.support import LONG, PATIENCE, STANDING, complete, eventually, how_it_stands, journal
+from tests.support import LONG, PATIENCE, STANDING, Looks, complete, eventually, how_it_stands, journal
 
 #: What tests need to be quick; everything else is as delivered. Not as quick as a quiet machine would allow.
 QUICK = ["--lease-ttl=3", "--node-wait=15"]
@@ -137,11 +137,14 @@ class LabRun:
 
     def wait_full(self, timeout: float = LONG) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        looks = Looks(self.home / "events.jsonl")
 
         def full() -> bool:
             nonlocal found
             if all(p.poll() is not None for p in self.processes):
                 raise AssertionError(f"the run is over:\n{self.output()}")
+            if not looks.due():
+                return False
             done = self.cli("status", "--json")
             found = json.loads(done.stdout) if done.returncode == 0 else {}
             return found.get("redundancy") == "full"

@@ -14,7 +14,7 @@ from tests.slurm.support import LabRun
 from tests.support import eventually, kill
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_every_rank_of_the_primary_killed_ten_times_and_then_the_shadows(lab: Lab, model: Path) -> None:
     with LabRun(lab, model) as run:
         before = run.text()
