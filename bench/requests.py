@@ -2,6 +2,7 @@
 
     python -m bench.requests [--nodes 1 3] [--kills 20] [--streams 200] [--unary 200] [--rate 50] [--python PYTHON]
     python -m bench.requests --only cost
+    python -m bench.requests --write-docs
 
 Nodes are network namespaces of this machine (tests/slurm/lab.py). Half of the requests go through chat. A rank of the
 primary, chosen at random, is SIGKILLed whenever redundancy is full, and every answer is compared with the undisturbed
@@ -12,7 +13,9 @@ same ranks, whose outage is to be compared (nothing in flight survives it).
 
 `cost` is what the hold costs while all is well: two deployments, one with it and one without, asked in turns.
 
-A row is written to bench/results/requests.json as soon as it is there.
+A row is written to bench/results/requests.json after every kill, with the kills so far, and takes the place of an
+earlier one of the same number of nodes and kind; the others stay, so that the parts may be run one by one. Each row has
+its own command, machine and load. `--write-docs` measures nothing: it puts these figures into docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ from tests.slurm.support import LabRun
 from tests.support import Deployment
 
 OUT = Path(__file__).with_name("results") / "requests.json"
+DOCS = Path(__file__).parents[1] / "docs" / "measurements.md"
+FIRST, LAST = "<!-- figures: bench/results/requests.json -->\n", "<!-- end of figures -->"
 #: A life that was killed on purpose does not use the budget up, and a busy machine is slow to answer.
 FLAGS = ("--canary-timeout", "60", "--health-timeout", "30")
 CONFIGS: dict[str, tuple[str, ...]] = {"hold": (), "no hold": ("--migration-limit", "0")}
@@ -90,8 +95,10 @@ def restarted(lab: Lab, model: Path, python: Path, **environ: str) -> Iterator[U
             del os.environ[name]
 
 
-def failovers(under: Under, options: argparse.Namespace, rng: random.Random) -> dict[str, Any]:
-    """Kill again and again under load; one row of the result."""
+def failovers(
+    under: Under, options: argparse.Namespace, rng: random.Random, write: Callable[[dict[str, Any]], None]
+) -> None:
+    """Kill again and again under load; `write` gets the row after every kill, and when all is answered."""
     kills: list[tuple[float, str]] = []
     calm: list[float] = []
     with Load(
@@ -109,8 +116,14 @@ def failovers(under: Under, options: argparse.Namespace, rng: random.Random) -> 
             time.sleep(2.0 + rng.uniform(0, 1))  # a random moment, and a calm one before it
             kills.append(under.kill())
             print(f"  kill {len(kills)}: {kills[-1][1]}; {load.said()}", flush=True)
-        under.settle()
-        load.wait_busy(2.0)
+            under.settle()
+            load.wait_busy(2.0)
+            write(row_of(load, kills, calm) | {"unfinished": "more kills, and answers that were not over"})
+    write(row_of(load, kills, calm))
+
+
+def row_of(load: Load, kills: list[tuple[float, str]], calm: list[float]) -> dict[str, Any]:
+    """What has come of a load so far."""
     # Two of one answer's pauses may be of two kills: each is asked for with its moment.
     pauses = [load.longest_pauses(moment) for moment, _ in kills]
     outages = [load.outage(moment) for moment, _ in kills]
@@ -178,6 +191,70 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """`rows` with `row` in the place of the one of the same nodes and kind."""
+    return sorted([r for r in rows if _key(r) != _key(row)] + [row], key=_key)
+
+
+def _key(row: dict[str, Any]) -> tuple[int, int]:
+    return row["nodes"], [*CONFIGS, "torchrun"].index(row["config"])
+
+
+def figures(result: dict[str, Any]) -> str:
+    """The block of docs/measurements.md, as Markdown, and nothing that was not measured."""
+    lines = [
+        "| nodes, kind | kills | load | answers | lost | other text or counts | pause of a stream, p50 / p99 "
+        "| the same without a kill | outage, p50 / p99 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        load = row["load"]
+        lines.append(
+            f"| {row['nodes']}, {row['config']} | {row['kills']} "
+            f"| {load['streams']} streams, {load['unary']} unary, {load['rate']:g} new a second "
+            f"| {row['answers']:,} | {row['lost']:,} | {row['wrong_text'] + row['wrong_usage']} "
+            f"| {_seconds(row.get('longest_pause_of_a_stream'))} | {_seconds(row.get('without_a_kill'))} "
+            f"| {_seconds(row['outage'])} |"
+        )
+    lines.append("")
+    for row in result["rows"]:
+        if "unfinished" in row:
+            lines.append(f"{row['nodes']} nodes, {row['config']}: stopped before its end ({row['unfinished']}).\n")
+    if "cost_when_all_is_well" in result:
+        cost = result["cost_when_all_is_well"]
+        lines.append("| while nothing dies | tokens a second, median | latency, p50 / p99 |\n| --- | --- | --- |")
+        lines += [
+            f"| {name} | {cost[name]['tokens_per_s']['median']:g} | {_seconds(cost[name]['latency'])} |"
+            for name in CONFIGS
+        ]
+        lines.append(f"\nWith the hold beside without: tokens {cost['ratio_tokens']:g}, p99 {cost['ratio_p99']:g}.\n")
+    have = {(r["nodes"], r["config"]) for r in result["rows"]}
+    missing = [f"{n} nodes, {c}" for n in (1, 3) for c in (*CONFIGS, "torchrun") if (n, c) not in have]
+    missing += [] if "cost_when_all_is_well" in result else ["the cost"]
+    if missing:
+        lines.append(f"Not run: {'; '.join(missing)}.\n")
+    commands = {r["command"]: r["machine"] for r in [*result["rows"], result.get("cost_when_all_is_well")] if r}
+    lines += [f"By `{command}` on {machine}.\n" for command, machine in commands.items()]
+    lines.append(
+        "The pause is the longest between two pieces of a stream that was in flight at a kill and not lost.\n"
+        "The outage is from the kill to the first answer to a request sent after the first one lost; 0 where none was."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _seconds(found: dict[str, float] | None) -> str:
+    return "-" if found is None else f"{found['p50_ms'] / 1000:.2f} / {found['p99_ms'] / 1000:.2f} s"
+
+
+def with_figures(text: str, result: dict[str, Any]) -> str:
+    """`text` with its block of figures made anew. Raises ValueError when it has none."""
+    before, first, rest = text.partition(FIRST)
+    _, last, after = rest.partition(LAST)
+    if not (first and last):
+        raise ValueError(f"there is no block of {FIRST.strip()}")
+    return before + first + figures(result) + last + after
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 3])
@@ -194,16 +271,20 @@ def main() -> None:
     parser.add_argument("--python", type=Path, help="interpreter with torch, for torchrun")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--write-docs", action="store_true", help="put --out's figures into docs/measurements.md")
     options = parser.parse_args()
+    if options.write_docs:
+        whole(DOCS, with_figures(DOCS.read_text(), json.loads(options.out.read_text())))
+        return
     wanted = options.only or [*CONFIGS, *(["torchrun"] if options.python else []), "cost"]
-    result: dict[str, Any] = {
+    about: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench.requests", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} cores, {platform.platform()}",
         "versions": {n: metadata.version(n) for n in ("ai-dynamo", "etcd3", "protobuf", "grpcio")}
         | {"python": platform.python_version()},
-        "load": {n: getattr(options, n) for n in ("streams", "unary", "rate", "tokens", "token_seconds")},
-        "rows": [],
     }
+    load = {n: getattr(options, n) for n in ("streams", "unary", "rate", "tokens", "token_seconds")}
+    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
 
     def write() -> None:
         whole(options.out, json.dumps(result, indent=1) + "\n")
@@ -221,13 +302,18 @@ def main() -> None:
                     place = restarted(lab, model, options.python, **environ)
                 else:
                     place = launched(lab, model, CONFIGS[config], rng, **environ)
+
+                def written(found: dict[str, Any], nodes: int = count, config: str = config) -> None:
+                    row = {"nodes": nodes, "config": config, "load": load} | about | found
+                    result["rows"] = merged(result["rows"], row)
+                    write()
+
                 with place as under:
-                    row = {"nodes": count, "config": config} | failovers(under, options, rng)
-            result["rows"].append(row)
-            write()
+                    failovers(under, options, rng, written)
+            row = next(r for r in result["rows"] if (r["nodes"], r["config"]) == (count, config))
             print(json.dumps({k: v for k, v in row.items() if k not in ("raw", "in_flight_at_a_kill")}), flush=True)
     if "cost" in wanted:
-        result["cost_when_all_is_well"] = cost(options)
+        result["cost_when_all_is_well"] = about | cost(options)
         write()
         print(json.dumps(result["cost_when_all_is_well"]), flush=True)
 

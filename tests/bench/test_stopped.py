@@ -44,12 +44,16 @@ def begin(mark: str, tmp: Path, *argv: str) -> subprocess.Popen[str]:
         return subprocess.Popen([sys.executable, "-m", *argv], cwd=ROOT, env=env, stdout=out, stderr=out, text=True)
 
 
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_bench_leaves_nothing(tmp_path: Path, sig: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("kind", "sig"), [("fence", signal.SIGTERM), ("failover", signal.SIGHUP), ("requests", signal.SIGTERM)]
+)
+def test_a_stopped_bench_leaves_nothing(tmp_path: Path, kind: str, sig: signal.Signals) -> None:
     """Stopped while engines start: in namespaces of two nodes, and under a detached agent."""
     mark = tmp_path.name + sig.name
-    kind = "fence" if sig == signal.SIGTERM else "failover"
-    args = ["--nodes", "2"] if kind == "fence" else ["--mib", "1"]
+    args = ["--mib", "1"] if kind == "failover" else ["--nodes", "2"]
+    if kind == "requests":
+        (tmp_path / "results").mkdir()
+        args += ["--only", "hold", "--out", str(tmp_path / "results" / "requests.json")]
     bench = begin(mark, tmp_path, f"bench.{kind}", "--kills", "1", *args)
     try:
         engines = "gms_launch.engines.reference"
@@ -67,7 +71,7 @@ def test_a_stopped_bench_leaves_nothing(tmp_path: Path, sig: signal.Signals) -> 
         bench.wait()
     assert marked(mark) == [], [proc.command_line(p) for p in marked(mark)]
     assert places(bench.pid) == []
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert {p.name for p in tmp_path.iterdir()} - {"results"} == {"out"}
 
 
 def test_a_peer_that_does_not_start_is_a_row(tmp_path: Path) -> None:
