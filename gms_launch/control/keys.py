@@ -77,11 +77,13 @@ class Keys:
 DYNAMO_ROOT = "v1/"
 #: Where Dynamo registers a serving endpoint: v1/instances/<namespace>/<component>/<endpoint>/<lease in hex>.
 DYNAMO_INSTANCES = "v1/instances/"
+#: The endpoint under which a frontend in kv router mode registers itself, beside the engines and under its own lease.
+ROUTER_ENDPOINT = "router-discovery"
 
 
 def dynamo_lease(key: str) -> int | None:
-    """The lease (= instance id) in the name of one of Dynamo's instance keys; None for another key."""
-    if not key.startswith(DYNAMO_INSTANCES):
+    """The lease (= instance id) in the name of an engine's key among Dynamo's instances; None for another key."""
+    if not key.startswith(DYNAMO_INSTANCES) or f"/{ROUTER_ENDPOINT}/" in key:
         return None
     try:
         return int(key.rpartition("/")[2], 16)

@@ -223,3 +223,18 @@ def test_where_no_descriptor_may_be_taken_it_is_told_and_new_requests_wait_all_t
         kill_group(found["cohorts"][found["primary"]])
         eventually(lambda: run.events("released"))
         assert run.events("held") and eventually(run.text) == before
+
+
+def test_the_frontend_lives_on_in_kv_router_mode(tmp_path: Path, model: Path) -> None:
+    """It has a lease of its own among the engines', which must not end with the primary's; new requests are answered.
+
+    What is in flight is lost in this mode, with Dynamo 1.4.2: its router still has the request under its id.
+    """
+    with Deployment(tmp_path, model, DYN_ROUTER_MODE="kv", DYN_ROUTER_USE_KV_EVENTS="false") as run:
+        kill_group(primary(run))
+        eventually(lambda: run.events("hold_over"))
+        (own,) = run.etcdctl("get", "--prefix", "--keys-only", "v1/instances/dynamo/backend/router-discovery/").split()
+        assert int(own.rpartition("/")[2], 16) not in [int(e["detail"], 16) for e in run.events("lease_revoked")]
+        run.wait_full()
+        assert not run.events("service_exited")
+        assert eventually(run.text)

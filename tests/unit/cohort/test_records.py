@@ -64,6 +64,7 @@ def test_keys_sort_by_time_and_leases_are_read() -> None:
     assert dynamo_lease("v1/instances/dynamo/backend/generate/5b18a2") == 0x5B18A2
     assert dynamo_lease("v1/mdc/dynamo/backend/generate/5b18a2") is None
     assert dynamo_lease("v1/instances/dynamo/backend/generate/x") is None
+    assert dynamo_lease("v1/instances/dynamo/backend/router-discovery/5b18a2") is None, "a frontend's own"
 
 
 def filled(announced: str = "full") -> Mirror:
