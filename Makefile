@@ -41,10 +41,11 @@ demo-down: setup
 	$(BIN)/gms-launch down --run demo
 	find "$${TMPDIR:-/tmp}" -maxdepth 1 -type d -user "$$(id -u)" -name 'gms-launch-demo-model.*' -exec rm -rf {} +
 
-# The table of settings in docs/reference.md, from where they are declared.
+# The table of settings in docs/reference.md and the manual pages, from where they are declared.
 .PHONY: reference
 reference: setup
 	$(BIN)/python -m tests.reference
+	$(BIN)/python -m tests.man
 
 # The documentation as a site in build/site; a link that leads nowhere is an error.
 DOCS_VENV := .venv-docs

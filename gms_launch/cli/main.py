@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -11,14 +10,15 @@ from typing import Annotated, Optional
 import typer
 
 from gms_launch import __version__
-from gms_launch.cli.common import Html, Json, Run
+from gms_launch.cli import complete
+from gms_launch.cli.common import Html, Json, Output, Run, typed_as_text
+from gms_launch.cli.layout import chosen
 from gms_launch.cli.options import WithEngineArgs, descriptor, duration, number, positive, with_settings
-from gms_launch.errors import LaunchError, UsageError
+from gms_launch.errors import LaunchError
 from gms_launch.settings.declared import Settings
 from gms_launch.urls import public
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # keeps rich out of commands that do not draw
@@ -154,7 +154,10 @@ def kill_primary(
 @app.command("switch-over")
 def switch_over(
     run: Run = None,
-    to: Annotated[Optional[str], typer.Option("--to", help="the cohort that shall take over")] = None,  # noqa: UP045
+    to: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--to", autocompletion=complete.cohorts, help="the cohort that shall take over"),
+    ] = None,
     when_idle: Annotated[
         Optional[float],  # noqa: UP045
         duration("--when-idle", "wait so long for a moment without requests (seconds); else do nothing"),
@@ -198,13 +201,15 @@ def roll(
 def status(
     run: Run = None,
     watch: Annotated[bool, typer.Option("--watch", help="keep showing it")] = False,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="0: full, 1: degraded or none, 2: down")] = False,
+    output: Output = "",
     json: Json = False,
     html: Html = None,
 ) -> None:
     """Show roles, phases, processes, GMS, services and redundancy."""
     from gms_launch.cli import status as verb
 
-    verb.main(run, watch, json, html)
+    verb.main(run, watch, chosen(output, json), exit_code, html)
 
 
 @app.command("web")
@@ -276,14 +281,19 @@ def kill_group(
 def logs(
     component: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Argument(help="agent, etcd, nats, frontend, gms-0, cohort-0 or cohort-0.3; all names when left out"),
+        typer.Argument(
+            help="agent, etcd, nats, frontend, gms-0, cohort-0 or cohort-0.3; all names when left out",
+            autocompletion=complete.components,
+        ),
     ] = None,
     run: Run = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="keep printing what is added")] = False,
     tail: Annotated[
         int, typer.Option("-n", "--tail", parser=number, metavar="<int>", help="lines from the end; 0 for all")
     ] = 50,
-    node: Annotated[int, typer.Option("--node", parser=number, metavar="<int>", help="node rank")] = 0,
+    node: Annotated[
+        int, typer.Option("--node", autocompletion=complete.nodes, parser=number, metavar="<int>", help="node rank")
+    ] = 0,
 ) -> None:
     """Print the log of a component.
 
@@ -297,6 +307,7 @@ def logs(
 @app.command("timeline")
 def timeline(
     run: Run = None,
+    output: Output = "",
     json: Json = False,
     html: Html = None,
     events: Annotated[bool, typer.Option("--events", help="every event instead of failovers")] = False,
@@ -307,7 +318,7 @@ def timeline(
     """
     from gms_launch.cli import timeline as verb
 
-    verb.main(run, json, html, events)
+    verb.main(run, chosen(output, json), html, events)
 
 
 @app.command("events")
@@ -371,7 +382,7 @@ def main() -> None:
     file with the traceback.
     """
     try:
-        _typed_as_text(sys.argv)
+        typed_as_text(sys.argv)
         app(prog_name="gms-launch")
     except LaunchError as exc:
         print(f"gms-launch: {public(str(exc))}", file=sys.stderr)
@@ -386,13 +397,3 @@ def main() -> None:
 
         print(f"gms-launch: {unforeseen.report(exc, sys.argv[1:2])}", file=sys.stderr)
         sys.exit(1)
-
-
-def _typed_as_text(words: list[str]) -> None:
-    """Raise `UsageError` for a word that is no UTF-8. What we print may hold anything, whatever the terminal takes."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    for k, word in enumerate(words):
-        if any("\ud800" <= c <= "\udfff" for c in word):
-            raise UsageError(f"word {k} of the command line is no UTF-8: {os.fsencode(word)!r}")

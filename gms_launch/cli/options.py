@@ -113,6 +113,9 @@ def _option(setting: Setting) -> Any:
         metavar=None if setting.kind is bool else f"<{setting.kind.__name__}>",
         rich_help_panel=_PANELS[setting.group],
         show_default=False,
+        autocompletion=(lambda incomplete: [c for c in setting.choices if c.startswith(incomplete)])
+        if setting.choices
+        else None,
     )
 
 

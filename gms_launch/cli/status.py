@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gms_launch.cli import timeline
+from gms_launch.cli.layout import document
+from gms_launch.cohort.model import Redundancy
 from gms_launch.control.door import Door
 from gms_launch.errors import NoContactError, UsageError
 from gms_launch.observe import look
@@ -21,8 +23,16 @@ from gms_launch.run.rundir import RunDir, RunFile
 PAUSE = 0.5
 
 
-def main(run: str | None, watch: bool, as_json: bool, html: Path | None) -> None:
-    if html is not None and (as_json or watch):
+#: Of --exit-code. 2 is also what wrong settings end with; a message on stderr tells them apart.
+CODES = {Redundancy.FULL: 0, Redundancy.DEGRADED: 1, Redundancy.NONE: 1, Redundancy.DOWN: 2}
+
+
+def main(run: str | None, watch: bool, form: str, exit_code: bool, html: Path | None) -> None:
+    if watch and (exit_code or form == "yaml"):
+        raise UsageError(f"--watch never ends: it goes with no {'--exit-code' if exit_code else '-o yaml'}")
+    if html is not None and exit_code:
+        raise UsageError("--html writes a page, and --exit-code asks a live run; give one of them")
+    if html is not None and (form or watch):
         raise UsageError("--html writes one page; give it without --json and --watch (`gms-launch web` keeps one up)")
     directory, found = rundir.find(run)
     if html is not None:
@@ -30,21 +40,26 @@ def main(run: str | None, watch: bool, as_json: bool, html: Path | None) -> None
         return
     door = contact.door(directory, found)
     shot = look.now(directory, found, door)
-    if as_json and not watch:
-        print(json.dumps(shot.to_json(), indent=1))
+    as_json = form == "json"
+    if not watch:
+        if form in ("json", "yaml"):
+            print(document(shot.to_json(), form))
+        else:
+            from gms_launch.observe import views
+
+            views.console(cut=form != "wide").print(views.status(shot))
+        if exit_code:
+            sys.exit(CODES[shot.redundancy])
         return
     from gms_launch.observe import views
 
-    if not watch:
-        views.console().print(views.status(shot))
-        return
-    if sys.stdout.isatty() and not as_json:
+    if sys.stdout.isatty() and not form:
         _live(directory, found, door, shot)
     for now in _follow(directory, found, door, shot):
         if as_json:
             print(json.dumps(now.to_json()), flush=True)
         else:
-            views.console().print(stamp(time.time()), views.status(now), sep="\n")
+            views.console(cut=form != "wide").print(stamp(time.time()), views.status(now), sep="\n")
             sys.stdout.flush()
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from gms_launch.cli.layout import document
 from gms_launch.cohort.failover import fold
 from gms_launch.errors import NoContactError, UsageError
 from gms_launch.observe import history
@@ -17,8 +17,8 @@ from gms_launch.run.rundir import RunDir
 from gms_launch.settings.rules import shortened
 
 
-def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) -> None:
-    if as_json and html is not None:
+def main(run: str | None, form: str, html: Path | None, all_events: bool) -> None:
+    if form and html is not None:
         raise UsageError("--json and --html are two ways to print the same; give one of them")
     found = directory(run)
     if html is not None:
@@ -27,13 +27,13 @@ def main(run: str | None, as_json: bool, html: Path | None, all_events: bool) ->
     run_file = found.read()
     events = history.events(found, run_file) if run_file is not None else history.written(found)
     failovers = fold(events, run_file.nnodes if run_file is not None else 1)
-    if as_json:
+    if form in ("json", "yaml"):
         data = [dataclasses.asdict(e) for e in events] if all_events else [f.to_json() for f in failovers]
-        print(json.dumps({"schema": 1, "run": found.run, ("events" if all_events else "failovers"): data}, indent=1))
+        print(document({"schema": 1, "run": found.run, ("events" if all_events else "failovers"): data}, form))
         return
     from gms_launch.observe import views
 
-    console = views.console()
+    console = views.console(cut=form != "wide")
     if all_events:
         console.print(views.events(events))
     elif not failovers:

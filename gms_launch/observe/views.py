@@ -33,11 +33,12 @@ _COLOURS = {
 }
 
 
-def console(stream: TextIO | None = None) -> Console:
-    """Where tables are printed: as wide as the terminal; a pipe has no edge, and wrapped rows are for nobody."""
+def console(stream: TextIO | None = None, cut: bool = True) -> Console:
+    """Where tables are printed: as wide as the terminal, unless nothing is to be `cut`; a pipe has no edge, and wrapped
+    rows are for nobody."""
     out = stream or sys.stdout
-    wide = out.isatty() or "COLUMNS" in os.environ
-    return Console(file=out, width=None if wide else PIPE_WIDTH)
+    edge = cut and (out.isatty() or "COLUMNS" in os.environ)
+    return Console(file=out, width=None if edge else PIPE_WIDTH)
 
 
 def status(shot: Snapshot, now: float | None = None) -> RenderableType:

@@ -13,7 +13,7 @@ from gms_launch.cohort.model import Phase
 from gms_launch.cohort.records import EventRecord, NodeRecord, RankRecord
 from gms_launch.control.mirror import Mirror
 from gms_launch.observe.snapshot import CohortStatus, build
-from tests import documents, reference
+from tests import documents, man, reference
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "gms_launch"
@@ -24,6 +24,10 @@ NOT_OURS = {"control/sleep", "control/wake_up", "sample_engine.py"}
 def test_the_table_of_settings_is_what_is_declared() -> None:
     text = reference.PAGE.read_text()
     assert text == reference.rendered(text), "make reference"
+
+
+def test_the_manual_pages_are_what_the_commands_say() -> None:
+    assert {p.name: p.read_text() for p in man.PLACE.iterdir()} == man.pages(), "make reference"
 
 
 def test_every_test_the_failure_policy_names_exists() -> None:
