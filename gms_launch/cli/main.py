@@ -13,7 +13,7 @@ from gms_launch import __version__
 from gms_launch.cli import complete
 from gms_launch.cli.common import Html, Json, Output, Run, typed_as_text
 from gms_launch.cli.layout import chosen
-from gms_launch.cli.options import WithEngineArgs, descriptor, duration, number, positive, with_settings
+from gms_launch.cli.options import WithEngineArgs, descriptor, duration, number, positive, tcp_port, with_settings
 from gms_launch.errors import LaunchError
 from gms_launch.settings.declared import Settings
 from gms_launch.urls import public
@@ -216,7 +216,7 @@ def status(
 def web(
     run: Run = None,
     port: Annotated[
-        int, typer.Option("--port", parser=number, metavar="<int>", help="on 127.0.0.1; 0: one that is free")
+        int, typer.Option("--port", parser=tcp_port, metavar="<int>", help="on 127.0.0.1; 0: one that is free")
     ] = 0,
 ) -> None:
     """Serve status and timeline as pages that keep up to date.

@@ -69,6 +69,14 @@ def number(value: str) -> int:
     return int(_typed(numbers.whole, value, 0))
 
 
+def tcp_port(value: str) -> int:
+    """A TCP port to listen on; 0: one that is free."""
+    found = number(value)
+    if found > 65535:
+        raise typer.BadParameter(f"{found} is no port (0 to 65535)")
+    return found
+
+
 def descriptor(value: str) -> int:
     """A file descriptor that this process was given; a default is none of anybody's typing."""
     fd = int(_typed(numbers.whole, value, 0))
