@@ -10,20 +10,23 @@ Each number of the security review and the tests in which its attack is made and
 5  the engines' system ports: here
 6  the ranks' meeting: test_meeting.py; the ports that others reach: slurm/test_on_the_wire.py
 7  what is in clear on the network: slurm/test_on_the_wire.py
-8  Python's working directory: not yet
+8  Python's working directory: test_working_directory.py
 10, 11, 14  directories and names: test_other_users.py
+12  logins on command lines and in plans: test_secrets.py
 13, 15  HTTPS, keys, thresholds: test_front.py
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import documents
 from tests.support import Deployment, eventually
 
 pytestmark = [
@@ -105,3 +108,51 @@ def test_a_primary_that_a_stranger_puts_to_sleep_is_failed_over(run: Deployment)
     finally:
         stranger.kill()
         stranger.wait()
+
+
+#: Listens as $1, and tells what comes of a connection to that by each of the others; then again with the rules of $0.
+FILTERED = """
+ip link set lo up
+setpriv --reuid $1 --regid $1 --clear-groups /usr/bin/python3 -c "
+import socket
+with socket.create_server(('127.0.0.1', 7000)) as server:
+    print('listens', flush=True)
+    while True:
+        with server.accept()[0] as connection:
+            connection.sendall(b'in')
+" | {
+    read listens
+    for rules in '' "$0"; do
+        [ -z "$rules" ] || nft -f "$rules"
+        for uid in "$@"; do
+            setpriv --reuid $uid --regid $uid --clear-groups /usr/bin/python3 -c "
+import socket
+try:
+    print('$uid', socket.create_connection(('127.0.0.1', 7000), 10).recv(2).decode())
+except TimeoutError:
+    print('$uid', 'out')
+"
+        done
+    done
+    kill 0
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("nft") is None, reason="there is no nft here")
+def test_the_filter_of_the_page_closes_a_users_loopback_to_others(tmp_path: Path) -> None:
+    (rules,) = (b.text for b in documents.blocks() if "table inet" in b.text)
+    file, owner = tmp_path / "rules", STRANGER + 1
+    file.write_text(rules.replace("1000", str(owner)))
+    done = subprocess.run(
+        ["unshare", "-n", "-p", "-f", "--kill-child", "sh", "-c", FILTERED, file, str(owner), str(STRANGER), "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        timeout=300,
+        start_new_session=True,
+    )
+    everybody = [f"{owner} in", f"{STRANGER} in", "0 in"]
+    filtered = [f"{owner} in", f"{STRANGER} out", "0 in"]
+    assert done.stdout.splitlines() == everybody + filtered, done.stdout + done.stderr
