@@ -51,7 +51,7 @@ def free_port() -> int:
 
 def _reserved(made: list[Reservation] = []) -> Reservation:  # noqa: B006 - one for this process
     if not made:
-        made.append(Reservation(Path(tempfile.gettempdir()) / f"gms-launch-tests-ports-{os.getuid()}", "127.0.0.1"))
+        made.append(Reservation("127.0.0.1", name="gms-launch-tests"))
         atexit.register(made[0].close)
     return made[0]
 

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gms_launch import __version__, engines
 from gms_launch.cli import background, supervised
@@ -47,7 +47,7 @@ def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> N
         return
     settings = with_kill_wait(settings)
     place = topology.discover(settings)
-    with contextlib.closing(ports.Reservation(_ports_dir(), place.address, LOOPBACK)) as reservation:
+    with contextlib.closing(ports.Reservation(place.address, LOOPBACK)) as reservation:
         # Everything that can go wrong on this node, before the leader is looked for.
         layout = prepare(settings, place, reservation)
         if detach:
@@ -104,10 +104,6 @@ def with_kill_wait(settings: Settings) -> Settings:
     if wait is None:
         return settings
     return checked(replace(settings, kill_wait=wait, sources={**settings.sources, "kill_wait": "Slurm's KillWait"}))
-
-
-def _ports_dir() -> Any:
-    return nodedir.user_root() / "ports"
 
 
 def prepare(settings: Settings, place: Topology, reservation: ports.Reservation) -> Layout:

@@ -1,18 +1,16 @@
 """Every port that the launcher hands out.
 
 `layout` is pure: it gives each purpose its port, taking the wanted number where `free` says it is free and the next
-free one where it is not. `Reservation` keeps two runs of one user on a node from choosing the same numbers before
-either has bound them. Ports that the user fixed are never moved: if one is taken, that is an error.
+free one where it is not. `Reservation` keeps two runs on a node, of whichever users, from choosing the same numbers
+before either has bound them. Ports that the user fixed are never moved: if one is taken, that is an error.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
+import errno
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gms_launch.errors import UsageError
@@ -45,10 +43,6 @@ class Ports:
         return self.master_base + COHORT_STRIDE * cohort_id + (incarnation - 1) % INCARNATION_STEPS
 
 
-#: How many files of dead reservations are looked at when a new one is made.
-CLEARED = 500
-
-
 class _Chooser:
     """Hands out ports, none of them twice."""
 
@@ -63,7 +57,7 @@ class _Chooser:
         if self._settings.was_set(name) and not self.usable(wanted):
             raise UsageError(
                 f"{name} {wanted} is in use on this node (from {self._settings.sources[name]}); "
-                "stop what listens there or choose another port"
+                "stop what listens there, or the run that has reserved it, or choose another port"
             )
         for port in range(wanted, min(wanted + 2000, 65536)):
             if self.usable(port):
@@ -143,68 +137,36 @@ def is_free(address: str, port: int) -> bool:
 
 
 class Reservation:
-    """Locks held by this process on the ports it chose, one file a port, let go by `close` or by its death."""
+    """Holds on the ports that this process chose, let go by `close` or by its death.
 
-    def __init__(self, directory: Path, *addresses: str) -> None:
-        self._directory = directory
+    A hold is a Unix socket bound to an abstract name, on which nobody listens. Such names belong to the network
+    namespace, as ports do: they keep out every user and container that shares the ports, and leave nothing behind.
+    """
+
+    def __init__(self, *addresses: str, name: str = "gms-launch") -> None:
         self._addresses = dict.fromkeys(addresses)
-        self._held: dict[int, int] = {}
-        # Another network namespace has ports of its own, and may share this directory.
-        self._network = os.stat("/proc/self/ns/net").st_ino
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._clear()
+        self._name = name
+        self._held: dict[int, socket.socket] = {}
 
     def free(self, port: int) -> bool:
         """True when `port` is free and now reserved for us."""
         if port in self._held:
             return True
-        path = self._directory / f"{port}-{self._network}"
-        while (fd := _locked(path, os.O_CREAT)) is not None and not _is_at(fd, path):
-            os.close(fd)  # whoever had it has just removed it
-        if fd is None:
+        hold = socket.socket(socket.AF_UNIX)
+        try:
+            hold.bind(f"\0{self._name}-port-{port}")
+        except OSError as exc:
+            hold.close()
+            if exc.errno != errno.EADDRINUSE:
+                raise
             return False
         if not all(is_free(address, port) for address in self._addresses):
-            _let_go(fd, path)
+            hold.close()
             return False
-        self._held[port] = fd
+        self._held[port] = hold
         return True
 
     def close(self) -> None:
-        for port, fd in self._held.items():
-            _let_go(fd, self._directory / f"{port}-{self._network}")
+        for hold in self._held.values():
+            hold.close()
         self._held.clear()
-
-    def _clear(self) -> None:
-        """Remove what was left by those who were killed: files that nobody has locked."""
-        for path in list(self._directory.iterdir())[:CLEARED]:
-            if (fd := _locked(path)) is not None:
-                _let_go(fd, path)
-
-
-def _locked(path: Path, flags: int = 0) -> int | None:
-    """The file, locked by us; None when it is another's, or is not there."""
-    try:
-        fd = os.open(path, flags | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return None
-    return fd
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """True while `path` is the file that we have open: one that was removed locks nobody out."""
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _let_go(fd: int, path: Path) -> None:
-    """Remove a file that we have locked, while we have it, and let go of it."""
-    if _is_at(fd, path):
-        path.unlink(missing_ok=True)
-    os.close(fd)

@@ -198,12 +198,7 @@ class Apart(Deployment):
 
     def __init__(self, home: Path, model: Path, size: str, *extra: str) -> None:
         super().__init__(home, model, *extra)
-        # Ports are reserved in /dev/shm too, and that with everybody on this machine.
-        ports, held = user_root() / "ports", home.parent / "ports"
-        held.mkdir()
-        ports.mkdir(parents=True, exist_ok=True)
-        steps = [f"mount --bind {ports} {held}", f"mount -t tmpfs -o mode=1777,size={size} none /dev/shm"]
-        steps += [f"mkdir -m 700 {user_root()} {ports}", f"mount --bind {held} {ports}", "echo ok"]
+        steps = [f"mount -t tmpfs -o mode=1777,size={size} none /dev/shm", f"mkdir -m 700 {user_root()}", "echo ok"]
         self._holder = subprocess.Popen(
             ["unshare", "-m", "sh", "-c", " && ".join(steps) + "; cat"],
             stdin=subprocess.PIPE,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
@@ -40,13 +42,32 @@ def test_a_fixed_port_is_not_moved() -> None:
         ports.layout(resolve({"frontend_port": "9000"}, {}), lambda p: p != 9000)
 
 
-def test_a_reservation_keeps_others_out_before_anything_listens(tmp_path: Path) -> None:
-    one, two = ports.Reservation(tmp_path, "127.0.0.1"), ports.Reservation(tmp_path, "127.0.0.1")
+def test_a_reservation_keeps_others_out_before_anything_listens() -> None:
+    one, two = ports.Reservation("127.0.0.1"), ports.Reservation("127.0.0.1")
     port = free_port()
     assert one.free(port) and one.free(port)
     assert not two.free(port)
     one.close()
     assert two.free(port)
+    two.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_another_user_is_kept_out_too_until_we_end() -> None:
+    ours, port = ports.Reservation("127.0.0.1"), free_port()
+
+    def free_for_another() -> bool:
+        code = (
+            "import os, sys\nfrom gms_launch.run import ports\nos.setuid(65534)\n"
+            f"sys.exit(not ports.Reservation('127.0.0.1').free({port}))"
+        )
+        return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+    assert free_for_another(), "and it lets go by its death"
+    assert ours.free(port)
+    assert not free_for_another()
+    ours.close()
+    assert free_for_another()
 
 
 def test_a_port_that_somebody_listens_on_is_not_free() -> None:
@@ -56,24 +77,11 @@ def test_a_port_that_somebody_listens_on_is_not_free() -> None:
         assert not ports.is_free("127.0.0.1", listener.getsockname()[1])
 
 
-def test_reservations_leave_no_files(tmp_path: Path) -> None:
-    first, port = ports.Reservation(tmp_path, "127.0.0.1"), free_port()
-    assert first.free(port)
-    assert len(list(tmp_path.iterdir())) == 1
-    second = ports.Reservation(tmp_path, "127.0.0.1")
-    assert not second.free(port), "what another holds is not cleared away"
-    first.close()
-    assert list(tmp_path.iterdir()) == []
-    assert second.free(port)
-    second.close()
-    (tmp_path / "12345-1").touch()  # of one that was killed
-    ports.Reservation(tmp_path, "127.0.0.1")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_port_in_use_leaves_no_file(tmp_path: Path) -> None:
+def test_a_port_in_use_is_not_held() -> None:
+    ours = ports.Reservation("127.0.0.1")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert not ports.Reservation(tmp_path, "127.0.0.1").free(taken.getsockname()[1])
-    assert list(tmp_path.iterdir()) == []
+        port = taken.getsockname()[1]
+        assert not ours.free(port)
+    assert ports.Reservation("127.0.0.1").free(port)

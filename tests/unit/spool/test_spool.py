@@ -181,7 +181,6 @@ ALLOWED = {
     "process/scratch.py": "removes what dead lives left, in a thread of its own that nobody waits for",
     "run/rundir.py": "a start's directory, before anything runs; `down`, which tells its errors",
     "run/nodedir.py": "a start's directory in memory; its removal at the end",
-    "run/ports.py": "a start's reservations, before anything runs",
     "node/gates.py": "locks, made before anything runs",
     "services/pem.py": "a server's certificates, in the node directory, before it is started",
     "services/nats.py": "NATS's settings, without which it cannot be started",
