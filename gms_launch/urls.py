@@ -1,7 +1,8 @@
-"""URLs that hold a login, told to people without it: messages of errors and lines of logs go through `public`."""
+"""URLs and what is in them. Logins are told to nobody: messages of errors and lines of logs go through `public`."""
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -45,3 +46,11 @@ def hidden(url: str) -> str:
     if not at:
         return url
     return f"{scheme}{slashes}{HIDDEN}@{host}" if slashes else f"{HIDDEN}@{host}"
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address, or the name, that only this machine's own processes reach."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

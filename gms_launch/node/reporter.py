@@ -6,7 +6,6 @@ What goes to disk goes through the writer, so that telling never fails and never
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from gms_launch.control.mirror import Mirror
 from gms_launch.process import clock, proc
 from gms_launch.run.plan import Layout, settings_digest
 from gms_launch.spool.writer import Place, Writer
+from gms_launch.urls import is_loopback
 
 if TYPE_CHECKING:
     from gms_launch.control.link import ControlLink
@@ -262,8 +262,4 @@ class Reporter:
 
 def _is_loopback(where: str) -> bool:
     """True when host:port is a machine's own."""
-    host = where.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return is_loopback(where.rpartition(":")[0].strip("[]"))

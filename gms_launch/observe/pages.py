@@ -66,7 +66,7 @@ def status(shot: Snapshot, moment: float, made: float, links: Sequence[tuple[str
         ("primary", "nobody" if serving is None else f"cohort {serving.cohort_id} (life {serving.incarnation})"),
         ("nodes", f"{len(shot.nodes)} of {shot.nnodes} report"),
         ("up", words.age(shot.created, moment)),
-        ("frontend", shot.frontend_url),
+        ("frontend", words.frontend(shot)),
         ("model", shot.model_name),
     ]
     main: list[Element] = []

@@ -52,7 +52,7 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         ("   up ", "dim"),
         words.age(shot.created, moment),
         ("   frontend ", "dim"),
-        shot.frontend_url,
+        words.frontend(shot),
         ("   stopping" if shot.stopping else "", "yellow"),
     )
     cohorts = Table(box=None, pad_edge=False, header_style="dim")

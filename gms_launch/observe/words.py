@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from gms_launch.cohort.failover import STEPS, Failover
 from gms_launch.cohort.model import Phase
@@ -13,6 +14,7 @@ from gms_launch.observe import progress
 from gms_launch.observe.snapshot import CohortStatus, Snapshot
 from gms_launch.observe.stamp import stamp
 from gms_launch.process import proc
+from gms_launch.urls import is_loopback
 
 #: Longest detail of an event in a table (characters); the journal has all of it.
 LINE_MAX = 300
@@ -40,6 +42,14 @@ def now(shot: Snapshot) -> float:
     here = proc.boot_id()
     own = next((n.clock for n in shot.nodes if n.boot_id == here and n.clock), None)
     return time.time() if own is None else time.monotonic() + own
+
+
+def frontend(shot: Snapshot) -> str:
+    """Where clients come in; of a loopback address also whose, since it may be read on another machine."""
+    if not is_loopback(urlsplit(shot.frontend_url).hostname or ""):
+        return shot.frontend_url
+    leader = next((n.host for n in shot.nodes if n.node_rank == 0), "the leader's node")
+    return f"{shot.frontend_url} (only on {leader})"
 
 
 def cohorts(shot: Snapshot, moment: float) -> list[Row]:

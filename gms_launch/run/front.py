@@ -21,7 +21,7 @@ from gms_launch.run.topology import Topology
 from gms_launch.services import certificate, etcd, frontend, keyring, proxy
 from gms_launch.services.base import Service, find_binary
 from gms_launch.settings.declared import Settings
-from gms_launch.settings.rules import is_loopback
+from gms_launch.urls import is_loopback
 
 #: The frontend may be silent for longer than etcd: nobody ends because of it.
 LATER = 4

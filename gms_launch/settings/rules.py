@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from gms_launch.errors import UsageError
 from gms_launch.numbers import numbered
 from gms_launch.settings import arguments
-from gms_launch.urls import hidden
+from gms_launch.urls import hidden, is_loopback
 
 if TYPE_CHECKING:
     from gms_launch.settings.declared import Settings
@@ -163,14 +163,6 @@ def _check_hosts(s: Settings) -> None:
 def shortened(text: str, longest: int = 120) -> str:
     """`text` in quotes for a message, its end left out when it is long."""
     return repr(text) if len(text) <= longest else repr(text[:longest]) + "..."
-
-
-def is_loopback(host: str) -> bool:
-    """True for an address, or the name, that only this machine's own processes reach."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_frontend(s: Settings) -> None:
