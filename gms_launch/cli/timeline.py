@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,9 +63,10 @@ def page(found: RunDir, all_events: bool, links: Sequence[tuple[str, str]] = ())
 
 
 def save(html: Path, text: str) -> None:
-    """Write a page to the file that --html names. Raises `UsageError` when that cannot be."""
+    """Write a page to the file that --html names; a new one is its owner's alone to read. Raises `UsageError`."""
     try:
-        html.write_text(text, encoding="utf-8")
+        with open(html, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(text)
     except (OSError, ValueError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else exc
         raise UsageError(f"--html {shortened(str(html))} cannot be written: {why}") from None

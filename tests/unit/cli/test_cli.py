@@ -175,5 +175,6 @@ def test_timeline_writes_a_page_that_has_the_failovers(tmp_path: Path) -> None:
         assert done.returncode == 0 and str(page) in done.stdout, done.stderr
         text = page.read_text()
         assert text.startswith("<!DOCTYPE html>") and shown in text
+        assert page.stat().st_mode & 0o777 == 0o600, "other users shall not read of a run"
     done = gms_launch("timeline", "--run", "r1", "--html", str(tmp_path / "no" / "page.html"), env=env)
     assert done.returncode == 2 and "cannot be written" in done.stderr
