@@ -174,6 +174,7 @@ def test_a_file_of_the_node_directory_is_written_at_once_or_as_soon_as_it_can_be
 
 #: Writes that do not go through the writer, and why each may.
 ALLOWED = {
+    "process/once.py": "a memfd for a command's stdin: memory, on no disk",
     "spool/files.py": "the door itself",
     "spool/output.py": "gives memory back; the copy goes through spool/files",
     "spool/writer.py": "rotation, in the writer's thread",
