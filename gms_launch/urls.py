@@ -43,9 +43,10 @@ def hidden(url: str) -> str:
     """A URL, or what was given for one, without anything that could be part of a login."""
     before, at, host = url.rpartition("@")
     scheme, slashes, _ = before.partition("://")
+    place = re.sub(r"[?#].*", f"?{HIDDEN}", host, flags=re.DOTALL)  # a token may be there too
     if not at:
-        return url
-    return f"{scheme}{slashes}{HIDDEN}@{host}" if slashes else f"{HIDDEN}@{host}"
+        return place
+    return f"{scheme}{slashes}{HIDDEN}@{place}" if slashes else f"{HIDDEN}@{place}"
 
 
 def is_loopback(host: str) -> bool:

@@ -206,6 +206,8 @@ def _check_url(flag: str, text: str, schemes: tuple[str, ...], example: str) -> 
         good = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", text)
         if good and (wrong := host_problem(parts.hostname or "")):
             good, why = False, f"has no host that can be: {wrong}"
+        if good and re.search("[?#]", text):
+            good, why = False, "has something after a ? or #, which nobody here reads"
     except ValueError:  # a port that is none, a bracket that is not closed
         good = False
     if not good:

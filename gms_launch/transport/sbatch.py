@@ -66,6 +66,15 @@ class Job:
             raise UsageError("--container-image is for pyxis and --apptainer for apptainer: choose one")
         if self.mounts and not (self.pyxis or self.apptainer):
             raise UsageError("--container-mounts needs --container-image or --apptainer")
+        for place in (str(self.home), str(self.directory), self.program):
+            if not place.isprintable():
+                raise UsageError(f"{place!r}: a batch script can only name a place whose name can be printed")
+        for place in (str(self.home), *self.shared) if self.pyxis or self.apptainer else ():
+            if re.search(r"[,:]", place) or not place.isprintable():
+                raise UsageError(
+                    f"{place!r} cannot be mounted in a container: a comma or a colon in its name would be read as "
+                    "another mount"
+                )
 
     @property
     def directory(self) -> Path:

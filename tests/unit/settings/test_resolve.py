@@ -89,6 +89,8 @@ def test_the_recipes_names() -> None:
         ({}, None, {"nats_cert": "/x", "nats_server": "tls://a:1"}, "needs --nats-key too"),
         ({}, None, {"nats_server": "u:p@somewhere"}, "--nats-server '<hidden>@somewhere' is no URL"),
         ({}, None, {"nats_server": "nats://u:p/q?r@a:1"}, "--nats-server 'nats://<hidden>@a:1' is no URL"),
+        ({}, None, {"nats_server": "nats://a:1?token=s"}, "'nats://a:1?<hidden>' has something after a ?"),
+        ({}, None, {"etcd_endpoints": "http://a:1/#s"}, "'http://a:1/?<hidden>' has something after"),
         ({}, None, {"nats_server": "nats://u:" + 5000 * "p" + "@a"}, "<hidden> is longer than"),
         ({}, None, {"nats_server": "somewhere"}, "expected something like nats://HOST:4222"),
         ({}, None, {"migration_limit": "4294967296"}, "above 4294967295"),

@@ -71,6 +71,10 @@ def test_containers_get_what_nodes_share() -> None:
         ({"array": "1-2; rm"}, "--array"),
         ({"pyxis": "a", "apptainer": "b"}, "choose one"),
         ({"mounts": ("/a:/a",)}, "needs --container-image"),
+        ({"pyxis": "a", "shared": ("/models/x,/other",)}, "another mount"),
+        ({"apptainer": "a", "shared": ("/models/x:/other",)}, "another mount"),
+        ({"pyxis": "a", "home": Path("/h,/etc")}, "another mount"),
+        ({"home": Path("/h\n#SBATCH --nodes=9")}, "can be printed"),
     ],
 )
 def test_refused(change: dict[str, object], why: str) -> None:
