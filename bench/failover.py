@@ -54,8 +54,9 @@ def summary(values: list[float]) -> dict[str, float]:
 class Launched:
     """A deployment under the launcher."""
 
-    def __init__(self, model: Path, home: Path, *extra: str, run: str = "bench", **environ: str) -> None:
-        self.model, self.home, self.name = model, home, run
+    def __init__(self, model: Path, home: Path, *extra: str, run: str = "", **environ: str) -> None:
+        self.model, self.home = model, home
+        self.name = run or f"bench-{os.getpid()}"  # two may run on one machine
         self.port = free_port()
         self.env = os.environ | {"GMS_LAUNCH_HOME": str(home), **environ}
         flags = [*extra, "--engine", "reference", "--model", str(model), "--frontend-port", str(self.port)]
@@ -98,7 +99,7 @@ class Launched:
 
     def resident(self) -> float:
         """Of the agent (MiB)."""
-        pid = json.loads((self.home / "bench" / "run.json").read_text())["agent_pid"]
+        pid = json.loads((self.home / self.name / "run.json").read_text())["agent_pid"]
         (line,) = [x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS")]
         return round(int(line.split()[1]) / 1024, 1)
 

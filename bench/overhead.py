@@ -70,7 +70,7 @@ def measure(minutes: float, requests: int) -> dict[str, Any]:
         launched = Launched(model, home)
         try:
             launched.wait_full()
-            agent = int(json.loads((home / "bench" / "run.json").read_text())["agent_pid"])
+            agent = int(json.loads((home / launched.name / "run.json").read_text())["agent_pid"])
             guards = [p for p in proc.children(agent) if "guard" in proc.command_line(p)]
             own = [agent, *guards]
             time.sleep(5.0)

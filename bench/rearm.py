@@ -47,7 +47,9 @@ def measure(kills: int, imports: str) -> dict[str, Any]:
         try:
             for kind, slots in KINDS.items():
                 flags = ("--warm-slots", str(slots))
-                runs[kind] = Launched(model, Path(name) / kind, *flags, run=f"rearm-{kind}", REFERENCE_IMPORTS=imports)
+                runs[kind] = Launched(
+                    model, Path(name) / kind, *flags, run=f"rearm-{kind}-{os.getpid()}", REFERENCE_IMPORTS=imports
+                )
             for _ in range(kills):
                 for run in runs.values():
                     wait_ready(run)

@@ -199,7 +199,7 @@ class Launched:
         self.model, self.options = model, options
         self.port = free_port()
         self.home = place / "home"
-        self.run = "bench"
+        self.run = f"bench-{os.getpid()}"  # two may run on one machine
         self._agents: list[subprocess.Popen[bytes]] = []
         flags = ["--run-id", self.run, "--engine", "vllm", "--model", str(model), "--frontend-port", str(self.port)]
         flags += ["--frontend-host", "127.0.0.1", "--tp", str(options.nodes), "--nnodes", str(options.nodes)]
