@@ -8,7 +8,7 @@ Each number of the security review and the tests in which its attack is made and
    `test_a_store_that_knows_somebody_already_is_not_taken`)
 4  calls that ask for no login: test_control.py (`test_who_has_no_certificate_of_the_run_is_not_heard`)
 5  the engines' system ports: here
-6  the ranks' meeting: test_meeting.py; the ports that others reach: slurm/test_on_the_wire.py
+6  the ranks' meeting: test_meeting.py; a request sent again: here; ports that others reach: slurm/test_on_the_wire.py
 7  what is in clear on the network: slurm/test_on_the_wire.py
 8  Python's working directory: test_working_directory.py
 10, 11, 14  directories and names: test_other_users.py
@@ -19,9 +19,11 @@ Each number of the security review and the tests in which its attack is made and
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,54 @@ def test_a_primary_that_a_stranger_puts_to_sleep_is_failed_over(run: Deployment)
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def frames(port: int, act: Callable[[], object]) -> bytes:
+    """What is sent to a port of the loopback while `act` runs: its TCP segments' data, as they came."""
+    told = bytearray()
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as wire:
+        wire.bind(("lo", 0x0800))
+        wire.setblocking(False)
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+        act()
+        while True:
+            try:
+                packet, address = wire.recvfrom(1 << 17)
+            except BlockingIOError:
+                return bytes(told)
+            if address[2] == socket.PACKET_OUTGOING:
+                continue  # each is seen twice on lo
+            ip = packet[14:]
+            tcp = ip[(ip[0] & 15) * 4 : int.from_bytes(ip[2:4], "big")]
+            if ip[9] == socket.IPPROTO_TCP and int.from_bytes(tcp[2:4], "big") == port:
+                told += tcp[(tcp[12] >> 4) * 4 :]
+
+
+def test_a_request_that_is_sent_again_changes_nothing_and_not_from_the_network(run: Deployment) -> None:
+    """The request plane asks nobody for a login. It is on one address of the loopback, and an old request is answered
+    to the frontend, which no longer waits for it."""
+    before, primary = run.text(), run.status()["primary"]
+    instance = run.cohort(primary)["ranks"][0]["pid"]
+    (port,) = {
+        int(found) for found in re.findall(r"127\.0\.0\.1:(\d+)/", run.etcdctl("get", "--prefix", "v1/instances/"))
+    }
+    told = frames(port, lambda: run.text("a prompt that nobody else uses"))
+    assert told, "the request was seen on its way"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), 10)  # any address but that one is the network's as well
+    code = (
+        "import os, socket, sys; assert os.getuid() == " + str(STRANGER) + "; "
+        f"s = socket.create_connection(('127.0.0.1', {port}), 20); s.sendall(sys.stdin.buffer.read()); "
+        "s.shutdown(socket.SHUT_WR); s.settimeout(20); print(len(s.recv(1 << 16)))"
+    )
+    done = subprocess.run(
+        [*DROP, "/usr/bin/python3", "-c", code], cwd="/", input=told, capture_output=True, check=False
+    )
+    assert done.stdout.strip(), f"taken, as docs/security.md says of other users of the node: {done.stderr!r}"
+    assert run.text() == before
+    found = run.wait_full()
+    assert found["primary"] == primary and run.cohort(primary)["ranks"][0]["pid"] == instance
+    assert not run.events("hung")
 
 
 #: Listens as $1, and tells what comes of a connection to that by each of the others; then again with the rules of $0.
