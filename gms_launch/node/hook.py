@@ -18,7 +18,7 @@ import msgspec
 
 from gms_launch.cohort.records import EventRecord, ServiceStatus
 from gms_launch.observe.stamp import stamp
-from gms_launch.process import once
+from gms_launch.process import clock, once
 from gms_launch.process.lifecycle import Command
 from gms_launch.run.plan import Layout
 from gms_launch.spool.writer import Writer
@@ -114,7 +114,7 @@ class Hook:
             OUTPUT,
         )
         cut = b"\n[gms-launch: what it printed beyond this was not read]\n" if len(done.output) >= OUTPUT else b""
-        line = f"{stamp(time.time())} {event.kind}: {done.wrong or 'done'}, {done.seconds:.1f} s\n"
+        line = f"{stamp(clock.now())} {event.kind}: {done.wrong or 'done'}, {done.seconds:.1f} s\n"
         self._writer.append(self._layout.log_dir / f"{NAME}.log", done.output + cut + line.encode())
         before, self._wrong = self._wrong, done.wrong
         if bool(before) != bool(done.wrong):

@@ -23,7 +23,7 @@ def test_a_frontend_on_loopback_is_told_with_its_machine(url: str) -> None:
     found = shot(url, "tray0", "tray1")
     assert words.frontend(found) == f"{url} (only on tray0)"
     assert "(only on tray0)" in pages.status(found, 2.0, 2.0)
-    with (out := views.console()).capture() as text:
+    with (out := views.console(cut=False)).capture() as text:
         out.print(views.status(found, 2.0))
     assert f"{url} (only on tray0)" in text.get()
     assert words.frontend(shot(url)) == f"{url} (only on the leader's node)"
