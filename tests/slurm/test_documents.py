@@ -26,7 +26,21 @@ from tests.support import LONG, eventually, how_it_stands
 #: What the documented forms must get from Slurm: the size of the engine over all nodes.
 SIZES = {"--gpus-per-node=2": 4, "--gpus-per-node=1": 2, "--gres=gpu:1": 2}
 #: The order in which the spans are typed at one run: what ends it comes last.
-ORDER = ["demo-model", "doctor", "plan", "status", "logs", "timeline", "events", "web", "sweep", "wait", "kill"]
+ORDER = [
+    "--version",
+    "--install-completion",
+    "demo-model",
+    "doctor",
+    "plan",
+    "status",
+    "logs",
+    "timeline",
+    "events",
+    "web",
+    "sweep",
+    "wait",
+    "kill",
+]
 ORDER += ["switch-over", "kill-primary", "down"]
 FULL = 'gms-launch status --json | grep -q \'"redundancy": "full"\''
 #: Exit codes that say: not yet.

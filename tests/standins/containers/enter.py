@@ -46,7 +46,7 @@ def become(image: str, mounts: Sequence[str], command: Sequence[str], own_proc: 
     for line in Path(image).read_text().splitlines():
         bind(line, ROOT / line.lstrip("/"))
     for name in ("tmp", "proc"):
-        (ROOT / name).mkdir(mode=0o1777)
+        (ROOT / name).mkdir(mode=0o1777, exist_ok=True)  # a checkout may be below /tmp
     bind("/sys", ROOT / "sys")
     bind("/dev", ROOT / "dev")
     mount("tmpfs", ROOT / "dev" / "shm", "tmpfs")
