@@ -204,7 +204,8 @@ class LabRun:
         for name in dict.fromkeys(self.nodes):
             pids = self.lab.node(name).pids("gms-launch", "python", "python3")
             lines = [(pid, proc.command_line(pid).split()) for pid in pids]
-            found += [pid for pid, words in lines if "up" in words and self.run in words]
+            named = {self.run, f"--run={self.run}"}
+            found += [pid for pid, words in lines if "up" in words and named & set(words)]
         return found
 
     def loads(self) -> dict[str, int]:
