@@ -89,13 +89,20 @@ def refused(run: LabRun, says: str) -> None:
     assert run.left() == {}
 
 
+def two_of_three(run: LabRun) -> LabRun:
+    """Nodes 0 and 2, waiting for node 1: one that began after the others' end would wait for another start."""
+    run.hand(0, 2)
+    eventually(lambda: "2 of 3 nodes are here" in run.output())
+    return run
+
+
 def test_settings_that_differ(bare_lab: Lab, model: Path) -> None:
-    run = LabRun(bare_lab, model).hand(0, 2).hand(1, GMS_LAUNCH_SHADOWS="2")
+    run = two_of_three(LabRun(bare_lab, model)).hand(1, GMS_LAUNCH_SHADOWS="2")
     refused(run, "node 1 (node2) has other settings than node 0 (node1): shadows is 2 here and 1 there")
 
 
 def test_gpus_that_differ(bare_lab: Lab, model: Path) -> None:
-    run = LabRun(bare_lab, model, "--tp=3").hand(0, 2).hand(1, GMS_LAUNCH_VIRTUAL_GPUS="2")
+    run = two_of_three(LabRun(bare_lab, model, "--tp=3")).hand(1, GMS_LAUNCH_VIRTUAL_GPUS="2")
     refused(run, "node 1 (node2) has 2 GPUs, node 0 (node1) has 1")
 
 
@@ -108,7 +115,7 @@ def test_gpus_that_differ(bare_lab: Lab, model: Path) -> None:
 )
 def test_versions_and_clocks_that_differ(bare_lab: Lab, model: Path, tmp_path: Path, code: str, says: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(SITE.format(code=code))
-    run = LabRun(bare_lab, model).hand(0, 2).hand(1, PYTHONPATH=str(tmp_path))
+    run = two_of_three(LabRun(bare_lab, model)).hand(1, PYTHONPATH=str(tmp_path))
     refused(run, says)
 
 
@@ -154,7 +161,7 @@ def test_a_node_that_cannot_start_ends_the_run_with_its_reason(bare_lab: Lab, mo
     broken = tmp_path / "python"
     broken.write_text('#!/bin/sh\ncase "$*" in *gms_launch.gms*) echo no GMS today; exit 7;; esac\nexec python "$@"\n')
     broken.chmod(0o755)
-    run = LabRun(bare_lab, model).hand(0, 2).hand(1, GMS_LAUNCH_PYTHON=str(broken))
+    run = two_of_three(LabRun(bare_lab, model)).hand(1, GMS_LAUNCH_PYTHON=str(broken))
     assert set(run.exit_codes()) == {1}, run.output()
     assert "node 1 (node2): gms-0 ended while it was starting (exit code 7)" in run.output()
     assert "no GMS today" in run.output()
