@@ -82,6 +82,8 @@ def kill_one(run: LabRun, node_rank: int, agents: list[int]) -> dict[str, Any]:
         os.close(fd)
     for agent in agents:
         os.kill(agent, signal.SIGCONT)
+    for entered in run.processes if agents else ():
+        os.killpg(entered.pid, signal.SIGCONT)  # nsenter stops itself when its child is stopped, and would not end
     return {"life": (primary, life), "node_rank": node_rank, "killed": begun, "dead": last}
 
 
