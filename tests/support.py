@@ -21,7 +21,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from gms_launch.control.access import Access
@@ -290,13 +289,8 @@ class Deployment:
             raise AssertionError(f"up -d failed with {done.returncode}:\n{done.stdout}{done.stderr}\n{told}")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        value: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
-        if kind is not None:
+    def __exit__(self, *error: object) -> None:
+        if any(error):
             print(self.told())
         if self in STANDING:
             STANDING.remove(self)

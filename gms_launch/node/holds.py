@@ -123,6 +123,7 @@ class Holds:
     ) -> None:
         self.on = on
         self._clients = Clients(frontend)
+        self._blind = False
         self._count_now = count
         self._moved: float | None = None
         self._report, self._spawn, self._around = report, spawn, around
@@ -312,8 +313,11 @@ class Holds:
         try:
             here, there, own = await asyncio.get_running_loop().run_in_executor(None, look)
         except OSError as exc:
-            log.warning("it cannot be seen who is connected to port %d: %s", port, exc)
+            if not self._blind:  # once: it is looked many times a second
+                log.warning("it cannot be seen who is connected to port %d: %s", port, exc)
+            self._blind = True
             return
+        self._blind = False
         held.whose = here
         held.known |= {*here.values(), *([own] if own is not None else [])}
         held.known = {client for client in held.known if client.alive}
