@@ -32,9 +32,13 @@ Life = tuple[int, int]
 #: Most connections that are taken out of the kernel's backlog, and most of our descriptors that they may be; more of
 #: them wait in it.
 KEPT, SHARE = 2048, 0.25
-#: Pause before a frontend that came back is turned away again (seconds): always the first, once it is seen to know the
-#: successor; else it doubles, up to the longest. Each time costs one of its tries.
-TURN_PAUSE, TURN_PAUSE_MAX = 0.01, 1.0
+#: For how long a connection of a frontend that came back is kept before it is turned away again (seconds). It doubles
+#: each time, since each time costs one of the frontend's tries: up to the second once it is seen to know the successor,
+#: and anew from then on; else up to the third.
+TURN_PAUSE, TURN_PAUSE_KNOWN, TURN_PAUSE_MAX = 0.01, 0.04, 1.0
+#: For how long one is kept over which nothing was asked yet (seconds). Those of a frontend's requests that wait for a
+#: connection are few to try, and it gives a request up when five in a row were gone before it could use them.
+UNASKED = 0.5
 #: Longest pause between two looks at who has asked the successor (seconds); no event tells.
 LOOK_MAX = 0.16
 #: How often the registration of a dead engine is looked after while its requests wait (seconds).
@@ -45,12 +49,14 @@ BIND_TRIES = 0.3
 
 @dataclass
 class _Held:
-    """One dead primary's socket at work. `known` have asked the dead one, `seen` of them have asked the successor."""
+    """One dead primary's socket at work: `waiting` since when. `known` have asked the dead one, `seen` of these have
+    asked the successor.
+    """
 
     life: Life
     listening: socket.socket
     begun: float
-    waiting: list[socket.socket] = field(default_factory=list)
+    waiting: dict[socket.socket, float] = field(default_factory=dict)
     known: set[Client] = field(default_factory=set)
     seen: set[Client] = field(default_factory=set)
     whose: dict[Address, Client] = field(default_factory=dict)
@@ -65,7 +71,7 @@ class _Held:
         """Take what waits out of the backlog, so that it is never full."""
         room = _room() - len(self.waiting)
         found, more = listener.accept_all(self.listening, room)
-        self.waiting += found
+        self.waiting.update(dict.fromkeys(found, time.monotonic()))
         if more:
             asyncio.get_running_loop().remove_reader(self.listening)  # the rest stays in the backlog
 
@@ -74,19 +80,20 @@ class _Held:
         self.take_in()
         self.news.set()
 
-    def turn_away(self, may: Callable[[Client | None], bool] = lambda _: True) -> int:
-        """Close all who wait and `may` go; returns how many there were. Asked once of each client."""
+    def turn_away(self, may: Callable[[Client | None, float], bool] = lambda *_: True) -> set[Client | None]:
+        """Close those who wait and `may` go, by whose they are and since when they wait; returns whose were closed."""
         self.take_in()
-        whose = [self.client(connection) for connection in self.waiting]
-        go = {client for client in set(whose) if may(client)}
-        stay = [c for c, client in zip(self.waiting, whose, strict=True) if client not in go]
-        for connection in set(self.waiting) - set(stay):
+        gone = {}
+        for connection, since in self.waiting.items():
+            if may(whose := self.client(connection), since if listener.asked(connection) else since + UNASKED):
+                gone[connection] = whose
+        for connection in gone:
+            del self.waiting[connection]
             connection.close()
-        count, self.waiting = len(self.waiting) - len(stay), stay
-        self.turned_away += count
-        if count:
+        self.turned_away += len(gone)
+        if gone:
             self.knocked = time.monotonic()
-        return count
+        return set(gone.values())
 
     def client(self, connection: socket.socket) -> Client | None:
         """Whose a connection is; None when it is not known (yet)."""
@@ -202,7 +209,8 @@ class Holds:
                     verdict = await self._wait(held, judge)
             await self._end_lease(held)
             if held.released is None:
-                count = held.turn_away()
+                held.turn_away()
+                count = held.turned_away
                 self._report.emit("released", *life, f"given up: {verdict.why}", connections=count, moved=False)
             await self._tell(held, await counting)
         finally:
@@ -263,25 +271,20 @@ class Holds:
 
     async def _turn_away(self, held: _Held, judge: Callable[..., hold.Verdict]) -> hold.Verdict:
         """Send everybody on, again and again until nobody comes back."""
-        count, since = held.turn_away(), time.monotonic()
+        held.turn_away()
+        count, since = held.turned_away, time.monotonic()
         if held.released is None:
             held.released = since
             took = since - held.begun
             text = f"{numbered(count, 'connection')} handed on after {took * 1000:.0f} ms"
             self._report.emit("released", *held.life, text, connections=count, seconds=round(took, 6), moved=True)
-        due: dict[Client | None, float] = {}
-        pauses: dict[Client | None, float] = {}
+        turns: dict[tuple[Client | None, bool], int] = {}  # by who it is, and whether it knows the successor
 
-        def may(client: Client | None) -> bool:
-            """Its turn has come; the next one is a pause later."""
-            now = time.monotonic()
-            if now < due.setdefault(client, now + TURN_PAUSE):
-                return False
-            pauses[client] = (
-                TURN_PAUSE if client in held.seen else min(2 * pauses.get(client, TURN_PAUSE), TURN_PAUSE_MAX)
-            )
-            due[client] = now + pauses[client]
-            return True
+        def may(client: Client | None, since: float) -> bool:
+            """It has waited for long enough."""
+            known = client in held.seen
+            pause = TURN_PAUSE * 2.0 ** turns.get((client, known), 0)
+            return time.monotonic() >= since + min(pause, TURN_PAUSE_KNOWN if known else TURN_PAUSE_MAX)
 
         held.all_seen = 0.0
         loop, step = asyncio.get_running_loop(), TURN_PAUSE
@@ -290,7 +293,9 @@ class Holds:
             while True:
                 held.news.clear()
                 await self._look(held)
-                step = TURN_PAUSE if held.turn_away(may) or held.waiting else min(2 * step, LOOK_MAX)
+                gone = {(client, client in held.seen) for client in held.turn_away(may)}
+                turns.update({which: turns.get(which, 0) + 1 for which in gone})
+                step = TURN_PAUSE if gone or held.waiting else min(2 * step, LOOK_MAX)
                 verdict = judge(held=held, since=since)
                 if verdict.forget:
                     await self._end_lease(held)

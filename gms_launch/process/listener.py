@@ -97,6 +97,17 @@ def accept_all(listener: socket.socket, limit: int) -> tuple[list[socket.socket]
     return found, True
 
 
+def asked(connection: socket.socket) -> bool:
+    """Whether anything was sent over it, or its other end is gone."""
+    try:
+        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _listening(pid: int, port: int) -> set[str]:
     """Inodes of the sockets that listen on `port` in the network namespace of `pid`."""
     found: set[str] = set()

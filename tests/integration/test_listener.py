@@ -158,7 +158,7 @@ async def ends(reader: asyncio.StreamReader) -> None:
 
 def test_more_than_a_backlog_waits_and_all_are_sent_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holds, "KEPT", 100)
-    owner, heir = Owner(LISTEN, backlog=8), Owner(LISTEN)
+    owner, heir = Owner(LISTEN, backlog=32), Owner(LISTEN)
 
     async def play() -> None:
         stage = Stage()
@@ -190,6 +190,35 @@ def test_more_than_a_backlog_waits_and_all_are_sent_on(monkeypatch: pytest.Monke
         heir.kill()
         with pytest.raises(ConnectionRefusedError):
             await connect(owner.port)
+
+    asyncio.run(play())
+
+
+def test_a_connection_that_nothing_was_asked_over_is_not_closed_before_those_that_ask(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A frontend that gets no processor finds it gone when it would use it, and has few to try."""
+    monkeypatch.setattr(holds, "UNASKED", 600.0)
+    owner = Owner(LISTEN)
+
+    async def play() -> None:
+        stage = Stage()
+        made = stage.make()
+        made.arm((0, 1), owner.process.pid, ("127.0.0.1", owner.port))
+        await stage.until(lambda: stage.kinds() == ["hold_armed"])
+        owner.kill()
+        made.ended((0, 1))
+        stage.around = Around(0.0, 0.0, candidate=True, successor=True)
+        made.news()
+        await stage.until(lambda: "released" in stage.kinds())
+        silent = await asyncio.open_connection("127.0.0.1", owner.port)
+        for _ in range(4):
+            await ends((await connect(owner.port))[0])
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(silent[0].read(1), 0.05)
+        silent[1].write(b"a request")
+        await ends(silent[0])
+        made.stop()
 
     asyncio.run(play())
 
