@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gms_launch.run.ports import Reservation
 from tests.support import GMS_LAUNCH, LONG, Deployment, eventually
 
 MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
@@ -19,9 +20,10 @@ MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
 def test_what_is_said_of_a_run_and_its_failover(tmp_path: Path, model: Path) -> None:
     run = Deployment(tmp_path / "home", model)
-    with socket.socket() as busy, contextlib.ExitStack() as after:
-        busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else connections of the past are in the way
-        with contextlib.suppress(OSError):  # somebody else has it: as good
+    reserved = Reservation("127.0.0.1")
+    with socket.socket() as busy, contextlib.closing(reserved), contextlib.ExitStack() as after:
+        if reserved.free(8000):  # else a run has it, or is about to: as good
+            busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else connections of the past are in the way
             busy.bind(("127.0.0.1", 8000))
             busy.listen()
         done = run.up()
