@@ -138,6 +138,7 @@ def test_a_home_that_is_full_read_only_gone_or_hanging_changes_nothing_but_what_
     small_home: Path, model: Path
 ) -> None:
     with Deployment(small_home, model) as run:
+        run.by_command = True
         before = ask(run)
         assert before
         run.wait_full()

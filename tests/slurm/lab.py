@@ -29,6 +29,8 @@ from gms_launch.process import lifecycle, proc
 
 HERE = Path(__file__).parent
 FREEZER = Path("/sys/fs/cgroup/freezer")
+#: Where there is no such hierarchy, nodes cannot be frozen, and Slurm does not run.
+INTO_CGROUP = '[ ! -d "$0" ] || echo $$ > "$0/cgroup.procs"; '
 #: Labs of this process that are not closed, half-made ones too.
 OPEN: list[Lab] = []
 
@@ -73,12 +75,13 @@ class Node:
         """Boot it: namespaces, network, and slurmd and sshd (slurmctld on the controller)."""
         self.dir.mkdir(parents=True, exist_ok=True)
         (self.dir / "ready").unlink(missing_ok=True)
-        self.cgroup.mkdir(exist_ok=True)
+        if FREEZER.is_dir():
+            self.cgroup.mkdir(exist_ok=True)
         with open(self.dir / "init.log", "wb") as log:
             # Into its freezer cgroup before the cgroup namespace is made, so that this is the namespace's root.
             self._unshare = subprocess.Popen(
                 [
-                    *("bash", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', str(self.cgroup)),
+                    *("bash", "-c", INTO_CGROUP + 'exec "$@"', str(self.cgroup)),
                     # Whatever kills the tests kills the node.
                     *(
                         "setpriv",
@@ -128,7 +131,7 @@ class Node:
         return [
             "bash",
             "-c",
-            'echo $$ > "$0/cgroup.procs"; ' + enter,
+            INTO_CGROUP + enter,
             str(self.cgroup),
             str(self.init.pid),
             os.getcwd(),

@@ -12,8 +12,10 @@ mount --rbind /sys/fs/cgroup "$dir/cg"
 mount -t sysfs -o ro sysfs /sys
 mount --rbind "$dir/cg" /sys/fs/cgroup
 # Mounted anew, the freezer's root is this node's own cgroup: Slurm's step cgroups go below it.
-umount /sys/fs/cgroup/freezer
-mount -t cgroup -o freezer freezer /sys/fs/cgroup/freezer
+if [ -d /sys/fs/cgroup/freezer ]; then
+  umount /sys/fs/cgroup/freezer
+  mount -t cgroup -o freezer freezer /sys/fs/cgroup/freezer
+fi
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount --bind "$dir/run" /run
 mkdir -p /run/sshd /run/lock

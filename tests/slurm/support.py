@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from gms_launch.process import lifecycle, proc
 from tests.slurm.lab import Lab
-from tests.support import LONG, PATIENCE, STANDING, Looks, complete, eventually, how_it_stands, journal
+from tests.support import LONG, PATIENCE, STANDING, Looks, complete, eventually, glance, how_it_stands, journal
 
 #: What tests need to be quick; everything else is as delivered. Not as quick as a quiet machine would allow.
 QUICK = ["--lease-ttl=3", "--node-wait=15"]
@@ -124,6 +124,8 @@ class LabRun:
         return self.lab.run(["gms-launch", verb, "--run", self.run, *args], timeout=timeout)
 
     def status(self) -> dict[str, Any]:
+        if shot := glance(self.home):
+            return shot
         done = self.cli("status", "--json")
         assert done.returncode == 0, done.stderr + self.output()
         found: dict[str, Any] = json.loads(done.stdout)
@@ -139,8 +141,7 @@ class LabRun:
                 raise AssertionError(f"the run is over:\n{self.output()}")
             if not looks.due():
                 return False
-            done = self.cli("status", "--json")
-            found = json.loads(done.stdout) if done.returncode == 0 else {}
+            found = glance(self.home) or {}
             return found.get("redundancy") == "full"
 
         eventually(full, timeout, f"redundancy full; {self.log_path}")
