@@ -93,6 +93,7 @@ class Feeler:
     timeout: float
     is_vital: Callable[[str], bool]
     _members: list[ProcessId] = field(default_factory=list)
+    _its_port: bool = False
     _vital: tuple[ProcessId, ...] = ()
     _looks: int = 0
     _due: int = 1
@@ -133,8 +134,12 @@ class Feeler:
     def _ask(self, phase: Phase) -> Health:
         """What the system port says. Of an engine that starts /health is asked for in the looks 1, 2, 4, 8 and so on.
 
-        It answers 503 until the engine is parked, and logs each as an error, which hides the real ones.
+        It answers 503 until the engine is parked, and logs each as an error, which hides the real ones. Nobody is asked
+        before a process of the rank was seen to listen there: anybody may take a port that is free between two lives.
         """
+        self._its_port = self._its_port or any(proc.listens(who.pid, self.port) for who in self._members)
+        if not self._its_port:
+            return Health()
         if phase is not Phase.STARTING:
             return signals.ask(self.address, self.port, self.timeout, metrics=phase is Phase.WAKING)
         if self._looks < self._due:

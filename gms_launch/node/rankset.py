@@ -32,6 +32,7 @@ from gms_launch.process.follow import FileWatcher
 from gms_launch.process.lifecycle import Child, Command
 from gms_launch.process.proc import ProcessId, Stat
 from gms_launch.run.plan import Layout
+from gms_launch.run.ports import is_free, out_of_the_way
 from gms_launch.spool.writer import Writer
 
 log = logging.getLogger("agent")
@@ -115,8 +116,9 @@ class RankSet:
             on_event=self._noticed,
             last=self.starts.of(cohort_id, incarnation),
         )
-        command = self._layout.rank_command(cohort_id, incarnation, desire.master_port, desire.engine_args)
         try:
+            port = self._system_port(rank)
+            command = self._layout.rank_command(cohort_id, incarnation, desire.master_port, desire.engine_args, port)
             child, began, how = self._process(rank, command)
             rank.start(child, began, files, loop)
         except OSError as exc:
@@ -128,7 +130,15 @@ class RankSet:
         self._writer.here(self._layout.node_dir.pgid_file(cohort_id), f"{rank.child.pgid}\n")
         self._report.emit("started", cohort_id, incarnation, f"{how}pid {rank.child.pid}")
         self.publish(rank)
-        self._spawn(self._look_after(rank, rank.child.id))
+        self._spawn(self._look_after(rank, rank.child.id, port if self._node_rank == 0 else 0))
+
+    def _system_port(self, rank: Rank) -> int:
+        """Where a life is asked how it is: its slot's port, or another where somebody took that between two lives."""
+        port = self._layout.ports.system[rank.cohort_id]
+        if self._node_rank == 0 and not is_free(LOOPBACK, port):
+            taken, port = port, out_of_the_way(LOOPBACK)
+            self._report.emit("port_taken", *rank.life, f"system port {taken} is in use: this life has another")
+        return port
 
     def _process(self, rank: Rank, command: Command) -> tuple[Child, float, str]:
         """A process for a rank, since when it litters, and for people where it is from. Raises `OSError`."""
@@ -146,10 +156,9 @@ class RankSet:
         began = scratch.file_time()
         return lifecycle.spawn(name, command, rank.tag, output), began, ""
 
-    async def _look_after(self, rank: Rank, leader: ProcessId) -> None:
-        """Ask a rank how it is for as long as it lives; one that hangs is treated as dead."""
+    async def _look_after(self, rank: Rank, leader: ProcessId, port: int) -> None:
+        """Ask a rank how it is for as long as it lives, at its system `port` (0: none); a hanging one is as dead."""
         settings, loop = self._layout.settings, asyncio.get_running_loop()
-        port = self._layout.ports.system[rank.cohort_id] if self._node_rank == 0 else 0
         lock = self._layout.lock_of(rank.cohort_id)
         feeler = Feeler(leader, LOOPBACK, port, lock, max(1.0, settings.health_interval), rank.engine.is_vital)
         pulse = Pulse(settings.health_timeout)

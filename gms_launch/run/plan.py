@@ -212,9 +212,16 @@ class Layout:
         return {k: self.lock_of(k) for k in range(self.settings.cohorts)}
 
     def rank_command(
-        self, cohort_id: int, incarnation: int, master_port: int, engine_args: tuple[str, ...] | None = None
+        self,
+        cohort_id: int,
+        incarnation: int,
+        master_port: int,
+        engine_args: tuple[str, ...] | None = None,
+        system_port: int | None = None,
     ) -> Command:
-        """How this node's rank of a life is started; `engine_args` take the place of the settings' unless None."""
+        """How this node's rank of a life is started; `engine_args` take the place of the settings' unless None, and
+        `system_port` that of the cohort's own.
+        """
         return self.engine.command(
             RankSpec(
                 cohort_id=cohort_id,
@@ -227,7 +234,7 @@ class Layout:
                 python=self.python,
                 leader_address=self.topology.leader_address,
                 master_port=master_port,
-                system_port=self.ports.system[cohort_id],
+                system_port=self.ports.system[cohort_id] if system_port is None else system_port,
                 meeting_secret=self._meeting_secret(cohort_id, incarnation),
                 nixl_port=self.ports.nixl[cohort_id],
                 vllm_port=self.ports.vllm[cohort_id],

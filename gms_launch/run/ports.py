@@ -8,6 +8,7 @@ before either has bound them. Ports that the user fixed are never moved: if one 
 from __future__ import annotations
 
 import errno
+import random
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -134,6 +135,16 @@ def is_free(address: str, port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def out_of_the_way(address: str) -> int:
+    """A free port that nobody can foresee, for what found its own taken; within what Dynamo reads as a port (16 bits
+    with a sign). Raises `OSError` when none was found.
+    """
+    for port in random.sample(range(20000, 32000), 100):
+        if is_free(address, port):
+            return port
+    raise OSError(errno.EADDRINUSE, f"no free port on {address}")
 
 
 class Reservation:

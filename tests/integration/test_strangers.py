@@ -21,15 +21,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import documents
-from tests.support import Deployment, eventually
+from tests.support import Deployment, eventually, stopped
 
 pytestmark = [
     pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root"),
@@ -110,6 +112,58 @@ def test_a_primary_that_a_stranger_puts_to_sleep_is_failed_over(run: Deployment)
     finally:
         stranger.kill()
         stranger.wait()
+
+
+SQUATTER = """
+import os, socket, sys, time
+assert os.getuid() == {uid}
+while True:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", {port}))
+        break
+    except OSError:
+        listener.close()
+        time.sleep(0.001)
+listener.listen(64)
+print("there", flush=True)
+while True:
+    connection, _ = listener.accept()
+    print("asked", connection.recv(99), flush=True)
+    connection.sendall(b"HTTP/1.1 200 OK\\r\\ncontent-length: 2\\r\\n\\r\\n{{}}")
+    connection.close()
+"""
+
+
+def test_a_stranger_who_takes_a_dead_engines_system_port_is_asked_nothing(run: Deployment) -> None:
+    """His answers would be taken for the next life's: he could have it killed, or hide that it hangs."""
+    before, found = run.text(), run.status()
+    shadow = 1 - found["primary"]
+    port, victim = run.run_file["ports"]["system"][shadow], run.cohort(shadow)["ranks"][0]
+    code = SQUATTER.format(uid=STRANGER, port=port)
+    stranger = subprocess.Popen([*DROP, "/usr/bin/python3", "-c", code], cwd="/", stdout=subprocess.PIPE, text=True)
+    assert stranger.stdout is not None
+    try:
+        with stopped(run.agent.pid):  # so that nobody is quicker than he
+            os.killpg(victim["pgid"], signal.SIGKILL)
+            assert stranger.stdout.readline() == "there\n"
+        (told,) = eventually(lambda: run.events("port_taken"))
+        assert told["cohort_id"] == shadow and f"system port {port} is in use" in told["detail"]
+        eventually(lambda: run.cohort(shadow)["incarnation"] == 2)
+        assert run.wait_full()["primary"] == found["primary"]
+        environ = Path(f"/proc/{run.cohort(shadow)['ranks'][0]['pid']}/environ").read_bytes().split(b"\0")
+        (given,) = [int(e.partition(b"=")[2]) for e in environ if e.startswith(b"DYN_SYSTEM_PORT=")]
+        assert given != port
+        with urllib.request.urlopen(f"http://127.0.0.1:{given}/health", timeout=60) as answer:
+            assert answer.status == 200, "the new life can be asked"
+        assert run.cli("kill-primary").returncode == 0, "and it takes over"
+        assert run.wait_full()["primary"] == shadow and run.text() == before
+        assert not hung(run)
+    finally:
+        stranger.kill()
+        rest, _ = stranger.communicate()
+    assert "asked" not in rest
 
 
 def frames(port: int, act: Callable[[], object]) -> bytes:

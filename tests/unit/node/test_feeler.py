@@ -1,0 +1,74 @@
+"""What answers at a rank's system port is believed only if it is the rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gms_launch.cohort.model import Phase
+from gms_launch.node.pulse import Feeler
+from gms_launch.process import proc
+
+#: An engine's system port in few words: it listens, says where, and answers everything with 200.
+SERVER = """
+import http.server, sys
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("content-length", "0"); self.end_headers()
+server = http.server.HTTPServer(("127.0.0.1", 0), Answer)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def rank() -> Iterator[tuple[proc.ProcessId, int]]:
+    """A rank's leader and where it listens."""
+    argv = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline())
+            who = proc.identity(process.pid)
+            assert who is not None
+            yield who, port
+        finally:
+            process.kill()
+
+
+def feeler(leader: proc.ProcessId, port: int) -> Feeler:
+    return Feeler(leader, "127.0.0.1", port, Path("/nowhere/lock"), 20.0, lambda _: False)
+
+
+def test_a_rank_is_asked_at_its_own_port(rank: tuple[proc.ProcessId, int]) -> None:
+    look = feeler(*rank).feel((), Phase.PARKED, fresh=True)
+    assert look.signals is not None and look.signals.health.healthy is True
+
+
+def test_who_else_listens_there_is_not_asked(rank: tuple[proc.ProcessId, int]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        heard: list[bytes] = []
+
+        def answer() -> None:
+            try:
+                connection, _ = stranger.accept()
+            except OSError:
+                return
+            with connection:
+                heard.append(connection.recv(4096))
+                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        look = feeler(rank[0], stranger.getsockname()[1]).feel((), Phase.PARKED, fresh=True)
+        assert look.signals is not None and look.signals.health.healthy is None and not heard
+        assert os.getpid() not in look.members
+        stranger.shutdown(socket.SHUT_RDWR)
+        thread.join(60)
