@@ -61,11 +61,6 @@ class Exporter:
         if self.metrics is not None:
             self.metrics.look(shot)
 
-    def hook_ended(self, outcome: str, count: int = 1) -> None:
-        """A run of `on_event` has ended, or events were dropped."""
-        if self.metrics is not None:
-            self.metrics.hooks.labels(outcome).inc(count)
-
     def stop(self) -> None:
         """End with the agent. Blocks for a second at most."""
         if self._server is not None:

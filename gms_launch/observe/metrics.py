@@ -71,7 +71,6 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._events_total = self._counter("events", "Events that this agent has told, by kind.", "kind")
         self._starts = self._counter("rank_starts", "Ranks started on this node.", "cohort")
-        self.hooks = self._counter("event_hooks", "Runs of on_event by their outcome; dropped: not run.", "outcome")
         if node_rank == 0:
             self._of_the_run()
         ProcessCollector(registry=self.registry)

@@ -10,8 +10,17 @@ from pathlib import Path
 
 from gms_launch.cohort.failover import Failover
 from gms_launch.cohort.model import Phase
-from gms_launch.cohort.records import EventRecord, NodeRecord, RankRecord
+from gms_launch.cohort.records import (
+    EventRecord,
+    GmsStatus,
+    GpuStatus,
+    NodeRecord,
+    RankRecord,
+    ServiceStatus,
+    WritingStatus,
+)
 from gms_launch.control.mirror import Mirror
+from gms_launch.observe.metrics import Metrics
 from gms_launch.observe.snapshot import CohortStatus, build
 from tests import documents, man, reference
 
@@ -194,3 +203,33 @@ def test_every_bench_takes_the_flags_that_are_given() -> None:
         )
         assert done.returncode == 0, f"{line}: {done.stderr}"
         assert [w for w in words if w.startswith("--") and w not in done.stdout] == [], line
+
+
+def test_the_table_of_metrics_is_what_is_served() -> None:
+    """Both ways: every metric has its row with its labels, and every row its metric."""
+    node = NodeRecord(
+        0,
+        "",
+        "",
+        "",
+        1,
+        1,
+        services=(ServiceStatus("etcd", "ready"),),
+        gms=(GmsStatus(0, "GPU-0", "weights", "READY", allocated_bytes=1),),
+        gpu_memory=(GpuStatus("GPU-0", "", 2, 1),),
+        writing=(WritingStatus("run directory", "/r"),),
+    )
+    metrics = Metrics(0, 1, "vllm", lease_left=lambda: 5.0)
+    metrics.look(replace(build(Mirror("r")), nodes=(node,)))
+    served = {}
+    for family in metrics.registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = {key for sample in family.samples for key in sample.labels} - {"le"}
+        served[name] = labels
+    text = (ROOT / "docs/monitoring.md").read_text()
+    rows = re.findall(r"`(gms_launch_\w+)(?:\{([\w,]+)\})?`", "".join(re.findall(r"^\| `.*$", text, re.MULTILINE)))
+    told = {name: set(labels.split(",")) - {""} for name, labels in rows}
+    own = {name: labels for name, labels in served.items() if name.startswith("gms_launch_")}
+    assert set(told) == set(own)
+    # Of a counter that has not counted nothing is served, and its labels are not seen.
+    assert {name: told[name] for name, labels in own.items() if labels} == {n: ls for n, ls in own.items() if ls}
