@@ -19,7 +19,7 @@ from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.numbers import numbered
 from gms_launch.process import listener, places
 from gms_launch.run import model as models
-from gms_launch.run import outside, ports, topology
+from gms_launch.run import outside, placement, ports, topology
 from gms_launch.run.fit import GIB
 from gms_launch.run.nodedir import LOCAL_ROOT, must_be_writable, user_root, wanting
 from gms_launch.run.plan import no_gpu
@@ -30,6 +30,7 @@ from gms_launch.settings.declared import Settings
 
 
 def main(settings: Settings, as_json: bool) -> None:
+    placement.one_only(settings)
     checks = examine(settings)
     failed = [name for name, ok, _ in checks if not ok]
     if as_json:

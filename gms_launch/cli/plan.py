@@ -14,13 +14,15 @@ from gms_launch import engines
 from gms_launch.engines import vllm
 from gms_launch.errors import LaunchError, UsageError
 from gms_launch.gms import devices
-from gms_launch.run import model, outside, ports, topology
+from gms_launch.numbers import numbered
+from gms_launch.run import model, outside, placement, ports, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.fit import GIB, Fit, fit
 from gms_launch.run.nodedir import NodeDir
-from gms_launch.run.plan import Layout
+from gms_launch.run.plan import Layout, no_gpu
 from gms_launch.run.rundir import RunDir
 from gms_launch.run.topology import Topology
+from gms_launch.settings import groups
 from gms_launch.settings.declared import Settings
 from gms_launch.settings.resolve import checked
 from gms_launch.urls import HIDDEN
@@ -86,6 +88,9 @@ def only_memory(settings: Settings, gpu_gib: int, as_json: bool) -> None:
 def main(settings: Settings, gpu_gib: int, as_json: bool) -> None:
     if settings.hosts:
         settings = of_hosts(settings)
+    if settings.grouped:
+        of_groups(settings, gpu_gib, as_json)
+        return
     if gpu_gib:
         only_memory(settings, gpu_gib, as_json)
         return
@@ -111,6 +116,39 @@ def main(settings: Settings, gpu_gib: int, as_json: bool) -> None:
     for data in plans:
         show(data, room)
         print()
+
+
+def of_groups(settings: Settings, gpu_gib: int, as_json: bool) -> None:
+    """Where each group lies, and whether it can be there. What runs in it is not told yet. Raises `UsageError`."""
+    gpus = len(layout(replace(settings, node_rank=0), elsewhere(settings, 0)).devices())
+    if not gpus:
+        raise UsageError(f"how many GPUs each node has decides where groups lie, and {no_gpu()}")
+    placed = placement.place(groups.expand(settings, gpus), settings.nnodes, gpus)
+    rooms: list[Fit | None] = []
+    for p in placed:
+        try:
+            model.check(p.group.settings)
+            chosen = engines.get(p.group.settings.engine, p.group.settings.engine_file)
+            problems = chosen.problems(p.group.settings)
+        except UsageError as exc:
+            problems = [str(exc)]
+        if problems:
+            raise UsageError(f"group {p.group.name}: {problems[0]}")
+        rooms.append(memory(p.group.settings, gpu_gib))
+    if gpu_gib and not any(rooms):
+        raise UsageError("--gpu-gib: nothing is known of what the engines of these groups take of a GPU")
+    if as_json:
+        rows = [p.to_json() | {"gpu_memory": r and r.to_json()} for p, r in zip(placed, rooms, strict=True)]
+        print(json.dumps({"schema": 1, "nnodes": settings.nnodes, "gpus": gpus, "groups": rows}, indent=1))
+    else:
+        here = f"{numbered(settings.nnodes, 'node')} with {numbered(gpus, 'GPU')} each"
+        print(f"run {settings.run_id or 'RUN'}: {numbered(len(placed), 'group')} on {here}")
+        print("\n".join(placement.drawing(placed, settings.nnodes, gpus)))
+        for p, room in zip(placed, rooms, strict=True):
+            if room is not None:
+                print(f"\n# memory of each GPU of group {p.group.name}", *room.lines(), sep="\n# ")
+    if gpu_gib and (wrong := [p.group.name for p, r in zip(placed, rooms, strict=True) if r is not None and r.problem]):
+        raise LaunchError(f"the engines of group {wrong[0]} do not fit")
 
 
 def show(data: dict[str, Any], room: Fit | None) -> None:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
 from gms_launch.observe import look
 from gms_launch.observe.snapshot import Snapshot
-from gms_launch.run import contact, model
+from gms_launch.run import contact, model, placement
 from gms_launch.run.plan import cache_dir
 from gms_launch.run.rundir import RunDir, RunFile, home, new_run_id
 from gms_launch.settings.declared import BY_NAME, SETTINGS, Settings
@@ -41,6 +41,7 @@ POLL = 1.0
 
 def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout: float) -> None:
     """`job` lacks the run's name and what follows from it. Raises `LaunchError`."""
+    placement.one_only(settings)
     if given := [name for name in _SLURMS if settings.was_set(name)]:
         raise UsageError(f"{given[0]} (from {settings.sources[given[0]]}): Slurm says that in the job; leave it out")
     if not Path(settings.model or "/").exists():

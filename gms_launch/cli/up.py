@@ -19,7 +19,7 @@ from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError, RefusedError, UsageError
 from gms_launch.observe.stamp import Formatter
 from gms_launch.process import places, proc
-from gms_launch.run import credentials, dead, nodedir, outside, ports, rundir, topology
+from gms_launch.run import credentials, dead, nodedir, outside, placement, ports, rundir, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import Layout
@@ -38,6 +38,7 @@ LAST_WRITES = 3.0
 
 
 def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> None:
+    placement.one_only(settings)
     settings = named(settings)
     manager = supervised.taken()
     if settings.hosts:

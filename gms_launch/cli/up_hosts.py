@@ -50,7 +50,7 @@ def checked_hosts(settings: Settings) -> list[str]:
     hosts = expand(settings.hosts)
     if settings.was_set("nnodes") and settings.nnodes != len(hosts):
         raise UsageError(f"--hosts names {numbered(len(hosts), 'host')}, and nnodes is {settings.nnodes}")
-    if settings.tp % len(hosts) and settings.was_set("tp"):
+    if settings.tp % len(hosts) and settings.was_set("tp") and not settings.grouped:
         raise UsageError(f"tp {settings.tp} cannot be spread evenly over {numbered(len(hosts), 'host')}")
     return hosts
 

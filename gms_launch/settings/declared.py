@@ -74,7 +74,8 @@ def seconds(default: float, help_: str) -> Any:
 class Settings:
     """The resolved settings of one `up`.
 
-    `sources` says where each value that is not a default came from; `engine_args` is what followed `--`.
+    `sources` says where each value that is not a default came from; `engine_args` is what followed `--`; `tables` are
+    the settings file's [[group]] tables, each with what it says.
     """
 
     run_id: str = setting("", "name of the run; made up when empty", "run", word="run")
@@ -106,6 +107,13 @@ class Settings:
         0, "rank of this node, 0 is the leader", "topology", recipe="NODE_RANK", minimum=0, maximum=MOST_NODES
     )
     leader_addr: str = setting("127.0.0.1", "name or address of the leader node", "topology", recipe="LEADER_ADDR")
+    groups: int = setting(
+        1,
+        "equal groups, each an engine with nodes or GPUs of its own; TOML's [[group]] tables say unequal ones",
+        "topology",
+        minimum=1,
+        maximum=1024,
+    )
     interface: str = setting("", "network interface that the nodes share, where a node has several", "topology")
     hosts: str = setting("", "start an agent on each of these hosts by SSH; the first leads", "topology", maximum=2**16)
     gms_server: str = setting(
@@ -240,6 +248,7 @@ class Settings:
         10.0, "time that --on-event gets for one event before its process group is killed"
     )
     engine_args: tuple[str, ...] = ()
+    tables: tuple[Mapping[str, Any], ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -250,6 +259,11 @@ class Settings:
     def world(self) -> int:
         """GPUs of one cohort, over all nodes."""
         return self.tp * self.pp
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there was a word about groups; the sizes of the engine are then those of each group."""
+        return self.groups > 1 or bool(self.tables)
 
     @property
     def engine_grace(self) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 from gms_launch.errors import UsageError
 from gms_launch.numbers import real, whole
-from gms_launch.settings import rules
+from gms_launch.settings import groups, rules
 from gms_launch.settings.declared import BY_NAME, ENV_PREFIX, LONGEST_TEXT, SETTINGS, Setting, Settings
 from gms_launch.urls import HIDDEN
 
@@ -136,8 +136,11 @@ def resolve(
     `flags` holds only what the user typed (None is "not given"); `scheduler` what Slurm says. Raises `UsageError`
     for unknown names, wrong types, values out of range and contradictions.
     """
+    tables: Sequence[Mapping[str, Any]] = ()
+    if toml and "group" in toml:
+        tables = groups.tables(toml["group"], toml_path, parse)
     for key in toml or {}:
-        if key not in BY_NAME:
+        if key != "group" and key not in BY_NAME:
             raise UsageError(f"{toml_path}: unknown setting {_short(key)}{_suggest(key, list(BY_NAME))}")
     known_env = [s.env for s in SETTINGS] + [env for s in SETTINGS for _, env in s.old]
     for key in environ:
@@ -175,10 +178,11 @@ def resolve(
     ):
         if name not in sources:
             values[name] = min(values[name], most)
-    return checked(Settings(**values, engine_args=tuple(engine_args), sources=sources))
+    return checked(Settings(**values, engine_args=tuple(engine_args), tables=tuple(tables), sources=sources))
 
 
 def checked(settings: Settings) -> Settings:
     """The same settings. Raises `UsageError` for contradictions."""
     rules.check(settings)
+    groups.check(settings)
     return settings

@@ -77,7 +77,7 @@ def check(s: Settings) -> None:
         )
     if s.node_rank >= s.nnodes:
         raise UsageError(f"node_rank {s.node_rank} does not exist with nnodes {s.nnodes}: ranks count from 0")
-    if s.world % s.nnodes:
+    if not s.grouped and s.world % s.nnodes:
         times = f" times pp {s.pp}" if s.pp > 1 else ""
         raise UsageError(f"tp {s.tp}{times} cannot be spread evenly over {numbered(s.nnodes, 'node')}")
     if not s.nats and s.event_plane == "nats":

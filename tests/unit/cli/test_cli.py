@@ -178,3 +178,30 @@ def test_timeline_writes_a_page_that_has_the_failovers(tmp_path: Path) -> None:
         assert page.stat().st_mode & 0o777 == 0o600, "other users shall not read of a run"
     done = gms_launch("timeline", "--run", "r1", "--html", str(tmp_path / "no" / "page.html"), env=env)
     assert done.returncode == 2 and "cannot be written" in done.stderr
+
+
+def test_groups_are_drawn_and_not_yet_run(tmp_path: Path, model: Path) -> None:
+    config = tmp_path / "s.toml"
+    config.write_text(
+        f'engine = "reference"\nmodel = "{model}"\nnnodes = 3\nleader_addr = "10.0.0.1"\nvirtual_gpus = 4\n'
+        '[[group]]\nname = "big"\nnodes = 2\n[[group]]\nname = "small"\ncount = 2\ngpus = 2\n'
+    )
+    code, text = run(tmp_path, "plan", "--config", str(config))
+    assert code == 0, text
+    assert [line.split()[:4] for line in text.splitlines()[1:]] == [
+        ["node", "0", "GPUs", "0-3"],
+        ["node", "1", "GPUs", "0-3"],
+        ["node", "2", "GPUs", "0-1"],
+        ["GPUs", "2-3", "small-1", "leads,"],
+    ]
+    code, text = run(tmp_path, "plan", "--config", str(config), "--json")
+    assert [(g["name"], g["leader"], g["nodes"], g["gpus"]) for g in json.loads(text)["groups"]] == [
+        ("big", 0, [0, 1], [0, 1, 2, 3]),
+        ("small-0", 2, [2], [0, 1]),
+        ("small-1", 2, [2], [2, 3]),
+    ]
+    for verb in ("up", "doctor"):
+        code, text = run(tmp_path, verb, "--config", str(config))
+        assert (code, len(text.splitlines())) == (2, 1) and "one engine over all its nodes so far" in text
+    code, text = run(tmp_path, "plan", "--config", str(config), "--virtual-gpus", "3")
+    assert code == 2 and "group small-1 wants 2 on one node, and no node has more than 1 GPU left" in text

@@ -1,0 +1,188 @@
+"""Groups: several engines in one run, each with nodes or GPUs of its own. Pure.
+
+`tables` reads what `[[group]]` says, `expand` works out what the groups are: one a table and count, or `--groups`
+equal ones. Each gets the settings that its engine would have as a run of its own, so that every rule between settings
+holds for it too. Where the groups lie is `run.placement`'s business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gms_launch.errors import UsageError
+from gms_launch.numbers import numbered
+from gms_launch.settings import rules
+from gms_launch.settings.declared import BY_NAME, MOST_NODES, Setting, Settings
+
+#: Groups of a run. A name is part of paths and keys, and a count adds a number to it.
+MOST_GROUPS = 1024
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,15}\Z")
+
+#: What a table may say that is no setting of a run without groups.
+OWN = (
+    Setting("name", str, "", "name of the group; with a count, of each with a number behind it", "group"),
+    Setting("count", int, 1, "so many groups like this", "group", minimum=1, maximum=MOST_GROUPS),
+    Setting("nodes", int, 0, "whole nodes that each has to itself", "group", minimum=1, maximum=MOST_NODES),
+    Setting("gpus", int, 0, "GPUs of one node that each has, beside others there", "group", minimum=1, maximum=4096),
+    Setting("role", str, "agg", "what it does of a request", "group", choices=("agg", "prefill", "decode")),
+    Setting("component", str, "", "Dynamo component it registers as; the engine's own when empty", "group"),
+)
+#: Settings that a table may say for its groups. What it does not say comes from the top.
+TAKEN = ("model", "served_model_name", "engine", "engine_file", "tp", "pp", "shadows")
+KEYS: Mapping[str, Setting] = {s.name: s for s in (*OWN, *(BY_NAME[name] for name in TAKEN))}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One engine: `gpus` on each of `nodes` nodes, which are its own if `whole`. `settings` as of a run by itself."""
+
+    name: str
+    nodes: int
+    gpus: int
+    whole: bool
+    role: str
+    component: str
+    settings: Settings
+
+
+def tables(found: Any, where: str, parse: Callable[[Setting, Any, str], Any]) -> tuple[Mapping[str, Any], ...]:
+    """The `[[group]]` tables of a settings file, each with what it says. Raises `UsageError`."""
+    if not isinstance(found, list) or not all(isinstance(table, dict) for table in found):
+        raise UsageError(f"{where}: group is no list of tables; each begins with [[group]]")
+    return tuple(_table(table, f"{where}, [[group]] {k}", parse) for k, table in enumerate(found, 1))
+
+
+def _table(table: Mapping[str, Any], where: str, parse: Callable[[Setting, Any, str], Any]) -> Mapping[str, Any]:
+    said: dict[str, Any] = {}
+    for key, value in table.items():
+        if key == "engine_args":
+            if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+                raise UsageError(f'{where}: engine_args is no list of words, as in ["--max-model-len", "4096"]')
+            if wrong := next(filter(None, map(rules.unprintable, value)), ""):
+                raise UsageError(f"{where}: there is {wrong} in engine_args")
+            said[key] = tuple(value)
+        elif key in KEYS:
+            said[key] = parse(KEYS[key], value, where)
+        else:
+            known = ", ".join([*KEYS, "engine_args"])
+            raise UsageError(f"{where}: unknown key {rules.shortened(key)}; a group has {known}")
+    if not NAME.match(said.get("name", "")):
+        raise UsageError(
+            f"{where}: name {rules.shortened(said.get('name', ''))}: use 1-16 letters, digits, dashes or underscores, "
+            "starting with a letter or digit"
+        )
+    if "nodes" in said and "gpus" in said:
+        raise UsageError(
+            f"{where}: nodes {said['nodes']} gives the group whole nodes, gpus {said['gpus']} a part of one; leave one "
+            "out"
+        )
+    if said.get("component") and not rules.NAMESPACE.match(said["component"]):
+        raise UsageError(
+            f"{where}: component {rules.shortened(said['component'])}: use letters, digits, dashes and underscores"
+        )
+    return said
+
+
+def check(s: Settings) -> None:
+    """Raise `UsageError` for what is wrong with the groups whatever a node has."""
+    if s.groups > 1 and s.tables:
+        raise UsageError(
+            f"groups {s.groups} (from {s.sources.get('groups')}) makes equal groups, and [[group]] tables say which "
+            "there are; leave one out"
+        )
+    names = [name for table in s.tables for name in _names(table)]
+    if len(names) > MOST_GROUPS:
+        raise UsageError(f"[[group]] tables make {len(names)} groups; a run has at most {MOST_GROUPS}")
+    if twice := next((n for n in names if names.count(n) > 1), None):
+        raise UsageError(f"two groups are called {twice}; give their [[group]] tables other names")
+    roles = {table.get("role", "agg") for table in s.tables}
+    for one, other in (("prefill", "decode"), ("decode", "prefill")):
+        if one in roles and other not in roles:
+            raise UsageError(f"a group has role {one} and none has role {other}: neither answers anything alone")
+
+
+def _names(table: Mapping[str, Any]) -> list[str]:
+    count = table.get("count", 1)
+    return [table["name"]] if count == 1 else [f"{table['name']}-{k}" for k in range(count)]
+
+
+def expand(s: Settings, gpus: int) -> tuple[Group, ...]:
+    """The groups of a run whose nodes have `gpus` GPUs each; none without a word about groups. Raises `UsageError`."""
+    if s.tables:
+        return tuple(replace(_group(t, s, gpus), name=name) for t in s.tables for name in _names(t))
+    if s.groups == 1:
+        return ()
+    like = _group(_equal(s, gpus), s, gpus)
+    return tuple(replace(like, name=f"g{k}") for k in range(s.groups))
+
+
+def _equal(s: Settings, gpus: int) -> Mapping[str, Any]:
+    """One of --groups equal groups, as a table would say it."""
+    said: dict[str, Any] = {"name": "g"}
+    if _own_tp(s):
+        return said  # its size follows
+    if s.nnodes % s.groups == 0:
+        return said | {"nodes": s.nnodes // s.groups}
+    on_each, left = divmod(s.groups, s.nnodes)
+    if left or gpus % on_each:
+        raise UsageError(
+            f"--groups {s.groups} on {numbered(s.nnodes, 'node')} with {numbered(gpus, 'GPU')} each: neither whole "
+            f"nodes ({s.nnodes} / {s.groups}) nor the GPUs of a node ({gpus} / ({s.groups} / {s.nnodes})) can be "
+            "shared out evenly; say how large a group is with --tp and --pp"
+        )
+    return said | {"gpus": gpus // on_each}
+
+
+def _own_tp(s: Settings) -> int:
+    """The tensor-parallel size that the user gave; 0 for none. Slurm's is that of all nodes as one engine."""
+    return s.tp if s.sources.get("tp", "Slurm") != "Slurm" else 0
+
+
+def _group(said: Mapping[str, Any], s: Settings, gpus: int) -> Group:
+    tp, pp, nodes, gpus_here, whole = _size(said, s, gpus)
+    name = said["name"]
+    own = {key: said[key] for key in (*TAKEN, "engine_args") if key in said} | {"tp": tp, "pp": pp, "nnodes": nodes}
+    sources = {k: v for k, v in s.sources.items() if k not in ("groups", "node_rank")}
+    mine = replace(s, **own, groups=1, tables=(), node_rank=0, hosts="", sources=sources | dict.fromkeys(own, "group"))
+    try:
+        rules.check(mine)
+    except UsageError as exc:
+        raise UsageError(f"group {name}: {exc}") from None
+    return Group(name, nodes, gpus_here, whole, said.get("role", "agg"), said.get("component", ""), mine)
+
+
+def _size(said: Mapping[str, Any], s: Settings, gpus: int) -> tuple[int, int, int, int, bool]:
+    """tp, pp, nodes, GPUs on each of them, and whether they are its own. Raises `UsageError` with the arithmetic."""
+    name, tp, pp = said["name"], said.get("tp") or _own_tp(s), said.get("pp") or s.pp
+    nodes, part = said.get("nodes", 0), said.get("gpus", 0)
+    each = f"a node has {numbered(gpus, 'GPU')}"
+    if not nodes and not part:
+        if not tp:
+            raise UsageError(f"group {name} says neither nodes, nor gpus, nor tp: nothing tells how large it is")
+        part, nodes = (tp * pp, 0) if tp * pp <= gpus else (0, _nodes_for(tp * pp, gpus))
+    if not tp:
+        tp, left = divmod(part or nodes * gpus, pp)
+        if left or not tp:
+            size = f"gpus {part}" if part else f"nodes {nodes} times {gpus} GPUs"
+            raise UsageError(f"group {name}: {size} cannot be divided by pp {pp}")
+    world = f"tp {tp} times pp {pp} is {numbered(tp * pp, 'GPU')}"
+    if part:
+        if part != tp * pp:
+            raise UsageError(f"group {name}: {world}, and gpus gives it {part}")
+        if part > gpus:
+            raise UsageError(f"group {name}: gpus {part}, and {each}; say nodes for a group of several")
+        return tp, pp, 1, part, False
+    local, left = divmod(tp * pp, nodes)
+    if left or not local:
+        raise UsageError(f"group {name}: {world}, which cannot be spread evenly over {numbered(nodes, 'node')}")
+    if local > gpus:
+        raise UsageError(f"group {name}: {world}, {local} on each of {numbered(nodes, 'node')}, and {each}")
+    return tp, pp, nodes, local, True
+
+
+def _nodes_for(world: int, gpus: int) -> int:
+    """The fewest nodes over which so many GPUs are spread evenly."""
+    return next(n for n in range(-(-world // gpus), world + 1) if world % n == 0)
