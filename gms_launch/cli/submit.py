@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -34,6 +34,16 @@ from gms_launch.urls import hidden
 BODY = Path(sbatch.__file__).with_name("gms-launch.sbatch")
 #: Settings that Slurm decides, in the job.
 _SLURMS = ("node_rank", "leader_addr", "hosts", "nnodes")
+#: Variables that sbatch takes options from. They would go before those of the script, so they are put into it.
+_FROM_SHELL = {
+    "SBATCH_ACCOUNT": "account",
+    "SBATCH_CONSTRAINT": "constraint",
+    "SBATCH_PARTITION": "partition",
+    "SBATCH_QOS": "qos",
+    "SBATCH_RESERVATION": "reservation",
+    "SBATCH_TIMELIMIT": "time",
+}
+_SHORT = {"A": "account", "C": "constraint", "p": "partition", "q": "qos", "t": "time"}
 #: No longer: a task's or a successor's number is added to it, and names end at 20 characters.
 _LONGEST = 16
 POLL = 1.0
@@ -55,6 +65,7 @@ def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout
     if (len(run) > _LONGEST and (job.array or job.successor)) or not RUN_ID.match(run):
         raise UsageError(f"run {run!r}: a name of up to {_LONGEST} characters, since the number of each job is added")
     directory = RunDir.of(run)
+    job = replace(job, options=(*_from_shell(job.options), *job.options))
     job = replace(job, run=run, home=home().absolute(), program=_program(), unset=_in_the_way())
     if job.pyxis or job.apptainer:
         job = replace(job, shared=_shared(settings, make=not dry_run))
@@ -75,6 +86,8 @@ def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout
     print(f"job {number} is run {run}{'-<task>' if job.array else ''}; script, settings and output: {job.directory}")
     if wait:
         _wait_full(directory, job, number, timeout)
+    else:
+        print(f"when it has begun: gms-launch status --run {run}{'-<task>' if job.array else ''}")
 
 
 def as_toml(settings: Settings, secret: Callable[[str], str] = str) -> str:
@@ -113,9 +126,16 @@ def _in_the_way() -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name in os.environ))
 
 
+def _from_shell(options: Sequence[str]) -> list[str]:
+    """What this shell's variables say to sbatch and the command line does not."""
+    given = {_SHORT.get(name, name) for name, _ in map(sbatch.named, options)}
+    said = {option: os.environ.get(env, "") for env, option in _FROM_SHELL.items()}
+    return [f"--{option}={value}" for option, value in said.items() if value and option not in given]
+
+
 def _sbatch(script: Path) -> str:
     """The number of the job. Raises `LaunchError` with what sbatch said."""
-    # Inside a job its variables would be options of this one.
+    # Inside a job its variables would be options of this one; what this shell says is in the script.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_")) or k == "SLURM_CONF"}
     try:
         done = subprocess.run(
@@ -138,7 +158,7 @@ def _wait_full(directory: RunDir, job: sbatch.Job, number: str, timeout: float) 
         state = _state(number)
         if state and state != told:
             told = state
-            print(f"[{time.strftime('%H:%M:%S')}] job {number}: {state.lower()}", flush=True)
+            print(f"[{time.strftime('%H:%M:%S')}] job {number}: {state}", flush=True)
         found = directory.read()
         if found is not None and found.slurm_job == number:
             if not found.live:
@@ -149,7 +169,9 @@ def _wait_full(directory: RunDir, job: sbatch.Job, number: str, timeout: float) 
                 print(f"from here: {tunnel(found.frontend_url, found.leader_host)}")
                 return
         if not state:
-            raise LaunchError(f"job {number} has ended before its run was up; its output: {job.directory}")
+            raise LaunchError(
+                f"job {number} has ended before its run was up; its output: {job.directory}/slurm-{number}.out"
+            )
         if time.monotonic() > deadline:
             raise DeadlineError(f"run {directory.run} is not full after {timeout:g} s; job {number} goes on")
         time.sleep(POLL)  # Slurm announces nothing to those who are not in the job
@@ -174,11 +196,12 @@ def tunnel(url: str, leader: str) -> str:
 
 
 def _state(job: str) -> str:
-    """What squeue says of a job; empty when it has ended. Raises `NoContactError`."""
+    """What squeue says of a job, and why it waits; empty when it has ended. Raises `NoContactError`."""
     try:
         done = subprocess.run(
-            ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=30, check=False
+            ["squeue", "-h", "-j", job, "-o", "%T %r"], capture_output=True, text=True, timeout=30, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise NoContactError(f"squeue does not answer: {exc}") from None
-    return done.stdout.strip()
+    state, _, why = done.stdout.strip().partition(" ")
+    return f"{state.lower()} ({why})" if why not in ("", "None") else state.lower()

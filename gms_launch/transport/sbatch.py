@@ -14,7 +14,10 @@ from pathlib import Path
 from gms_launch.errors import UsageError
 
 #: Set here, so they may not be among the options that are passed on as they are.
-_OURS = ("nodes", "N", "ntasks", "n", "ntasks-per-node", "signal", "requeue", "no-requeue", "output", "o", "wrap")
+_OURS = (
+    *("nodes", "N", "ntasks", "n", "ntasks-per-node", "signal", "requeue", "no-requeue", "output", "o", "wrap"),
+    *("array", "a", "wait", "W", "test-only"),
+)
 _HETEROGENEOUS = (
     "a heterogeneous job has several node lists, and a run has one: a node of it would not know which of them it is in"
 )
@@ -48,14 +51,20 @@ class Job:
         for option in self.options:
             if option == ":" or "hetjob" in option:
                 raise UsageError(_HETEROGENEOUS)
-            long = option.startswith("--")
-            name = re.split(r"[=\s]", option[2:])[0] if long else option[1:2]
+            name = named(option)[0]
             if not option.startswith("-") or "\n" in option or not name:
                 raise UsageError(f"--sbatch {option!r}: expected one option of sbatch, such as --sbatch=--exclusive")
             if name in _OURS:
                 raise UsageError(f"--sbatch {option}: submit sets that itself")
         if self.array and not re.fullmatch(r"[0-9,:%-]+", self.array):
             raise UsageError(f"--array {self.array!r}: expected numbers as sbatch takes them, such as 1-4 or 1,3")
+        limits = [value for name, value in map(named, self.options) if name in ("time", "t")]
+        limit = seconds(limits[-1]) if limits else 0
+        if 0 < limit <= self.before_the_end:
+            what = (
+                f"--successor {self.successor} min" if self.successor * 60 >= self.drain else f"--drain {self.drain} s"
+            )
+            raise UsageError(f"{what} before the end of --time {limits[-1]} is before the job begins")
         if self.successor * 60 and self.successor * 60 <= self.drain:
             raise UsageError(
                 f"--successor {self.successor} min leaves the next job no time before --drain {self.drain} s"
@@ -87,6 +96,29 @@ class Job:
         return max(self.drain, self.successor * 60)
 
 
+def named(option: str) -> tuple[str, str]:
+    """The name of an option of sbatch without its dashes, and its value."""
+    if option.startswith("--"):
+        name, _, value = option[2:].partition("=")
+        if not re.search(r"\s", name):
+            return name, value
+        name, value = re.split(r"\s+", option[2:], maxsplit=1)
+        return name, value
+    return option[1:2], option[2:].strip()
+
+
+def seconds(limit: str) -> int:
+    """A time limit as sbatch takes it; 0 for none, and for what sbatch will refuse."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if found is None:
+        return 0
+    days, *rest = found.groups()
+    one, two, three = (int(x or 0) for x in rest)
+    if days is None and rest[2] is None:  # MINUTES[:SECONDS]
+        return one * 60 + two
+    return (int(days or 0) * 24 + one) * 3600 + two * 60 + three  # [DAYS-]HOURS[:MINUTES[:SECONDS]]
+
+
 def script(job: Job, engine_args: Sequence[str], body: str) -> str:
     """The whole script; `body` is the one of this package. Raises `UsageError`."""
     job.check()
@@ -98,7 +130,7 @@ def script(job: Job, engine_args: Sequence[str], body: str) -> str:
         lines.append(f"#SBATCH --array={job.array}")
     if job.before_the_end:
         lines.append(f"#SBATCH --signal=B:USR1@{job.before_the_end}")
-    lines += [f"#SBATCH {option}" for option in job.options]
+    lines += [f"#SBATCH {_quoted(option)}" for option in job.options]
     name = f"{job.run}-$SLURM_ARRAY_TASK_ID" if job.array else job.run
     if job.successor:
         name = f"{job.run}${{GL_TURN:+.$GL_TURN}}"
@@ -111,6 +143,13 @@ def script(job: Job, engine_args: Sequence[str], body: str) -> str:
     unset = [f"unset {' '.join(job.unset)}  # the settings are those of the file"] if job.unset else []
     text = ["#!/bin/bash", f"# Run {job.run}, by `gms-launch submit`. Its settings: {settings}.", *lines, ""]
     return "\n".join([*text, *unset, *mine, "", _without_header(body)])
+
+
+def _quoted(option: str) -> str:
+    """An option as sbatch reads it from a script, where blanks part words."""
+    name, equals, value = option.partition("=")
+    blank = option.startswith("--") and equals and re.search(r"\s", value) and not re.search(r"[\s'\"\\]", name)
+    return f'{name}="{value}"' if blank and '"' not in value else option
 
 
 def _container(job: Job) -> list[str]:

@@ -78,8 +78,10 @@ def test_an_array_is_a_run_for_each_task(lab: Lab, model: Path) -> None:
     run, one, two = (LabRun(lab, model) for _ in range(3))
     one.run, two.run = f"{run.run}-1", f"{run.run}-2"
     try:
-        done = submit(run, "-N1", "--array=1-2", "--lease-ttl=2")
+        done = submit(run, "-N1", "--array=1-2", "--lease-ttl=2", "--sbatch=--comment=of two words")
         assert done.returncode == 0, done
+        told = lab.run(["squeue", "-h", "-j", done.stdout.split()[1], "-o", "%k"])
+        assert set(told.stdout.splitlines()) == {"of two words"}, told
         for task in (one, two):
             eventually(lambda task=task: (task.home / "run.json").exists(), LONG)
             task.processes = [subprocess.Popen(["sleep", "infinity"], text=True)]
@@ -113,6 +115,13 @@ def test_what_slurm_refuses_is_told_and_nothing_else_happens(lab: Lab, model: Pa
     run = LabRun(lab, model)
     done = submit(run, "-N1", "-p", "no-such-partition")
     assert done.returncode == 3 and "sbatch refused" in done.stderr and "partition" in done.stderr, done
+    # What the shell says to sbatch counts, and is overruled by what is typed.
+    done = submit(run, "-N1", SBATCH_PARTITION="no-such-partition")
+    assert done.returncode == 3 and "partition" in done.stderr, done
+    done = submit(run, "-N1", "-p", "lab", "--dry-run", SBATCH_PARTITION="elsewhere", SBATCH_ACCOUNT="us")
+    assert "--partition=lab\n" in done.stdout and "elsewhere" not in done.stdout and "--account=us\n" in done.stdout, (
+        done
+    )
     assert submit(run, "-N1", "--hosts=a,b").returncode == 2
     assert submit(run, "-N2", "--tp=3").returncode == 2
     done = submit(run, "-N1", "--sbatch=:")

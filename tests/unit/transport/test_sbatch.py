@@ -55,6 +55,28 @@ def test_containers_get_what_nodes_share() -> None:
     assert f"GL_AGENT=(apptainer exec --nv {binds} /images/v.sif gms-launch)" in found
 
 
+def test_a_value_of_several_words_stays_one() -> None:
+    found = lines(replace(JOB, options=("--comment=two words", "--exclusive", "-p a")))
+    assert {'#SBATCH --comment="two words"', "#SBATCH --exclusive", "#SBATCH -p a"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("30", 1800),
+        ("30:10", 1810),
+        ("4:00:00", 14400),
+        ("1-0", 86400),
+        ("1-2:30", 95400),
+        ("1-00:00:05", 86405),
+        ("UNLIMITED", 0),
+        ("4h", 0),
+    ],
+)
+def test_time_limits_as_slurm_reads_them(limit: str, expected: int) -> None:
+    assert sbatch.seconds(limit) == expected
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -66,6 +88,11 @@ def test_containers_get_what_nodes_share() -> None:
         ({"options": ("-N4",)}, "submit sets that itself"),
         ({"options": ("-o out",)}, "submit sets that itself"),
         ({"successor": 1, "drain": 60}, "no time before"),
+        ({"options": ("--array=1-4",)}, "submit sets that itself"),
+        ({"options": ("--wait",)}, "submit sets that itself"),
+        ({"successor": 10, "options": ("--time=10",)}, "before the job begins"),
+        ({"successor": 10, "options": ("-t 9:30",)}, "before the job begins"),
+        ({"drain": 7200, "options": ("--time=5", "--time 0-2")}, "before the job begins"),
         ({"successor": 5, "requeues": 1}, "--successor goes without"),
         ({"successor": 5, "array": "1-2"}, "--successor goes without"),
         ({"array": "1-2; rm"}, "--array"),
