@@ -14,6 +14,7 @@ from gms_launch.cohort.controller import NODE_GRACE
 from gms_launch.control import terms
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
+from tests.support import LONG, eventually
 
 WAYS = ("both", "from the node", "to the node")
 
@@ -51,6 +52,9 @@ def endure(run: LabRun, cuts: int, lease_ttl: float, seed: int) -> None:
             time.sleep(max(0.0, begun + 0.8 * lease_ttl - time.monotonic()))
         finally:
             end()
+        # The ranks' own connection, too, is only as good as TCP's back-off, which doubles with each packet lost: cut
+        # anew before it has recovered it may stand still for minutes, and no token for a minute is a hang.
+        eventually(lambda: run.text(2.0), LONG, f"tokens after cut {number} ({way})")
         assert {i.identity for i in run.engines()} == engines, f"cut {number} ({way})"
     time.sleep(terms.granted(lease_ttl) + NODE_GRACE)  # whatever was to come of the last one has come
     assert {i.identity for i in run.engines()} == engines
