@@ -166,7 +166,7 @@ def _wait_full(directory: RunDir, job: sbatch.Job, number: str, timeout: float) 
             shot = _look(directory, found)
             if shot is not None and shot.redundancy == "full":
                 print(f"ready: {found.frontend_url}, model {found.model_name}")
-                print(f"from here: {tunnel(found.frontend_url, found.leader_host)}")
+                print(f"from your own machine: {tunnel(found.frontend_url, found.leader_host)}")
                 return
         if not state:
             raise LaunchError(
@@ -187,11 +187,11 @@ def _look(directory: RunDir, found: RunFile) -> Snapshot | None:
 
 
 def tunnel(url: str, leader: str) -> str:
-    """How somebody who is not on the cluster reaches the frontend."""
+    """How somebody who is not on the cluster reaches the frontend, at the same port of their own loopback."""
     parts = urlsplit(url)
     login, port = socket.getfqdn(), parts.port
     if parts.hostname in ("127.0.0.1", "::1", "localhost"):
-        return f"ssh -J {login} -L {port}:localhost:{port} {leader}"
+        return f"ssh -J {login} -L {port}:127.0.0.1:{port} {leader}"
     return f"ssh -L {port}:{parts.hostname}:{port} {login}"
 
 

@@ -171,18 +171,6 @@ def test_a_node_that_cannot_start_ends_the_run_with_its_reason(bare_lab: Lab, mo
 # -- SSH -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def ssh_home(lab: Lab, tmp_path: Path) -> Path:
-    """A user's home whose SSH knows the lab's nodes and their host key."""
-    ssh = tmp_path / "home" / ".ssh"
-    ssh.mkdir(parents=True, mode=0o700)
-    key = (lab.dir / "etc" / "ssh_host_ed25519_key.pub").read_text()
-    (ssh / "known_hosts").write_text("".join(f"{n.address} {key}" for n in lab.nodes.values()))
-    entries = [f"Host {n.name}\n  HostName {n.address}\n" for n in lab.nodes.values()]
-    (ssh / "config").write_text("".join(entries) + f"Host *\n  User root\n  IdentityFile {lab.dir}/etc/id_ed25519\n")
-    return ssh.parent
-
-
 def by_ssh(lab: Lab, model: Path, home: Path, hosts: str = "node[1-3]", *flags: str) -> LabRun:
     """The model's path is relative: the agents run where the command does."""
     run = LabRun(lab, Path(model.name), *flags)

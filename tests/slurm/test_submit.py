@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
 from tests.slurm.test_manners import job
-from tests.support import LONG, eventually
+from tests.support import LONG, eventually, free_port
 
 WAIT = ("--wait", "--timeout=240")
 
@@ -18,7 +21,7 @@ WAIT = ("--wait", "--timeout=240")
 def submit(run: LabRun, *flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """The verb, typed in a shell that has more in its environment than the job is meant to have."""
     own = ["--run", run.run, "--engine", "reference", "--model", str(run.model), "--served-model-name", "tiny"]
-    own += ["--open-frontend"]  # it is asked from the login node
+    own += [] if run.closed else ["--open-frontend"]  # it is asked from the login node
     return run.lab.run(["gms-launch", "submit", *own, *run.flags, *flags], env=environ, timeout=300)
 
 
@@ -42,7 +45,7 @@ def test_what_was_settled_here_is_what_runs_there(lab: Lab, model: Path) -> None
         assert "#SBATCH --nodes=2" in shown.stdout and "shadows = 2" in shown.stdout, shown
         assert not saved.exists()
         done = submit(run, "-N2", "--requeue=1", *WAIT, GMS_LAUNCH_SHADOWS="2", GMS_LAUNCH_NATS="0")
-        assert done.returncode == 0 and "ready: http" in done.stdout and "from here: ssh " in done.stdout, done
+        assert done.returncode == 0 and "ready: http" in done.stdout and "machine: ssh " in done.stdout, done
         number = done.stdout.split()[1]
         assert "shadows = 2" in (saved / "settings.toml").read_text()
         assert run.run_file()["settings"]["shadows"] == 2 and not run.run_file()["settings"]["nats"]
@@ -72,6 +75,35 @@ def test_a_job_of_the_queue_comes_up_again_as_often_as_it_may(lab: Lab, model: P
         assert run.run_file()["exit_code"] == 0 and run.left() == {}
     finally:
         cleared(lab, run)
+
+
+def test_the_ssh_line_leads_to_a_frontend_on_loopback(lab: Lab, model: Path, ssh_home: Path) -> None:
+    run = LabRun(lab, model)
+    run.closed = True
+    try:
+        done = submit(run, "-N1", "--lease-ttl=2", *WAIT)
+        found = re.search(r"machine: ssh -J \S+ -L (\d+):127.0.0.1:\1 (\S+)\n", done.stdout)
+        assert found, done
+        # This machine is the login node that is jumped over; the port may be somebody else's here.
+        own = free_port()
+        ssh = ["ssh", "-F", f"{ssh_home}/.ssh/config", "-o", f"UserKnownHostsFile={ssh_home}/.ssh/known_hosts", "-N"]
+        tunnel = lab.popen([*ssh, "-L", f"{own}:127.0.0.1:{found[1]}", found[2]], env={})
+        try:
+            answer = eventually(lambda: asked(f"http://127.0.0.1:{own}/v1/models"), LONG)
+            assert json.loads(answer)["data"][0]["id"] == "tiny"
+        finally:
+            tunnel.kill()
+            tunnel.wait()
+    finally:
+        cleared(lab, run)
+
+
+def asked(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return str(answer.read().decode())
+    except OSError:
+        return ""
 
 
 def test_an_array_is_a_run_for_each_task(lab: Lab, model: Path) -> None:
