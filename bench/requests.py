@@ -11,7 +11,9 @@ same at moments at which nothing happened, since a token takes its time (--token
 Rows: the hold, the same with `--migration-limit 0`, and, given an interpreter with torch, torchrun's restart of the
 same ranks, whose outage is to be compared (nothing in flight survives it).
 
-`cost` is what the hold costs while all is well: two deployments, one with it and one without, asked in turns.
+`cost` is what the hold costs while all is well: deployments asked in turns, one with it, one in which pidfd_getfd is
+refused, so that everything is the same but that no socket is taken ("not armed"), and one without it, whose frontend
+does not keep what it would need to move a request either.
 
 A row is written to bench/results/requests.json after every kill, with the kills so far, and takes the place of an
 earlier one of the same number of nodes and kind; the others stay, so that the parts may be run one by one. Each row has
@@ -33,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,10 +44,11 @@ from bench.failover import summary
 from bench.peers.__main__ import Peer
 from bench.stopping import stoppable, whole
 from gms_launch.engines.reference.demo_model import make
+from tests import no_getfd, support
 from tests.load import Load, Question
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
-from tests.support import Deployment
+from tests.support import GMS_LAUNCH, Deployment, eventually
 
 OUT = Path(__file__).with_name("results") / "requests.json"
 DOCS = Path(__file__).parents[1] / "docs" / "measurements.md"
@@ -52,6 +56,12 @@ FIRST, LAST = "<!-- figures: bench/results/requests.json -->\n", "<!-- end of fi
 #: A life that was killed on purpose does not use the budget up, and a busy machine is slow to answer.
 FLAGS = ("--canary-timeout", "60", "--health-timeout", "30")
 CONFIGS: dict[str, tuple[str, ...]] = {"hold": (), "no hold": ("--migration-limit", "0")}
+#: What is compared while nothing dies, and by what command each is started.
+COST = {
+    "hold": (GMS_LAUNCH, ()),
+    "not armed": ([sys.executable, str(Path(no_getfd.__file__)), *GMS_LAUNCH], ()),
+    "no hold": (GMS_LAUNCH, CONFIGS["no hold"]),
+}
 PEER = "torchrun, restarts, fastest"
 
 
@@ -150,20 +160,24 @@ def row_of(load: Load, kills: list[tuple[float, str]], calm: list[float]) -> dic
 
 
 def cost(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second and latency with the hold armed and without, in turns, nothing dying."""
-    found: dict[str, dict[str, list[float]]] = {name: {"tokens_per_s": [], "latency_s": []} for name in CONFIGS}
+    """Tokens a second and latency with the hold armed, not armed and without it, in turns, nothing dying."""
+    found: dict[str, dict[str, list[float]]] = {name: {"tokens_per_s": [], "latency_s": []} for name in COST}
     with tempfile.TemporaryDirectory(prefix="requests-") as name, contextlib.ExitStack() as stack:
         model = Path(name) / "model"
         make(model, 8)
-        runs = {
-            config: stack.enter_context(Deployment(Path(name) / config.replace(" ", "-"), model, *FLAGS, *flags))
-            for config, flags in CONFIGS.items()
-        }
+        runs = {}
+        for config, (program, flags) in COST.items():
+            support.GMS_LAUNCH = program
+            run = Deployment(Path(name) / config.replace(" ", "-"), model, *FLAGS, *flags)
+            runs[config] = stack.enter_context(run)
+        support.GMS_LAUNCH = GMS_LAUNCH
         texts: dict[Question, str] = {}
-        for run in runs.values():
+        for config, run in runs.items():
             run.wait_full()
+            if kind := {"hold": "hold_armed", "not armed": "hold_refused"}.get(config):
+                eventually(partial(run.events, kind), what=f"{config}: {kind}")
         for turn in range(options.turns + 1):
-            for config, run in list(runs.items()) if turn % 2 else list(reversed(runs.items())):
+            for config, run in random.Random(turn).sample(list(runs.items()), len(runs)):
                 begun = time.monotonic()
                 with Load(run.run_file["frontend_url"], 16, 16, tokens=32, texts=texts) as load:
                     load.wait_busy(options.turn_seconds)
@@ -184,7 +198,7 @@ def cost(options: argparse.Namespace) -> dict[str, Any]:
         }
         for config, f in found.items()
     }
-    with_it, without = rows["hold"], rows["no hold"]
+    with_it, without = rows["hold"], rows["not armed"]
     return rows | {
         "ratio_tokens": round(with_it["tokens_per_s"]["median"] / without["tokens_per_s"]["median"], 3),
         "ratio_p99": round(with_it["latency"]["p99_ms"] / without["latency"]["p99_ms"], 3),
@@ -225,9 +239,9 @@ def figures(result: dict[str, Any]) -> str:
         lines.append("| while nothing dies | tokens a second, median | latency, p50 / p99 |\n| --- | --- | --- |")
         lines += [
             f"| {name} | {cost[name]['tokens_per_s']['median']:g} | {_seconds(cost[name]['latency'])} |"
-            for name in CONFIGS
+            for name in COST
         ]
-        lines.append(f"\nWith the hold beside without: tokens {cost['ratio_tokens']:g}, p99 {cost['ratio_p99']:g}.\n")
+        lines.append(f"\nArmed beside not armed: tokens {cost['ratio_tokens']:g}, p99 {cost['ratio_p99']:g}.\n")
     have = {(r["nodes"], r["config"]) for r in result["rows"]}
     missing = [f"{n} nodes, {c}" for n in (1, 3) for c in (*CONFIGS, "torchrun") if (n, c) not in have]
     missing += [] if "cost_when_all_is_well" in result else ["the cost"]

@@ -41,7 +41,15 @@ def test_figures_say_what_was_measured_and_what_was_not() -> None:
     assert "3 nodes, no hold: stopped before its end (x)." in text
     assert "Not run: 1 nodes, hold; 1 nodes, no hold; 1 nodes, torchrun; 3 nodes, torchrun; the cost." in text
     latency = {"tokens_per_s": {"median": 900.5}, "latency": pause}
-    cost = {"command": "c", "machine": "m", "hold": latency, "no hold": latency, "ratio_tokens": 1.0, "ratio_p99": 0.98}
+    cost = {
+        "command": "c",
+        "machine": "m",
+        "hold": latency,
+        "not armed": latency,
+        "no hold": latency,
+        "ratio_tokens": 1.0,
+        "ratio_p99": 0.98,
+    }
     text = requests.figures({"rows": [], "cost_when_all_is_well": cost})
     assert "| hold | 900.5 | 0.64 / 0.99 s |" in text and "tokens 1, p99 0.98" in text and "By `c` on m." in text
 
