@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +39,7 @@ def _yaml(data: Any, indent: str) -> Iterator[str]:
                 yield f"{indent}{json.dumps(str(key))}:"
                 yield from _yaml(value, indent + "  ")
             else:
-                yield f"{indent}{json.dumps(str(key))}: {json.dumps(value)}"
+                yield f"{indent}{json.dumps(str(key))}: {_scalar(value)}"
     elif isinstance(data, (list, tuple)) and data:
         for value in data:
             if _nested(value):
@@ -46,9 +47,15 @@ def _yaml(data: Any, indent: str) -> Iterator[str]:
                 yield f"{indent}- {first.lstrip()}"
                 yield from rest
             else:
-                yield f"{indent}- {json.dumps(value)}"
+                yield f"{indent}- {_scalar(value)}"
     else:
-        yield f"{indent}{json.dumps(data)}"
+        yield f"{indent}{_scalar(data)}"
+
+
+def _scalar(value: Any) -> str:
+    """As JSON has it, but for a number such as 5e-05: without a point YAML 1.1 takes it for a text."""
+    text = json.dumps(value)
+    return re.sub(r"^(-?\d+)e", r"\1.0e", text) if isinstance(value, float) else text
 
 
 def _nested(value: Any) -> bool:

@@ -117,7 +117,7 @@ table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tab
 caption { text-align: left; color: var(--dim); padding-bottom: 0.25rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.2rem 0.9rem 0.2rem 0; border-bottom: 1px solid var(--line); }
 th { color: var(--dim); font-weight: 600; }
-.number { text-align: right; }
+.number { text-align: right; white-space: nowrap; }
 .badge { border-radius: 1rem; padding: 0.1rem 0.7rem; border: 2px solid var(--line); }
 .badge.full { border-color: var(--good); }
 .badge.degraded { border-color: var(--waking); }

@@ -50,10 +50,11 @@ def timeline(story: Story, made: float) -> str:
 
 
 def events(story: Story, made: float) -> str:
-    """Everything that happened."""
+    """Everything that happened: the newest on top, where somebody who keeps it open looks."""
     left = len(story.events) - LISTED
     head = [el("p", f"The newest {LISTED}; {left} older ones are in the run's events.jsonl.")] if left > 0 else []
-    found = table("what happened, times in UTC", words.EVENTS, words.events(story.events[-LISTED:]), (1,))
+    rows = words.events(sorted(story.events, key=lambda e: e.time)[-LISTED:])[::-1]
+    found = table("what happened, newest first, times in UTC", words.EVENTS, rows, (1,))
     return _page(f"run {story.run}: events", story.links, [*head, found], made, story.over)
 
 

@@ -16,6 +16,7 @@ DATA = {
     "none": None,
     "at": 1795920333.25,
     "yes": True,
+    "short": [5e-05, -1e-07, 1e22, 1.5e-06],
     "cohorts": [{"id": 0, "ranks": [{"pid": 1, "left": []}, {"pid": 2, "left": [[1, 2], "x"]}]}, {}, []],
     "empty": {},
     "odd key: #": {"0": [None]},

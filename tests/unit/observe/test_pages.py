@@ -141,6 +141,8 @@ def test_a_long_life_makes_no_endless_page() -> None:
     assert 'id="failover-3000"' in text and 'id="failover-2900"' not in text
     events = pages.events(replace(STORY, events=EVENTS * 100), BEGIN)
     assert events.count("<tr>") == pages.LISTED + 1 and "older ones are in the run's events.jsonl" in events
+    told = re.findall(r"<td>(\d{4}-\S+Z)</td>", events)
+    assert len(told) == pages.LISTED and told == sorted(told, reverse=True), "the newest is on top"
 
 
 @pytest.mark.parametrize("rearmed", [0.3, 0.36, 4.0, 43.0, 1800.0])
