@@ -343,6 +343,19 @@ def listens(pid: int, port: int) -> bool:
     return any(name.startswith("socket:[") and name[8:-1] in inodes for name in names)
 
 
+def who_listens(port: int) -> int | None:
+    """The user id of somebody who listens on a TCP `port` in our network namespace; None when nobody does."""
+    for table in ("tcp", "tcp6"):
+        try:
+            rows = _read(f"/proc/net/{table}").decode().splitlines()[1:]
+        except OSError:
+            continue
+        for row in (line.split() for line in rows):
+            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
+                return int(row[7])
+    return None
+
+
 def boot_id() -> str:
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()

@@ -124,7 +124,7 @@ class ServiceRunner:
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if self._exited.is_set():
                     assert self._child is not None
-                    raise self._error(f"ended while it was starting ({self._child.exit})")
+                    raise self._error(f"ended while it was starting ({self._child.exit}){self._squatter()}")
                 failed = await probe
                 assert self._child is not None
                 port = self.service.port
@@ -137,6 +137,12 @@ class ServiceRunner:
                 await asyncio.wait({exited}, timeout=0.02)
         finally:
             exited.cancel()
+
+    def _squatter(self) -> str:
+        """Whoever has taken its port meanwhile, for people: what clients send goes there now."""
+        if self.service.port is None or (uid := proc.who_listens(self.service.port)) is None:
+            return ""
+        return f"; a process of uid {uid} listens on port {self.service.port}"
 
     def _error(self, text: str) -> ServiceError:
         command = " ".join(self.service.command.argv)

@@ -208,6 +208,7 @@ def test_a_service_that_cannot_start_shows_its_log_at_once(run: str, fast_dir: P
             await ServiceRunner(second, f"{run}/etcd", 0, output(fast_dir), lambda *_: None).start()
         assert asyncio.get_running_loop().time() - begun < 300.0
         assert "address already in use" in str(caught.value)
+        assert f"; a process of uid {os.getuid()} listens on port {port}\n" in str(caught.value), "who has it is told"
         await first.stop()
 
     port = free_port()
