@@ -153,6 +153,18 @@ def test_another_interpreter_is_asked_without_importing(tmp_path: Path) -> None:
     assert "a working interpreter" in installed.look(str(tmp_path / "none"), ("json",)).missing[0]
 
 
+@pytest.mark.parametrize("lacking", [(), ("setproctitle",)])
+def test_doctor_says_when_the_real_engines_processes_have_no_titles(
+    monkeypatch: pytest.MonkeyPatch, lacking: tuple[str, ...]
+) -> None:
+    def look(_python: str, modules: tuple[str, ...], _distributions: tuple[str, ...] = ()) -> installed.Installed:
+        return installed.Installed(tuple(m for m in modules if m in lacking), {"vllm": "0.23.0"})
+
+    monkeypatch.setattr(installed, "look", look)
+    told = get("vllm").describe(resolve({"model": "/models/q"}, {}))
+    assert ("only its main process is watched" in told) is bool(lacking)
+
+
 METRICS = """
 # HELP dynamo_component_engine_failover_state 1 for the state
 dynamo_component_engine_failover_state{dynamo_component="backend",engine_id="1",model="m",state="init"} 0
