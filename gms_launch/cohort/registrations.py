@@ -66,7 +66,11 @@ class Registrations:
 
     def present(self, life: Life) -> bool:
         """True for a life that is registered now."""
-        return bool(self._here & set(self.of(life)))
+        return self.here(self.of(life))
+
+    def here(self, leases: Collection[int]) -> bool:
+        """True when one of these leases has a registered instance now."""
+        return not self._here.isdisjoint(leases)
 
     def lost(self, life: Life) -> bool:
         """True for a life that was registered and is not any more."""

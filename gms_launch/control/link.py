@@ -154,9 +154,16 @@ class ControlLink:
         """All that an engine has stored in Dynamo's discovery under its lease. Blocks. Raises `NoContactError`."""
         return self._etcd.attached(DYNAMO_ROOT, lease)
 
-    def put_back(self, records: Mapping[str, bytes], seconds: float) -> int:
-        """Store records that are gone, under a new lease of ours; returns it. Blocks. Raises `NoContactError`."""
-        lease = self._etcd.grant(seconds)
+    def grant(self, seconds: float) -> int:
+        """A new lease, which nobody keeps. Blocks. Raises `NoContactError`."""
+        return self._etcd.grant(seconds)
+
+    def put_back(self, records: Mapping[str, bytes], seconds: float, lease: int = 0) -> int:
+        """Store records where they are gone, under a lease of ours, or a new one; returns it. Blocks.
+
+        Raises `NoContactError`.
+        """
+        lease = lease or self._etcd.grant(seconds)
         for key, value in records.items():
             self._etcd.create(key, value, lease)
         return lease

@@ -45,7 +45,7 @@ class Discovery:
     ) -> None:
         self._layout, self._report, self._spawn, self._ranks, self._dead = layout, report, spawn, ranks, dead
         self._registered = Registrations()
-        self._missing: dict[Life, float] = {}
+        self._missing: set[Life] = set()
         self._ended: set[Life] = set()
         self._waking: dict[Life, float] = {}
         self._standing = Standing(lambda: report.link, layout.settings.dynamo_lease_ttl)
@@ -69,7 +69,8 @@ class Discovery:
 
     def doubted(self, life: Life) -> None:
         """A life may hang, and nobody renews its lease then: its requests wait until that is decided."""
-        self._spawn(self._keep(life))
+        if life not in self._missing:  # that is decided there, by whether it comes back itself
+            self._spawn(self._keep(life))
 
     def seen(self, found: dict[str, bytes]) -> None:
         """What is registered in Dynamo's discovery now: each instance belongs to exactly one life.
@@ -91,11 +92,9 @@ class Discovery:
             self._arm(dynamo_lease(key), record)
         self._holds.news()
         for rank in self._ranks():
-            if not self._is_missing(rank):
-                self._missing.pop(rank.life, None)
-            elif rank.life not in self._missing:
-                self._missing[rank.life] = time.monotonic()
-                self._spawn(self._miss(rank, self._missing[rank.life]))
+            if self._is_missing(rank) and rank.life not in self._missing:
+                self._missing.add(rank.life)
+                self._spawn(self._miss(rank))
 
     def _arm(self, lease: int | None, record: bytes) -> None:
         """Be ready to hold the requests of the engine that an instance belongs to."""
@@ -105,16 +104,35 @@ class Discovery:
         if rank is not None and rank.child is not None and rank.phase is Phase.ACTIVE and where is not None:
             self._holds.arm(rank.life, rank.child.pgid, where)
 
+    def _serves(self, rank: Rank) -> bool:
+        return rank.phase is Phase.ACTIVE and not rank.stopping
+
     def _is_missing(self, rank: Rank) -> bool:
         """True for a rank that served, and that no frontend can find any more."""
-        return rank.phase is Phase.ACTIVE and not rank.stopping and self._registered.lost(rank.life)
+        return self._serves(rank) and self._registered.lost(rank.life)
 
-    async def _miss(self, rank: Rank, since: float) -> None:
-        """Take an engine for dead whose registration stays away: it may live on, and nobody asks it anything."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(rank.ended.wait(), UNREGISTERED_GRACE)
-        if self._missing.get(rank.life) == since and self._is_missing(rank) and self._layout.settings.group_kill:
-            self._dead(rank, f"hung: it lives, and has not been registered with Dynamo for {UNREGISTERED_GRACE:g} s")
+    async def _miss(self, rank: Rank) -> None:
+        """Take an engine for dead whose registration stays away: it may live on, and nobody asks it anything.
+
+        Until then it is registered by us, so that what is new waits if it does not answer any more.
+        """
+        own, settings, ours = self._registered.of(rank.life), self._layout.settings, None
+        try:
+            if settings.migration_limit and settings.group_kill and (ours := await self._standing.lease()) is not None:
+                self._registered.belongs(ours, rank.life)
+                await self._standing.stand_in(own[0], ours)
+            self._report.emit("unregistered", *rank.life, "it serves, and its registration with Dynamo is gone")
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(rank.ended.wait(), UNREGISTERED_GRACE)
+            if not self._serves(rank):
+                return  # what is held ends all its leases
+            if self._registered.here(own):
+                await self._standing.end([ours] if ours is not None else [])
+            elif settings.group_kill:
+                why = f"hung: it lives, and has not been registered with Dynamo for {UNREGISTERED_GRACE:g} s"
+                self._dead(rank, why)
+        finally:
+            self._missing.discard(rank.life)
 
     def _around(self, life: Life) -> Around:
         """How things stand for the requests of a dead life: is there somebody to go to, or will there be?"""

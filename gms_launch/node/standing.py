@@ -8,6 +8,7 @@ and what is gone is put back under a lease of ours. `end` takes all of it away. 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -53,9 +54,24 @@ class Standing:
         alive = link.keep(lease)
         known = self._records.get(lease, {})
         missing = known if not alive else {k: v for k, v in known.items() if k not in link.registration(lease)}
-        ours = self._ours.get(lease)
-        if missing and (ours is None or not link.keep(ours)):
-            self._ours[lease] = link.put_back(missing, self.ttl)
+        if missing:
+            ours = self._ours.get(lease)
+            self._ours[lease] = link.put_back(missing, self.ttl, ours if ours and link.keep(ours) else 0)
+
+    async def lease(self) -> int | None:
+        """A new lease of ours; None when etcd gives none."""
+        return await self._ask(lambda link: link.grant(self.ttl))
+
+    async def stand_in(self, lease: int, ours: int) -> None:
+        """Register under `ours` what an engine has taken away, as one more engine at the same address.
+
+        Under names of its own, so that the engine's are free: it may come back to them.
+        """
+        names, records = (f"{lease:x}", f"{ours:x}"), self._records.get(lease, {})
+        found = {key.replace(*names): _renamed(value, lease, ours) for key, value in records.items()}
+        async with self._turn:
+            if ours not in self._over:
+                await self._ask(lambda link: link.put_back(found, self.ttl, ours))
 
     async def end(self, leases: Iterable[int]) -> list[int]:
         """Take an engine's registration away; returns the leases of its own that ended by this."""
@@ -80,6 +96,17 @@ class Standing:
         except LaunchError as exc:
             log.warning("the registration of an engine could not be looked after: %s", exc)
             return None
+
+
+def _renamed(record: bytes, lease: int, ours: int) -> bytes:
+    """A record in Dynamo's discovery, for another instance."""
+    try:
+        found = json.loads(record)
+    except ValueError:
+        return record
+    if isinstance(found, dict) and found.get("instance_id") == lease:
+        found["instance_id"] = ours
+    return json.dumps(found).encode()
 
 
 def _revoke(link: ControlLink, lease: int) -> bool:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,21 +152,48 @@ def test_a_failover_right_after_etcd_came_back_loses_nothing(run: Deployment) ->
 
 
 def test_an_engine_that_is_told_to_end_is_a_death_like_another(run: Deployment) -> None:
-    """It takes its registration away and finishes what it has. After 2 s of that it is taken for dead, and held.
+    """It takes its registration away, refuses what is new and finishes what it has, for longer than is waited for.
 
-    What is new in those 2 s is lost: the frontend knows nobody.
+    Only what comes between that and the registration by our hand may be lost.
     """
-    with Load(run.run_file["frontend_url"], streams=12, unary=4, rate=20, tokens=80) as load:
+    earlier, unregistered = len(run.events("hung")), len(run.events("unregistered"))
+    with Load(run.run_file["frontend_url"], streams=12, unary=4, rate=10, tokens=400) as load:
         old = primary(run)
-        load.wait_busy()
-        earlier = len(run.events("released"))
+        load.wait_busy(1.0)
+        told = time.monotonic()
         os.kill(old["ranks"][0]["pid"], signal.SIGTERM)
+        (hung,) = eventually(lambda: run.events("hung")[earlier:], what="it is dead, although it has not finished")
+        assert "has not been registered with Dynamo for 2 s" in hung["detail"]
         eventually(lambda: run.status()["primary"] == 1 - old["cohort_id"], what="another serves")
-        (released,) = eventually(lambda: run.events("released")[earlier:], what="those that waited are sent on")
-        run.wait_full()
-        over = released["time"] - time.time() + time.monotonic() + 2.0  # until the frontend has heard of the other one
-    assert not load.wrong
-    assert not [a for a in load.lost if a.sent > over], [a.error for a in load.lost][:3]
+    (event,) = run.events("unregistered")[unregistered:]
+    again = event["time"] - time.time() + time.monotonic() + 0.5  # until the frontend has heard of it
+    assert load.in_flight_at(told, True) and load.in_flight_at(again, False) and not load.wrong
+    assert not [a for a in load.lost if not told - 0.1 < a.sent < again], load.said()
+
+
+def test_an_engine_that_registers_again_by_itself_is_not_killed(run: Deployment) -> None:
+    """Put to sleep and woken: its own names in discovery were free for it."""
+    old, hung = primary(run), len(run.events("hung"))
+    before, unregistered = run.text(), len(run.events("unregistered"))
+    pid = old["ranks"][0]["pid"]
+    environ = dict(e.split("=", 1) for e in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in e)
+
+    def post(what: str) -> None:
+        url = f"http://127.0.0.1:{environ['DYN_SYSTEM_PORT']}/engine/control/{what}"
+        with urllib.request.urlopen(urllib.request.Request(url, b"{}", {"Content-Type": "application/json"})) as said:
+            assert json.load(said)["status"] == "ok"
+
+    def registered() -> list[str]:
+        return run.etcdctl("get", "--prefix", "--keys-only", "v1/instances/dynamo/backend/generate/").split()
+
+    (own,) = registered()
+    post("sleep")
+    post("wake_up")
+    eventually(lambda: len(run.events("unregistered")) > unregistered)
+    eventually(lambda: len(registered()) == 2, what="registered by our hand too")
+    eventually(lambda: registered() == [own], what="and by its own only")
+    assert run.text() == before and len(run.events("hung")) == hung
+    assert run.status()["primary"] == old["cohort_id"] and primary(run)["incarnation"] == old["incarnation"]
 
 
 def test_requests_wait_for_longer_than_the_dead_engines_lease(tmp_path: Path, model: Path) -> None:
