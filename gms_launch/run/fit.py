@@ -73,6 +73,11 @@ class Fit:
         return found if found * self.total > self.weights else 0.0
 
     @property
+    def largest_kv(self) -> int:
+        """The most that the KV cache can have with that."""
+        return max(0, math.floor(self.largest * self.total) - self.weights)
+
+    @property
     def problem(self) -> str:
         """Why it does not fit, and what would; empty when it does."""
         if self.most <= self.total and self.kv:
@@ -100,22 +105,29 @@ class Fit:
             "parked_bytes": self.parked,
             "starting_bytes": self.starting,
             "largest_gpu_memory_utilization": self.largest,
+            "largest_kv_bytes_at_most": self.largest_kv,
             "fits": not self.problem,
             "problem": self.problem,
         }
 
     def lines(self) -> list[str]:
         """The table, for people."""
-        holds = f", {self.tokens:,} tokens" if self.token else ""
+
+        def holds(kv: int) -> str:
+            return f", {kv // self.token:,} tokens" if self.token else ""
+
         rows = [
             ("the engine that serves, with", self.serving, f"--gpu-memory-utilization {self.utilization:g}"),
             ("  weights", self.weights, "one copy for all engines"),
-            ("  KV cache, at most", self.kv, f"less what the engine works in{holds}"),
+            ("  KV cache, at most", self.kv, f"less what the engine works in{holds(self.kv)}"),
             ("parked engines", self.parked, ""),
             ("a shadow while it starts", self.starting, "scratch KV"),
             ("together", self.most, f"of {self.total / GIB:.1f} GiB"),
         ]
-        said = [f"{name:<30}{size / GIB:>8.2f} GiB  {more}".rstrip() for name, size, more in rows]
+        if self.largest:
+            with_flag = f"with --gpu-memory-utilization {self.largest:.2f}{holds(self.largest_kv)}"
+            rows.append(("largest KV cache beside shadows", self.largest_kv, with_flag))
+        said = [f"{name:<32}{size / GIB:>8.2f} GiB  {more}".rstrip() for name, size, more in rows]
         return [*said, self.problem or f"fits; --gpu-memory-utilization may be up to {self.largest:.2f}"]
 
 

@@ -94,6 +94,12 @@ def test_the_table_adds_up() -> None:
     data = found.to_json()
     assert data["fits"] and data["kv_bytes_at_most"] == 52 * GIB
     assert found.most == data["serving_bytes"] + data["parked_bytes"] + data["starting_bytes"]
+    # The largest KV cache that leaves the shadows their room, and the flag that gives it.
+    best = Fit(80 * GIB, 20 * GIB, found.largest, GIB, GIB // 2, 1000)
+    assert data["largest_kv_bytes_at_most"] == best.kv > found.kv
+    row = f"{best.kv / GIB:.2f} GiB  with --gpu-memory-utilization {found.largest:.2f}, {best.tokens:,} tokens"
+    assert found.lines()[-2].startswith("largest KV cache") and found.lines()[-2].endswith(row)
+    assert replace(found, weights=90 * GIB).to_json()["largest_kv_bytes_at_most"] == 0
     assert found.lines()[-1] == f"fits; --gpu-memory-utilization may be up to {found.largest:.2f}"
 
 
