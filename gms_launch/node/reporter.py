@@ -40,6 +40,7 @@ LEVELS = {
             "gms_restart",
             "hook_failed",
             "hook_dropped",
+            "port_taken",
         ),
         logging.WARNING,
     ),
