@@ -222,6 +222,75 @@ def test_a_promotion_that_fails_and_a_cold_start_are_waited_for(tmp_path: Path, 
         assert failed and run.events("held")[1]["time"] < failed[0]["time"] < run.events("released")[-1]["time"]
 
 
+def test_when_the_first_shadow_dies_as_it_wakes_the_next_one_takes_the_requests(tmp_path: Path, model: Path) -> None:
+    flags = ("--shadows", "2", "--promotion-timeout", "60")
+    with Deployment(tmp_path / "home", model, *flags, REFERENCE_WAKE_SECONDS="3", **SLOW_TOKENS) as run:
+        old, died = primary(run)["cohort_id"], []
+
+        def waking() -> dict[str, Any] | None:
+            return next((c for c in run.status()["cohorts"] if c["cohort_id"] != old and c["phase"] == "waking"), None)
+
+        def both(dead: dict[str, Any]) -> None:
+            kill_group(dead)
+            died.append(eventually(waking, what="a shadow wakes"))
+            kill_group(died[0])
+
+        whole(run, both)
+        (held,), (released,) = run.events("held"), run.events("released")
+        (lost,) = [e for e in run.events("exit") if e["cohort_id"] == died[0]["cohort_id"]]
+        assert held["time"] < lost["time"] < released["time"] and released["data"]["moved"]
+        assert run.wait_full()["primary"] not in (old, died[0]["cohort_id"])
+
+
+def sockets_at(port: int) -> set[str]:
+    """The inodes of all sockets here whose own port that is, also of those in a dead engine's place."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {row[9] for row in rows if int(row[1].rpartition(":")[2], 16) == port and row[9] != "0"}
+
+
+def who_has(inodes: set[str]) -> dict[int, set[str]]:
+    """Which processes of this machine have these sockets."""
+    found: dict[int, set[str]] = {}
+    for pid in proc.pids():
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    inode = os.readlink(f"/proc/{pid}/fd/{fd}").removeprefix("socket:[").rstrip("]")
+                    if inode in inodes:
+                        found.setdefault(pid, set()).add(inode)
+    return found
+
+
+def test_no_process_that_is_started_has_a_socket_that_is_taken_or_held(tmp_path: Path, model: Path) -> None:
+    """The agent starts a guard while it holds; the engine was its child before, and the next one comes after."""
+    with Deployment(tmp_path / "home", model, REFERENCE_WAKE_SECONDS="5", **SLOW_TOKENS) as run:
+        old = primary(run)
+        port = int(run.events("hold_armed")[0]["detail"].rpartition(":")[2])
+        seen: list[tuple[set[str], dict[int, set[str]]]] = []
+
+        def guard() -> dict[str, Any]:
+            (row,) = [s for s in run.status()["nodes"][0]["services"] if s["name"] == "guard"]
+            return dict(row)
+
+        def look(dead: dict[str, Any]) -> None:
+            taken = who_has(sockets_at(port))
+            assert set(taken) == {run.agent.pid, dead["ranks"][0]["pid"]} and len(taken[run.agent.pid]) == 1
+            kill_group(dead)
+            eventually(lambda: run.events("held") and len(sockets_at(port)) > 1, what="connections wait")
+            first = guard()
+            os.kill(first["pid"], signal.SIGKILL)
+            eventually(lambda: guard()["pid"] != first["pid"] and guard()["state"] == "ready", what="a new guard")
+            inodes = sockets_at(port)
+            seen.append((inodes, who_has(inodes)))
+            assert not run.events("released"), "it is looked at while it holds"
+
+        whole(run, look)
+        ((inodes, found),) = seen
+        assert len(inodes) > 1 and found == {run.agent.pid: inodes}
+        run.wait_full()
+        assert old["cohort_id"] != run.status()["primary"]
+
+
 def test_without_the_hold_what_is_in_flight_is_lost(tmp_path: Path, model: Path) -> None:
     """What the tests above would see if nothing was held."""
     with Deployment(tmp_path / "home", model, "--migration-limit", "0", **SLOW_TOKENS) as plain:
