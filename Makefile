@@ -68,7 +68,7 @@ test: setup lint docs
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n 3 --dist loadfile
 
 # The wheels of every Dynamo line that we drive, looked up in; part of `make test` too.
 .PHONY: test-wheels test-releases test-vllm
