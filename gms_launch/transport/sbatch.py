@@ -126,6 +126,8 @@ def script(job: Job, engine_args: Sequence[str], body: str) -> str:
     out = "slurm-%A_%a.out" if job.array else "slurm-%j.out"
     lines = [f"#SBATCH --job-name={job.run}", f"#SBATCH --nodes={job.nodes}", "#SBATCH --ntasks-per-node=1"]
     lines += [f"#SBATCH --output={job.directory / out}", f"#SBATCH --{'' if job.requeues else 'no-'}requeue"]
+    if job.requeues:
+        lines.append("#SBATCH --open-mode=append")  # what the life before has said stays
     if job.array:
         lines.append(f"#SBATCH --array={job.array}")
     if job.before_the_end:

@@ -73,6 +73,8 @@ def test_a_job_of_the_queue_comes_up_again_as_often_as_it_may(lab: Lab, model: P
         at_the_limit(lab, number)
         eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", LONG)
         assert run.run_file()["exit_code"] == 0 and run.left() == {}
+        output = (run.home.parent / ".jobs" / run.run / f"slurm-{number}.out").read_text()
+        assert output.count("the time limit is near") == 2, "the first life's output is still there"
     finally:
         cleared(lab, run)
 

@@ -55,6 +55,11 @@ def test_containers_get_what_nodes_share() -> None:
     assert f"GL_AGENT=(apptainer exec --nv {binds} /images/v.sif gms-launch)" in found
 
 
+def test_a_job_that_is_queued_again_adds_to_its_output() -> None:
+    assert "#SBATCH --open-mode=append" in lines(replace(JOB, requeues=1))
+    assert "#SBATCH --open-mode=append" not in lines(JOB)
+
+
 def test_a_value_of_several_words_stays_one() -> None:
     found = lines(replace(JOB, options=("--comment=two words", "--exclusive", "-p a")))
     assert {'#SBATCH --comment="two words"', "#SBATCH --exclusive", "#SBATCH -p a"} <= set(found)
