@@ -67,8 +67,8 @@ class Standing:
 
         Under names of its own, so that the engine's are free: it may come back to them.
         """
-        names, records = (f"{lease:x}", f"{ours:x}"), self._records.get(lease, {})
-        found = {key.replace(*names): _renamed(value, lease, ours) for key, value in records.items()}
+        its, own, records = f"{lease:x}", f"{ours:x}", self._records.get(lease, {})
+        found = {key.replace(its, own): _renamed(value, lease, ours) for key, value in records.items()}
         async with self._turn:
             if ours not in self._over:
                 await self._ask(lambda link: link.put_back(found, self.ttl, ours))

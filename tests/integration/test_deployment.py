@@ -218,7 +218,7 @@ def test_a_dead_gms_leaves_the_primary_serving_without_redundancy(run: Deploymen
     os.kill(gms["pid"], signal.SIGKILL)
     eventually(lambda: run.status()["redundancy"] == "none")
     assert run.text() == before
-    assert {g["state"] for g in run.status()["nodes"][0]["gms"]} == {"DOWN"}
+    eventually(lambda: {g["state"] for g in run.status()["nodes"][0]["gms"]} == {"DOWN"})
 
 
 def test_two_deployments_side_by_side(tmp_path: Path, model: Path) -> None:
