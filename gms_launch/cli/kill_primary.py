@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -137,8 +138,10 @@ def kill_directly(
         and (wanted is None or r["node_rank"] == wanted)
     ]
     hosts = {n["node_rank"]: Target(n["host"], n["address"], found.slurm_job) for n in listed["nodes"]}
-    print(
-        f"{why}; killing the recorded groups of cohort {target.cohort_id} on {numbered(len(ranks), 'node')}", flush=True
+    print(  # not where --json prints
+        f"{why}; killing the recorded groups of cohort {target.cohort_id} on {numbered(len(ranks), 'node')}",
+        file=sys.stderr,
+        flush=True,
     )
 
     gone: list[str] = []

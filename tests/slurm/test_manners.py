@@ -292,14 +292,14 @@ def test_kill_primary_while_etcd_is_frozen_goes_through_slurm(lab: Lab, model: P
         status = run.status()
         (etcd,) = run.on_node(0, "etcd")
         with stopped(etcd.pid):
-            command = lab.popen(
-                ["gms-launch", "kill-primary", "--run", run.run], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
+            argv = ["gms-launch", "kill-primary", "--json", "--run", run.run]
+            command = lab.popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             life = status["cohorts"][status["primary"]]["incarnation"]
             eventually(lambda: not run.tagged(status["primary"], life), LONG, "dead on all nodes without etcd")
         out, err = command.communicate(timeout=LONG)
         assert command.returncode == 0, out + err
-        assert "killing the recorded groups" in out
+        assert "killing the recorded groups" in err
+        assert json.loads(out)["victim"]["cohort_id"] == status["primary"]
         assert run.text() == before
         run.wait_full()
 
