@@ -331,6 +331,9 @@ class Deployment:
         """What `status --json` says; without a process of its own, unless `by_command` is set."""
         if not self.by_command and (shot := glance(self.home / self.run)):
             return shot
+        return self._asked()
+
+    def _asked(self) -> dict[str, Any]:
         done = self.cli("status", "--json")
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
@@ -345,8 +348,11 @@ class Deployment:
             nonlocal found
             if not looks.due():
                 return False
-            found = self.status()
-            return found["redundancy"] == "full"
+            if self.status()["redundancy"] != "full":
+                return False
+            # A glance may be quicker than the word of what was killed just now. A user is not.
+            found = self._asked()
+            return bool(found["redundancy"] == "full")
 
         eventually(full, timeout, "redundancy full")
         return found

@@ -141,8 +141,12 @@ class LabRun:
                 raise AssertionError(f"the run is over:\n{self.output()}")
             if not looks.due():
                 return False
-            found = glance(self.home) or {}
-            return found.get("redundancy") == "full"
+            if (glance(self.home) or {}).get("redundancy") != "full":
+                return False
+            # A glance may be quicker than the word of what was killed just now. A user is not.
+            done = self.cli("status", "--json")
+            found = json.loads(done.stdout) if done.returncode == 0 else {}
+            return bool(found.get("redundancy") == "full")
 
         eventually(full, timeout, f"redundancy full; {self.log_path}")
         # The status may be ahead of the confirmation that the leader announces.
