@@ -36,8 +36,8 @@ KEPT, SHARE = 2048, 0.25
 #: each time, since each time costs one of the frontend's tries: up to the second once it is seen to know the successor,
 #: and anew from then on; else up to the third.
 TURN_PAUSE, TURN_PAUSE_KNOWN, TURN_PAUSE_MAX = 0.01, 0.04, 1.0
-#: For how long one is kept over which nothing was asked yet (seconds). Those of a frontend's requests that wait for a
-#: connection are few to try, and it gives a request up when five in a row were gone before it could use them.
+#: For how much longer one is kept as long as nothing was asked over it (seconds). A frontend that finds five new
+#: connections in a row gone before it could use them gives up the request that wanted one, and does not ask again.
 UNASKED = 0.5
 #: Longest pause between two looks at who has asked the successor (seconds); no event tells.
 LOOK_MAX = 0.16
@@ -81,7 +81,10 @@ class _Held:
         self.news.set()
 
     def turn_away(self, may: Callable[[Client | None, float], bool] = lambda *_: True) -> set[Client | None]:
-        """Close those who wait and `may` go, by whose they are and since when they wait; returns whose were closed."""
+        """Close those who wait and `may` go; returns whose were closed.
+
+        `may` is asked whose one is and since when it waits, later by `UNASKED` where nothing was asked over it.
+        """
         self.take_in()
         gone = {}
         for connection, since in self.waiting.items():

@@ -24,7 +24,6 @@ from gms_launch.process import proc
 
 #: pidfd_getfd(2), the same number on all architectures; Linux 5.6.
 SYS_PIDFD_GETFD = 438
-_LISTEN = "0A"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -48,7 +47,7 @@ def take(group: Iterable[int], port: int) -> socket.socket:
     """
     looked = []
     for pid in group:
-        inodes = _listening(pid, port)
+        inodes = proc.listening(port, pid)
         looked.append(pid)
         for fd, inode in _sockets(pid):
             if inode in inodes:
@@ -106,19 +105,6 @@ def asked(connection: socket.socket) -> bool:
     except OSError:
         return True
     return True
-
-
-def _listening(pid: int, port: int) -> set[str]:
-    """Inodes of the sockets that listen on `port` in the network namespace of `pid`."""
-    found: set[str] = set()
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as file:
-            next(file, None)
-            for line in file:
-                row = line.split()
-                if row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port:
-                    found.add(row[9])
-    return found
 
 
 def _sockets(pid: int) -> Iterable[tuple[int, str]]:

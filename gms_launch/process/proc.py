@@ -325,17 +325,24 @@ def flock_holders(path: str) -> list[int]:
     return holders
 
 
-def listens(pid: int, port: int) -> bool:
-    """True when `pid` itself has a listening TCP socket on `port`, in its network namespace."""
-    inodes = set()
+def listening(port: int, pid: int | None = None) -> dict[str, int]:
+    """The sockets that listen on a TCP `port` in the network namespace of `pid` (ours): inode -> user id."""
+    found = {}
     for table in ("tcp", "tcp6"):
         try:
-            with open(f"/proc/{pid}/net/{table}") as file:
-                rows = [line.split() for line in file.readlines()[1:]]
+            rows = _read(f"/proc/{'self' if pid is None else pid}/net/{table}").decode().splitlines()[1:]
         except OSError:
             continue
-        # Local address as HEX:PORT in hex, state 0A = LISTEN, inode of the socket.
-        inodes |= {r[9] for r in rows if r[3] == "0A" and int(r[1].rpartition(":")[2], 16) == port}
+        # Local address as HEX:PORT in hex, state 0A = LISTEN, user id, inode.
+        for row in (line.split() for line in rows):
+            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
+                found[row[9]] = int(row[7])
+    return found
+
+
+def listens(pid: int, port: int) -> bool:
+    """True when `pid` itself has a listening TCP socket on `port`, in its network namespace."""
+    inodes = listening(port, pid)
     try:
         names = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
     except OSError:
@@ -345,15 +352,7 @@ def listens(pid: int, port: int) -> bool:
 
 def who_listens(port: int) -> int | None:
     """The user id of somebody who listens on a TCP `port` in our network namespace; None when nobody does."""
-    for table in ("tcp", "tcp6"):
-        try:
-            rows = _read(f"/proc/net/{table}").decode().splitlines()[1:]
-        except OSError:
-            continue
-        for row in (line.split() for line in rows):
-            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port:
-                return int(row[7])
-    return None
+    return next(iter(listening(port).values()), None)
 
 
 def boot_id() -> str:

@@ -133,6 +133,15 @@ class Stage:
     def make(self) -> Holds:
         return Holds(True, self, self.spawn, lambda _: self.around, self.keep, self.revoke, lambda: None, lambda: 0)  # type: ignore[arg-type]
 
+    async def hold(self, owner: Owner) -> Holds:
+        """Life 0.1 takes requests where `owner` listened, and has died."""
+        made = self.make()
+        made.arm((0, 1), owner.process.pid, ("127.0.0.1", owner.port))
+        await self.until(lambda: self.kinds() == ["hold_armed"])
+        owner.kill()
+        made.ended((0, 1))
+        return made
+
     async def until(self, look: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
         while not look():
@@ -162,11 +171,7 @@ def test_more_than_a_backlog_waits_and_all_are_sent_on(monkeypatch: pytest.Monke
 
     async def play() -> None:
         stage = Stage()
-        made = stage.make()
-        made.arm((0, 1), owner.process.pid, ("127.0.0.1", owner.port))
-        await stage.until(lambda: stage.kinds() == ["hold_armed"])
-        owner.kill()
-        made.ended((0, 1))
+        made = await stage.hold(owner)
         waiting = await asyncio.gather(*(connect(owner.port) for _ in range(100)))
         waiting += [await connect(owner.port) for _ in range(5)]  # in the backlog: there is room for them again
         assert stage.kinds() == ["hold_armed", "held"] and not stage.revoked
@@ -203,11 +208,7 @@ def test_a_connection_that_nothing_was_asked_over_is_not_closed_before_those_tha
 
     async def play() -> None:
         stage = Stage()
-        made = stage.make()
-        made.arm((0, 1), owner.process.pid, ("127.0.0.1", owner.port))
-        await stage.until(lambda: stage.kinds() == ["hold_armed"])
-        owner.kill()
-        made.ended((0, 1))
+        made = await stage.hold(owner)
         stage.around = Around(0.0, 0.0, candidate=True, successor=True)
         made.news()
         await stage.until(lambda: "released" in stage.kinds())
