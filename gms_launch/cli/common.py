@@ -14,6 +14,10 @@ from gms_launch.cli import complete
 from gms_launch.cli.layout import LAYOUTS, layout
 from gms_launch.errors import UsageError
 
+Group = Annotated[
+    Optional[str],  # noqa: UP045 - evaluated at run time
+    typer.Option("--group", help="which group, in a run of several"),
+]
 Run = Annotated[
     Optional[str],  # noqa: UP045 - typer reads this at run time on Python 3.10 too
     typer.Option(

@@ -30,7 +30,7 @@ from gms_launch.settings.declared import Settings
 
 
 def main(settings: Settings, as_json: bool) -> None:
-    placement.one_only(settings)
+    placement.one_only(settings, "doctor")
     checks = examine(settings)
     failed = [name for name, ok, _ in checks if not ok]
     if as_json:

@@ -41,7 +41,7 @@ SEE = "see `gms-launch status` and `gms-launch timeline`"
 COUNTED = 5.0
 
 
-def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool) -> None:
+def main(run: str | None, group: str | None, force: bool, scope: str, timeout: float, as_json: bool) -> None:
     if not re.fullmatch(r"group|leader|rank:[0-9]{1,9}", scope):
         raise UsageError(f"--scope {shortened(scope)}: expected group, leader or rank:N")
     directory, found = rundir.find(run)
@@ -52,17 +52,18 @@ def main(run: str | None, force: bool, scope: str, timeout: float, as_json: bool
     with followed() as known:
         try:
             door = contact.door(directory, found)
-            look.read(directory, door)
+            name = look.the_group(look.read(directory, door)[1], group)
         except NoContactError as exc:
-            if not found.live:
+            if not found.live or found.grouped:
                 raise
             # Only before anything was asked for: a request that is still to be carried out would kill twice.
+            name = ""
             victim, killed = kill_directly(directory, found, scope, force, str(exc), known)
         else:
             command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
-            answer = ask(directory, door, command, timeout, known)
+            answer = ask(directory, door, command, timeout, known, name)
             victim = answer.cohort_id, answer.incarnation
-        failover = follow(news, directory, found, victim, timeout, known)
+        failover = follow(news, directory, found, victim, timeout, known, name)
     show(failover if killed is None else failover.killed_at(killed), as_json)
 
 
@@ -76,25 +77,27 @@ def show(failover: Failover, as_json: bool) -> None:
     views.console().print(views.failover(failover))
 
 
-def ask(directory: RunDir, door: Door, command: CommandRecord, timeout: float, known: Known) -> CommandResult:
+def ask(
+    directory: RunDir, door: Door, command: CommandRecord, timeout: float, known: Known, group: str = ""
+) -> CommandResult:
     """Let the controller do it; returns its answer, which is `known` from then on.
 
     What is not answered in time is withdrawn.
 
     Raises `RefusedError`, `DeadlineError` and `NoContactError`.
     """
-    result = answered(door, directory, command, min(timeout, 10.0), known)
+    result = answered(door, directory, command, min(timeout, 10.0), known, group)
     if not result.ok:
         raise RefusedError(result.detail)
     return result
 
 
 def answered(
-    door: Door, directory: RunDir, command: CommandRecord, wait: float, known: Known | None = None
+    door: Door, directory: RunDir, command: CommandRecord, wait: float, known: Known | None = None, group: str = ""
 ) -> CommandResult:
     """What the leader's agent says to a command, within `wait` seconds. Raises `DeadlineError`, `NoContactError`."""
     deadline = time.monotonic() + wait
-    with Errand(door, Keys(directory.run), command) as errand:
+    with Errand(door, Keys(directory.run, group), command) as errand:
         try:
             while (result := errand.answer()) is None:
                 if time.monotonic() > deadline:
@@ -180,7 +183,13 @@ def kill_group(pid: int, start: int) -> None:
 
 
 def follow(
-    news: journal.Tail, directory: RunDir, found: RunFile, victim: tuple[int, int], timeout: float, known: Known
+    news: journal.Tail,
+    directory: RunDir,
+    found: RunFile,
+    victim: tuple[int, int],
+    timeout: float,
+    known: Known,
+    group: str = "",
 ) -> Failover:
     """Wait until the failover of `victim` has ended in a token from somebody else, and its requests were counted."""
     begun = time.monotonic()
@@ -195,7 +204,7 @@ def follow(
         if not fresh and time.monotonic() > look:
             told, look = history.events(directory, found), time.monotonic() + LATE
         for failover in fold(told, found.nnodes) if fresh or told is not events else ():
-            if failover.victim == victim and "first_token" in failover.steps:
+            if (failover.group, failover.victim) == (group, victim) and "first_token" in failover.steps:
                 served = failover
                 served_at = served_at or time.monotonic()
                 known.text = f"done: cohort {victim[0]} (life {victim[1]}) was killed, and another one serves; {SEE}"

@@ -11,7 +11,7 @@ import typer
 
 from gms_launch import __version__
 from gms_launch.cli import complete
-from gms_launch.cli.common import Html, Json, Output, Run, typed_as_text
+from gms_launch.cli.common import Group, Html, Json, Output, Run, typed_as_text
 from gms_launch.cli.layout import chosen
 from gms_launch.cli.options import WithEngineArgs, descriptor, duration, number, positive, tcp_port, with_settings
 from gms_launch.errors import LaunchError
@@ -137,23 +137,22 @@ app.command("doctor", cls=WithEngineArgs)(with_settings(_doctor))
 @app.command("kill-primary")
 def kill_primary(
     run: Run = None,
+    group: Group = None,
     force: Annotated[bool, typer.Option("--force", help="also without a parked shadow: an outage follows")] = False,
     scope: Annotated[str, typer.Option("--scope", help="group, leader or rank:N (the last two for drills)")] = "group",
     timeout: Annotated[float, duration("--timeout", "deadline for the promotion (seconds)")] = 60.0,
     json: Json = False,
 ) -> None:
-    """Kill the primary and follow the failover.
-
-    Waits until a shadow has served a token, and prints the timeline.
-    """
+    """Kill the primary and follow the failover to a token."""
     from gms_launch.cli import kill_primary as verb
 
-    verb.main(run, force, scope, timeout, json)
+    verb.main(run, group, force, scope, timeout, json)
 
 
 @app.command("switch-over")
 def switch_over(
     run: Run = None,
+    group: Group = None,
     to: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--to", autocompletion=complete.cohorts, help="the cohort that shall take over"),
@@ -171,7 +170,7 @@ def switch_over(
     """
     from gms_launch.cli import switch_over as verb
 
-    verb.main(run, to, when_idle, timeout, json)
+    verb.main(run, group, to, when_idle, timeout, json)
 
 
 @app.command("roll", cls=WithEngineArgs)
@@ -200,6 +199,7 @@ def roll(
 @app.command("status")
 def status(
     run: Run = None,
+    group: Group = None,
     watch: Annotated[bool, typer.Option("--watch", help="keep showing it")] = False,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="0: full, 1: degraded or none, 2: down")] = False,
     output: Output = "",
@@ -209,7 +209,7 @@ def status(
     """Show roles, phases, processes, GMS, services and redundancy."""
     from gms_launch.cli import status as verb
 
-    verb.main(run, watch, chosen(output, json), exit_code, html)
+    verb.main(run, group, watch, chosen(output, json), exit_code, html)
 
 
 @app.command("web")

@@ -20,6 +20,7 @@ from gms_launch.run.credentials import Credentials
 from gms_launch.run.fit import GIB, Fit, fit
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import Layout, no_gpu
+from gms_launch.run.printed import to_json
 from gms_launch.run.rundir import RunDir
 from gms_launch.run.topology import Topology
 from gms_launch.settings import groups
@@ -98,7 +99,7 @@ def main(settings: Settings, gpu_gib: int, as_json: bool) -> None:
     if settings.nnodes == 1 or settings.was_set("node_rank"):
         found = layout(settings, None if settings.nnodes == 1 else elsewhere(settings, settings.node_rank))
         found.check()
-        data = found.to_json() | {"gpu_memory": room and room.to_json()}
+        data = to_json(found) | {"gpu_memory": room and room.to_json()}
         print(json.dumps(data, indent=1)) if as_json else show(data, room)
         return
     if not settings.was_set("leader_addr"):
@@ -109,7 +110,7 @@ def main(settings: Settings, gpu_gib: int, as_json: bool) -> None:
     for rank in range(settings.nnodes):
         found = layout(replace(settings, node_rank=rank), elsewhere(settings, rank))
         found.check()
-        plans.append(found.to_json() | {"gpu_memory": room and room.to_json()})
+        plans.append(to_json(found) | {"gpu_memory": room and room.to_json()})
     if as_json:
         print(json.dumps({"schema": 1, "nodes": plans}, indent=1))
         return

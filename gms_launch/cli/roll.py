@@ -35,6 +35,8 @@ def main(
     directory, found = rundir.find(run)
     if found.settings.get("engine") != "command" and (problem := arguments.problem(engine_args or ())):
         raise UsageError(problem)
+    if found.grouped:
+        raise UsageError("a run of groups cannot be rolled so far: start it again with the other arguments")
     patience = timeout if timeout is not None else float(found.settings.get("start_timeout", 1800.0))
     door = contact.door(directory, found)
     begun = time.time()

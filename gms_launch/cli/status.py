@@ -27,7 +27,7 @@ PAUSE = 0.5
 CODES = {Redundancy.FULL: 0, Redundancy.DEGRADED: 1, Redundancy.NONE: 1, Redundancy.DOWN: 2}
 
 
-def main(run: str | None, watch: bool, form: str, exit_code: bool, html: Path | None) -> None:
+def main(run: str | None, group: str | None, watch: bool, form: str, exit_code: bool, html: Path | None) -> None:
     if watch and (exit_code or form == "yaml"):
         raise UsageError(f"--watch never ends: it goes with no {'--exit-code' if exit_code else '-o yaml'}")
     if html is not None and exit_code:
@@ -39,6 +39,9 @@ def main(run: str | None, watch: bool, form: str, exit_code: bool, html: Path | 
         timeline.save(html, page(directory))
         return
     door = contact.door(directory, found)
+    if group is not None:
+        _show_group(look.now(directory, found, door), group, form)
+        return
     shot = look.now(directory, found, door)
     as_json = form == "json"
     if not watch:
@@ -61,6 +64,18 @@ def main(run: str | None, watch: bool, form: str, exit_code: bool, html: Path | 
         else:
             views.console(cut=form != "wide").print(stamp(time.time()), views.status(now), sep="\n")
             sys.stdout.flush()
+
+
+def _show_group(shot: Snapshot, name: str, form: str) -> None:
+    """One group of a run, with its ranks. Raises `UsageError`."""
+    wanted = look.the_group(shot, name)
+    group = next(g for g in shot.groups if g.group == wanted)
+    if form in ("json", "yaml"):
+        print(document(group.group_json(), form))
+        return
+    from gms_launch.observe import views
+
+    views.console(cut=form != "wide").print(views.status(group))
 
 
 def page(directory: RunDir, links: Sequence[tuple[str, str]] = ()) -> str:

@@ -51,7 +51,7 @@ POLL = 1.0
 
 def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout: float) -> None:
     """`job` lacks the run's name and what follows from it. Raises `LaunchError`."""
-    placement.one_only(settings)
+    placement.one_only(settings, "submit")
     if given := [name for name in _SLURMS if settings.was_set(name)]:
         raise UsageError(f"{given[0]} (from {settings.sources[given[0]]}): Slurm says that in the job; leave it out")
     if not Path(settings.model or "/").exists():

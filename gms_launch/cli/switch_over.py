@@ -15,19 +15,21 @@ from gms_launch.cohort.records import CommandRecord
 from gms_launch.control.errand import Known, followed
 from gms_launch.errors import DeadlineError, UsageError
 from gms_launch.numbers import count
-from gms_launch.observe import journal
+from gms_launch.observe import journal, look
 from gms_launch.run import contact, rundir
 from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.settings.rules import shortened
 
 
-def main(run: str | None, to: str | None, when_idle: float | None, timeout: float, as_json: bool) -> None:
+def main(
+    run: str | None, group: str | None, to: str | None, when_idle: float | None, timeout: float, as_json: bool
+) -> None:
     directory, found = rundir.find(run)
     cohort = _cohort(to, found)
     if when_idle is not None:
         wait_idle(directory, found, when_idle)
     with followed() as known:
-        failover = hand_over(directory, found, cohort, timeout, known, "switch-over")
+        failover = hand_over(directory, found, cohort, timeout, known, "switch-over", group)
     kill_primary.show(failover, as_json)
 
 
@@ -41,16 +43,20 @@ def _cohort(text: str | None, found: RunFile) -> int:
     return cohort
 
 
-def hand_over(directory: RunDir, found: RunFile, to: int, timeout: float, known: Known, cause: str) -> Failover:
+def hand_over(
+    directory: RunDir, found: RunFile, to: int, timeout: float, known: Known, cause: str, group: str | None = None
+) -> Failover:
     """Ask for it in the name of the verb `cause`, and follow it.
 
     Raises `RefusedError`, `NoContactError` and `DeadlineError`.
     """
     command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), to=to, cause=cause)
     news = journal.Tail(directory.events)
-    answer = kill_primary.ask(directory, contact.door(directory, found), command, timeout, known)
+    door = contact.door(directory, found)
+    name = look.the_group(look.read(directory, door)[1], group)
+    answer = kill_primary.ask(directory, door, command, timeout, known, name)
     victim = answer.cohort_id, answer.incarnation
-    return kill_primary.follow(news, directory, found, victim, timeout, known)
+    return kill_primary.follow(news, directory, found, victim, timeout, known, name)
 
 
 def wait_idle(directory: RunDir, found: RunFile, seconds: float) -> None:

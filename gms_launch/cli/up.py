@@ -19,7 +19,7 @@ from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError, RefusedError, UsageError
 from gms_launch.observe.stamp import Formatter
 from gms_launch.process import places, proc
-from gms_launch.run import credentials, dead, nodedir, outside, placement, ports, rundir, topology
+from gms_launch.run import credentials, dead, nodedir, outside, parts, ports, rundir, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import Layout
@@ -38,7 +38,6 @@ LAST_WRITES = 3.0
 
 
 def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> None:
-    placement.one_only(settings)
     settings = named(settings)
     manager = supervised.taken()
     if settings.hosts:
@@ -76,7 +75,7 @@ def _agent(layout: Layout, reservation: ports.Reservation, reporter: Notify | Te
             layout = replace(layout, credentials=credentials.make(hosts, outside.pem(layout.settings)))
         if leads and (moved := ports.moved(layout.settings, layout.ports)):
             reporter.progress(f"ports in use here, so others were taken: {moved}")
-        run_agent(layout, reporter, until_eof)
+        run_agent(parts.with_groups(layout, reservation.free), reporter, until_eof)
     except LaunchError as exc:
         reporter.failed(exc)
         raise
@@ -127,6 +126,8 @@ def prepare(settings: Settings, place: Topology, reservation: ports.Reservation)
         attempt=secrets.token_hex(8),
     )
     layout.check()
+    if settings.grouped:
+        parts.check(layout)
     layout.node_dir.usable()
     places.check(rundir.home(), "GMS_LAUNCH_HOME")
     nodedir.must_be_writable(rundir.home(), "GMS_LAUNCH_HOME")
@@ -225,6 +226,10 @@ def _make_places(layout: Layout, record: RunFile) -> None:
     new = not layout.node_dir.path.exists()
     try:
         layout.node_dir.create()
+        for part in layout.parts:
+            part.node_dir.check()
+            part.node_dir.path.mkdir(mode=0o700, exist_ok=True)
+            part.node_dir.gms.mkdir(mode=0o700, parents=True, exist_ok=True)
         if layout.topology.is_leader:
             layout.run_dir.create(record, layout.credentials)
             layout.run_dir.keep(layout.node_dir, record, layout.credentials)

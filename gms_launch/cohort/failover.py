@@ -7,7 +7,7 @@ that: by what the engine took to let go of the lock and to be seen dead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,7 +67,7 @@ class Failover:
     `held` connections waited for the shadow; the frontend `moved` requests so often and `lost` so many meanwhile (None:
     not known, or not yet). `over` when nothing is held any more, or never was. `stood_still` is for how long an agent
     did nothing meanwhile, in seconds, and until when: the moments of that time are those at which it went on. `kind` is
-    one of `CAUSES`.
+    one of `CAUSES`, `group` empty in a run without.
     """
 
     time: float
@@ -83,6 +83,7 @@ class Failover:
     over: bool = True
     stood_still: tuple[float, float] | None = None
     kind: str = "other"
+    group: str = ""
 
     @property
     def gap(self) -> float | None:
@@ -110,6 +111,7 @@ class Failover:
 
         return {
             "time": self.time,
+            "group": self.group,
             "zero": self.zero,
             "silence_at_most": None if self.silence is None else round(self.silence, 6),
             "cause": self.cause,
@@ -126,8 +128,25 @@ class Failover:
 
 
 def fold(events: Iterable[EventRecord], nnodes: int = 1) -> list[Failover]:
-    """Every failover in `events`, oldest first."""
-    ordered = sorted(events, key=lambda e: e.time)
+    """Every failover in `events`, oldest first. A group says itself how many nodes it has; else it has `nnodes`."""
+    told: dict[str, list[EventRecord]] = {}
+    for event in sorted(events, key=lambda e: e.time):
+        told.setdefault(event.group, []).append(event)
+    of_all = told.get("", [])  # what befell an agent concerns all of its groups
+    found = [
+        replace(failover, group=group)
+        for group, own in told.items()
+        for failover in _fold(sorted([*own, *of_all], key=lambda e: e.time) if group else own, _size(own, nnodes))
+    ]
+    return sorted(found, key=lambda f: f.time)
+
+
+def _size(events: Iterable[EventRecord], nnodes: int) -> int:
+    said = [n for e in events if e.kind == "group_formed" and isinstance(n := e.data.get("nodes"), int)]
+    return said[-1] if said else nnodes
+
+
+def _fold(ordered: Sequence[EventRecord], nnodes: int) -> list[Failover]:
     found: list[_Builder] = []
     # The lock falls a moment before a death is seen, so the shadow may have it before the fault is known.
     since_lock: list[EventRecord] = []

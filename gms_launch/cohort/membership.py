@@ -16,8 +16,8 @@ CLOCK_TOLERANCE = 5.0
 
 
 def name(node: NodeRecord) -> str:
-    """A node for people."""
-    return f"node {node.node_rank} ({node.host})"
+    """A node for people, by its number in the run."""
+    return f"node {node.node_rank if node.number < 0 else node.number} ({node.host})"
 
 
 def objections(nodes: Mapping[int, NodeRecord], nnodes: int) -> list[str]:

@@ -38,6 +38,7 @@ class Desire:
     master_port: int
     why: str = ""
     engine_args: tuple[str, ...] | None = None
+    master_addr: str = ""
 
 
 @dataclass(frozen=True)

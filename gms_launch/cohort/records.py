@@ -61,6 +61,8 @@ class RunRecord(Record):
     nodes were to begin with new GMS servers. `engine_args` are those that lives are started with since the last roll,
     the `generation`-th (None: what the agents were started with); `rolling` until a life of it has parked, and until
     then `engine_args_before` is the way back. A run that `failed` ends everywhere with that text and `exit_code`.
+    A group has one too (`groups/<name>`), with the node rank of its `leader` and the `leases` under which its engines
+    are registered with Dynamo.
     """
 
     run: str
@@ -83,6 +85,8 @@ class RunRecord(Record):
     rolling: bool = False
     failed: str = ""
     exit_code: int = 0
+    leader: int = 0
+    leases: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,7 @@ class NodeRecord(Record):
     word_port: int = 0
     metrics: str = ""
     clock: float = 0.0
+    number: int = -1
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,7 @@ class DesiredCohort(Record):
     given_up: bool = False
     engine_args: tuple[str, ...] | None = None
     generation: int = 0
+    master_addr: str = ""
     failed_starts: int = 0
     start_limit: int = 0
     last_exit: str = ""
@@ -275,7 +281,8 @@ class PeersRecord(Record):
 
 @dataclass(frozen=True)
 class EventRecord(Record):
-    """`events/<n>`: something that happened. `time` is Unix time in seconds, good to a microsecond."""
+    """`events/<n>`: something that happened, in a run of groups to `group`. `time` is Unix time in seconds, good to a
+    microsecond."""
 
     time: float
     node_rank: int
@@ -284,6 +291,7 @@ class EventRecord(Record):
     incarnation: int = 0
     detail: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,10 @@ class Registrations:
         """Whose a lease is, as it was noted."""
         return self._owners.get(lease)
 
+    def owned(self) -> tuple[int, ...]:
+        """The leases of known lives that have a registered instance now."""
+        return tuple(sorted(lease for lease in self._here if self._owners.get(lease) is not None))
+
     def present(self, life: Life) -> bool:
         """True for a life that is registered now."""
         return self.here(self.of(life))

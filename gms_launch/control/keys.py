@@ -21,19 +21,24 @@ def prefix(start: str) -> Range:
 
 
 class Keys:
-    """The keys of one run."""
+    """The keys of one group of a run. Those of a run without groups are the run's own.
 
-    def __init__(self, run: str) -> None:
-        self.prefix = f"{ROOT}{run}/"
-        self.run = f"{self.prefix}run"
+    `run` holds what is said of the group as a whole. Events, and where nodes hear each other, are of the run.
+    """
+
+    def __init__(self, run: str, group: str = "") -> None:
+        top = f"{ROOT}{run}/"
+        self.groups = f"{top}groups/"
+        self.prefix = f"{top}group/{group}/" if group else top
+        self.run = f"{self.groups}{group}" if group else f"{top}run"
         self.nodes = f"{self.prefix}nodes/"
         self.desired = f"{self.prefix}desired/cohorts/"
         self.ranks = f"{self.prefix}ranks/"
         self.ended = f"{self.prefix}ended/"
-        self.events = f"{self.prefix}events/"
+        self.events = f"{top}events/"
         self.commands = f"{self.prefix}commands/"
-        self.peers = f"{self.prefix}peers"
-        self.refusals = f"{self.prefix}refusals/"
+        self.peers = f"{top}peers"
+        self.refusals = f"{top}refusals/"
 
     def node(self, node_rank: int) -> str:
         return f"{self.nodes}{node_rank}"
@@ -54,9 +59,24 @@ class Keys:
         Were it all records of all ranks, the messages of a failover would grow with the square of the nodes.
         """
         leaders = [self.rank(cohort_id, 0) for cohort_id in range(cohorts)]
+        if self.run.startswith(self.groups):
+            leaders.append(self.node(0))  # of the run's leader its etcd tells
         return [prefix(p) for p in (self.commands, self.desired, self.ended)] + [
             Range(k) for k in (*leaders, self.run, self.peers)
         ]
+
+    def led(self) -> list[Range]:
+        """What the leader of the group follows: all of it."""
+        return [prefix(self.prefix), Range(self.run)]
+
+    def everywhere(self) -> list[Range]:
+        """What an agent of a run of groups follows besides its groups."""
+        return [prefix(self.commands), Range(self.run), Range(self.peers)]
+
+    def over_all(self) -> list[Range]:
+        """What the leader of a run of groups follows besides its own groups."""
+        tables = (self.nodes, self.commands, self.events, self.refusals, self.groups)
+        return [*map(prefix, tables), Range(self.run), Range(self.peers)]
 
     def event(self, time_ns: int, node_rank: int, serial: int) -> str:
         """Sorts by time; `serial` keeps two events of a node in one nanosecond apart."""

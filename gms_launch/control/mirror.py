@@ -25,14 +25,19 @@ R = TypeVar("R", bound=Record)
 
 
 class Mirror:
-    """What etcd holds of one run."""
+    """What etcd holds of one group of a run, or of a run without groups.
 
-    def __init__(self, run: str) -> None:
-        self.keys = Keys(run)
+    `groups` is what is said of each, in a run of some.
+    """
+
+    def __init__(self, run: str, group: str = "") -> None:
+        self.group = group
+        self.keys = Keys(run, group)
         self._clear()
 
     def _clear(self) -> None:
         self.run: RunRecord | None = None
+        self.groups: dict[str, RunRecord] = {}
         self.nodes: dict[int, NodeRecord] = {}
         self.desired: dict[int, DesiredCohort] = {}
         self.ranks: dict[tuple[int, int], RankRecord] = {}
@@ -56,6 +61,8 @@ class Mirror:
         try:
             if key == keys.run:
                 self.run = RunRecord.decode(value) if value is not None else None
+            elif key.startswith(keys.groups):
+                _set(self.groups, key[len(keys.groups) :], RunRecord, value)
             elif key == keys.peers:
                 self.peers = PeersRecord.decode(value) if value is not None else PeersRecord()
             elif key.startswith(keys.nodes):

@@ -99,7 +99,8 @@ class DynamoPlane:
 
 @dataclass(frozen=True)
 class RankSpec:
-    """One rank of one life of a cohort. `meeting_secret`: hexadecimal, known to the ranks of this life alone."""
+    """One rank of one life of a cohort. `device_view`: the environment in which it sees its devices alone.
+    `meeting_secret`: hexadecimal, known to the ranks of this life alone."""
 
     cohort_id: int
     incarnation: int
@@ -125,6 +126,7 @@ class RankSpec:
     pp: int = 1
     interface: str = ""
     extra_ports: Mapping[str, int] = field(default_factory=dict)
+    device_view: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine(Protocol):

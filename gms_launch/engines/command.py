@@ -88,6 +88,7 @@ class CommandEngine:
         env: dict[str, str | None] = dict.fromkeys(self.file.unset)
         if spec.gms_memory == "cuda":
             env |= CUDA_ORDER
+        env |= spec.device_view
         if spec.node_rank == 0:
             env |= spec.plane.environment()
         env |= {"ENGINE_ID": str(spec.cohort_id), "GMS_SOCKET_DIR": str(spec.gms_dir)}

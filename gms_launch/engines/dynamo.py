@@ -85,6 +85,7 @@ def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:
     }
     if spec.gms_memory == "cuda":
         env |= CUDA_ORDER
+    env |= spec.device_view
     if spec.node_rank == 0:
         env |= spec.plane.environment()
         env |= {

@@ -19,6 +19,8 @@ from gms_launch.numbers import count
 
 #: CUDA numbers GPUs by speed unless told to number them as NVML does, by bus.
 CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+#: Which of the machine's made-up devices a process sees, as CUDA_VISIBLE_DEVICES says it of real ones: 2,3.
+VISIBLE = "GMS_VISIBLE_DEVICES"
 TAGS = ("weights", "kv_cache")
 _NAMESPACE = uuid.UUID("5f0c6c1e-8a53-4c1e-9d0e-0b1f5d9b7a11")
 
@@ -76,6 +78,11 @@ def choose(found: list[gpus.Gpu], visible: str | None) -> list[Device]:
 
 def device_uuid(kind: str, index: int) -> str:
     """The name of the device `index` of a kind (host, cuda) in this process's view. Raises `LookupError`."""
+    if kind != "cuda" and (seen := os.environ.get(VISIBLE)):
+        words = seen.split(",")
+        if index >= len(words):
+            raise LookupError(f"there is no device {index} here: {VISIBLE} is {seen}")
+        index = int(words[index])
     known = real_devices() if kind == "cuda" else virtual_devices(index + 1, 1)
     if index >= len(known):
         raise LookupError(f"there is no GPU {index} here: NVML and CUDA_VISIBLE_DEVICES give {len(known)}")

@@ -18,17 +18,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from gms_launch.cohort import controller, membership, reconciler
-from gms_launch.cohort.model import Phase, Redundancy
+from gms_launch.cohort import census, controller, membership, reconciler
+from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.reconciler import Desire
 from gms_launch.cohort.records import CommandRecord, RunState, Wanted
-from gms_launch.cohort.view import Memory
 from gms_launch.errors import LaunchError, by_code
 from gms_launch.node import begin, end, lead, quiet, upkeep
+from gms_launch.node.group import Group
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
+from gms_launch.node.standing import Standing
 from gms_launch.node.tasks import until
 from gms_launch.observe import snapshot
+from gms_launch.process.proc import ProcessId
 from gms_launch.run.plan import Layout
 from gms_launch.spool.writer import Writer
 
@@ -55,10 +57,10 @@ class Agent:
     ) -> None:
         self.node = Node(layout, writer, on_progress, self._rank_event)
         self._on_change = on_change
-        self._memory = Memory()
-        self._policy = lead.policy(self.node.settings)
-        self._renewing = False
         self._shown = 0.0
+        self._standing = Standing(lambda: self.node.report.link, layout.settings.dynamo_lease_ttl)
+        self._ended_leases: set[int] = set()
+        self._absent_since: dict[int, float] = {}
 
     async def run(self) -> None:
         """Start everything, keep it running until told to stop, stop it. Raises what ended the run early."""
@@ -106,22 +108,23 @@ class Agent:
     def _step(self) -> float | None:
         """Decide and act once; returns seconds until the next look without news."""
         now = time.monotonic()
-        self._reconcile()
-        pause: float | None = None
+        pauses: list[float] = []
+        for group in self.node.groups:
+            self._reconcile(group)
+            if (
+                group.is_leader
+                and not group.over
+                and self._formed(group)
+                and (at := self._decide(group, now)) is not None
+            ):
+                pauses.append(max(0.0, at - now))
         if self.node.is_leader:
-            view = lead.view(self.node, now)
-            actions, self._memory = controller.decide(view, self._memory, self._policy, now)
-            for decision in actions:
-                lead.carry_out(self.node, decision)
-            lead.tell_tries(self.node, self._memory, self._policy, now)
-            if actions:
-                self._reconcile()
-            if (at := controller.next_look(view, self._memory, self._policy, now)) is not None:
-                pause = max(0.0, at - now)
             lead.tell_peers(self.node)
-        self.node.herald.inform(self.node.ranks)
+        self.node.herald.inform(self._living())
         self._follow_the_run()
-        self._follow_gms()
+        for group in self.node.groups:
+            self._follow_gms(group)
+        pause = min(pauses, default=None)
         # Showing costs more than deciding, and while a cohort dies every moment brings news: not with each.
         left = self._shown + SHOW_PAUSE - time.monotonic()
         if left > 0:
@@ -130,38 +133,69 @@ class Agent:
         self._shown = time.monotonic()
         return pause
 
-    def _reconcile(self) -> None:
-        """What this node has to do."""
-        desired = {
-            k: Desire(k, d.incarnation, d.wanted is Wanted.RUNNING, d.master_port, d.why, d.engine_args)
-            for k, d in self.node.mirror.desired.items()
+    def _formed(self, group: Group) -> bool:
+        """Whether all of a group's nodes have taken their places in it once: until then none of them is lost."""
+        if not group.formed:
+            group.formed = not membership.missing(group.mirror.nodes, group.layout.topology.nnodes)
+            if group.formed:
+                group.report.emit("group_formed", nodes=group.layout.topology.nnodes)
+        return group.formed
+
+    def _decide(self, group: Group, now: float) -> float | None:
+        """The leader's part for one group; returns when it has to look again though nothing happened."""
+        view, policy = lead.view(group, now), lead.policy(group.settings)
+        actions, group.memory = controller.decide(view, group.memory, policy, now)
+        for decision in actions:
+            lead.carry_out(group, decision)
+        lead.tell_tries(group, group.memory, policy, now)
+        if actions:
+            self._reconcile(group)
+        return controller.next_look(view, group.memory, policy, now)
+
+    def _living(self) -> dict[tuple[int, int], ProcessId]:
+        """The ranks that live here, by slot and incarnation."""
+        return {
+            (g.layout.slot(r.cohort_id), r.incarnation): r.child.id
+            for g in self.node.groups
+            for r in g.ranks
+            if r.child is not None and r.phase in ALIVE
         }
-        ended = {life: record.node_rank for life, record in self.node.mirror.ended.items()}
+
+    def _reconcile(self, group: Group) -> None:
+        """What this node has to do for a group."""
+        mirror, ranks = group.mirror, group.ranks
+        desired = {
+            k: Desire(k, d.incarnation, d.wanted is Wanted.RUNNING, d.master_port, d.why, d.engine_args, d.master_addr)
+            for k, d in mirror.desired.items()
+        }
+        ended = {life: record.node_rank for life, record in mirror.ended.items()}
         if self.node.session.is_cut_off:
             desired = {}  # what we know is out of date
-        for action in reconciler.decide(desired, self.node.ranks.local(), ended, self.node.settings.group_kill):
+        elif group.leaderless(self.node.loop.time()):
+            desired = {k: replace(d, running=False, why="its group's leader was lost") for k, d in desired.items()}
+        for action in reconciler.decide(desired, ranks.local(), ended, group.settings.group_kill):
             match action:
                 case reconciler.StartRank():
-                    self.node.ranks.start(action.desire, self.node.files, self.node.loop)
+                    ranks.start(action.desire, self.node.files, self.node.loop)
                 case reconciler.SkipRank():
-                    self.node.ranks.skip(action.cohort_id, action.incarnation, "it ended before it began here")
+                    ranks.skip(action.cohort_id, action.incarnation, "it ended before it began here")
                 case reconciler.KillRank():
-                    self.node.ranks.kill(action.cohort_id, action.reason)
+                    ranks.kill(action.cohort_id, action.reason)
                 case _:
                     lead.nobody_does(action)
-        for command in self.node.mirror.commands.values():
-            mine = command.verb == "kill-rank" and command.scope == f"rank:{self.node.node_rank}"
-            if mine and self.node.claims.has(command):
-                self._kill_part(command)
+        for command in mirror.commands.values():
+            mine = command.verb == "kill-rank" and command.scope == f"rank:{group.node_rank}"
+            if mine and group.claims.has(command):
+                self._kill_part(group, command)
 
-    def _kill_part(self, command: CommandRecord) -> None:
+    def _kill_part(self, group: Group, command: CommandRecord) -> None:
         """A drill on this node: the leader asked for it once."""
-        if command.uuid in self.node.answered:
+        if command.uuid in group.answered:
             return
-        self.node.answered.add(command.uuid)
-        rank = self.node.ranks.find(command.cohort_id, command.incarnation)
+        group.answered.add(command.uuid)
+        rank = group.ranks.find(command.cohort_id, command.incarnation)
         if rank is not None and rank.child is not None and not rank.local().gone:
-            self.node.ranks.kill_group_only(rank, "drill")
+            group.ranks.kill_group_only(rank, "drill")
 
     def _follow_the_run(self) -> None:
         """Do what the run as a whole calls for: stop when somebody asks, fail when it has failed."""
@@ -183,30 +217,30 @@ class Agent:
                 elif node.stopping and node.node_rank != self.node.node_rank:
                     self.node.stop(f"{membership.name(node)} is stopping")
 
-    def _follow_gms(self) -> None:
-        """Start new GMS servers when the run calls for them and nothing here uses the old ones any more."""
-        run = self.node.mirror.run
-        if run is None or run.gms_epoch <= self.node.gms_epoch or self._renewing or self.node.stopping.is_set():
+    def _follow_gms(self, group: Group) -> None:
+        """Start new GMS servers when the group calls for them and nothing here uses the old ones any more."""
+        run = group.mirror.run
+        if run is None or run.gms_epoch <= group.gms_epoch or group.renewing or self.node.stopping.is_set():
             return
-        if all(rank.phase is Phase.FENCED for rank in self.node.ranks):
-            self._renewing = True
-            self.node.spawn(self._renew_gms(run.gms_epoch))
+        if all(rank.phase is Phase.FENCED for rank in group.ranks):
+            group.renewing = True
+            self.node.spawn(self._renew_gms(group, run.gms_epoch))
 
-    async def _renew_gms(self, epoch: int) -> None:
+    async def _renew_gms(self, group: Group, epoch: int) -> None:
         try:
-            for service in self.node.layout.gms_services():
+            for service in group.layout.gms_services():
                 await self.node.services[service.name].renew()
-            await self.node.look_at_gms()
-            self.node.gms_epoch = epoch
+            await group.look_at_gms()
+            group.gms_epoch = epoch
         finally:
-            self._renewing = False
+            group.renewing = False
         self.node.wake.set()
 
-    def _rank_event(self, rank: Rank, kind: str, detail: str) -> None:
+    def _rank_event(self, group: Group, rank: Rank, kind: str, detail: str) -> None:
         if kind == "registered":
-            self.node.spawn(lead.confirm(self.node, rank))
+            self.node.spawn(lead.confirm(group, rank))
         elif kind == "unfenced":
-            self.node.progress(f"cohort {rank.cohort_id} cannot be fenced: {detail}")
+            group.progress(f"cohort {rank.cohort_id} cannot be fenced: {detail}")
         elif kind == "fenced":
             self.node.reap()
         self.node.wake.set()
@@ -214,23 +248,83 @@ class Agent:
     def _show(self) -> None:
         """Work out the redundancy and tell whoever looks on."""
         self.node.publish_node()
-        shot = snapshot.build(self.node.mirror)
+        for group in self.node.groups:
+            shot = snapshot.build(group.mirror)
+            if group.is_leader:
+                self._show_group(group, shot)
+            self._follow_redundancy(group)
         if self.node.is_leader:
-            confirmed = any((c.cohort_id, c.incarnation) == self.node.confirmed for c in shot.cohorts)
-            if shot.records is not self.node.redundancy and (confirmed or shot.records is Redundancy.DOWN):
-                self.node.report.emit("redundancy", detail=shot.records.value)
-                self.node.report.run(redundancy=shot.records.value)
+            if self.node.layout.number_of_groups:
+                self._sum_up()
             self.node.report.ranks()
             self.node.report.targets()
-            self.node.teller.look(shot, self.node.confirmed, self.node.loop.time())
-        announced = self.node.mirror.run.redundancy if self.node.mirror.run else ""
-        if announced and announced != self.node.redundancy.value:
-            self.node.redundancy = Redundancy(announced)
-            if self.node.is_leader:
-                self.node.progress(f"redundancy {announced}")
-            if self.node.redundancy is Redundancy.FULL:
-                self._memory = replace(self._memory, initial=False)
-                self.node.ready.set()
-                self.node.spawn(self.node.look_at_gms())
+        self._announce()
+        shot = snapshot.build(self.node.mirror)
         self.node.exporter.look(shot)
         self._on_change(shot)
+
+    def _show_group(self, group: Group, shot: snapshot.Snapshot) -> None:
+        """The leader's word on its group: more redundancy only when a token came."""
+        confirmed = any((c.cohort_id, c.incarnation) == group.confirmed for c in shot.cohorts)
+        if shot.records is not group.redundancy and (confirmed or shot.records is Redundancy.DOWN):
+            group.report.emit("redundancy", detail=shot.records.value)
+            group.report.run(redundancy=shot.records.value)
+        if group.layout.group:
+            group.report.ranks()
+            leases = group.ranks.discovery.leases
+            if group.mirror.run is not None and leases != group.mirror.run.leases:
+                group.report.run(leases=leases)
+        group.teller.look(shot, group.confirmed, self.node.loop.time())
+
+    def _follow_redundancy(self, group: Group) -> None:
+        announced = group.mirror.run.redundancy if group.mirror.run else ""
+        if not announced or announced == group.redundancy.value:
+            return
+        group.redundancy = Redundancy(announced)
+        if group.is_leader:
+            group.progress(f"redundancy {announced}")
+        if group.redundancy is Redundancy.FULL:
+            group.memory = replace(group.memory, initial=False)
+
+    def _sum_up(self) -> None:
+        """What the groups amount to, and whether too few are left."""
+        groups, number = self.node.mirror.groups, self.node.layout.number_of_groups
+        found = census.redundancy(groups, number)
+        if found is not None and self.node.mirror.run is not None and found.value != self.node.mirror.run.redundancy:
+            self.node.report.run(redundancy=found.value)
+        why, code = census.too_few(groups, number, self.node.settings.min_groups, self.node.ready.is_set())
+        if why:
+            self.node.fail(by_code(code, why))
+        for name, record in groups.items():
+            if self._is_lost(record.leader) and record.leases and not self.node.stopping.is_set():
+                self._forget_engines(name, record.leases)
+
+    def _is_lost(self, node_rank: int) -> bool:
+        """Whether a node has had no lease for longer than it takes to get another, as after a restart of etcd."""
+        if node_rank in self.node.mirror.nodes:
+            self._absent_since.pop(node_rank, None)
+            return False
+        now = self.node.loop.time()
+        if node_rank not in self._absent_since:
+            self._absent_since[node_rank] = now
+            self.node.loop.call_later(controller.NODE_GRACE, self.node.wake.set)
+        return now - self._absent_since[node_rank] >= controller.NODE_GRACE
+
+    def _forget_engines(self, name: str, leases: tuple[int, ...]) -> None:
+        """The node that a group's engines answered from is lost: no request is to be sent there any more."""
+        fresh = set(leases) - self._ended_leases
+        self._ended_leases |= fresh
+        for lease in fresh:
+            self.node.report.emit("lease_revoked", detail=f"{lease:x}: the leader of group {name} is lost", group=name)
+        if fresh:
+            self.node.spawn(self._standing.end(fresh))
+
+    def _announce(self) -> None:
+        """What the run as a whole amounts to; the first time that it is full, everything is up."""
+        announced = self.node.mirror.run.redundancy if self.node.mirror.run else ""
+        if not announced or announced == self.node.redundancy.value:
+            return
+        self.node.redundancy = Redundancy(announced)
+        if self.node.redundancy is Redundancy.FULL:
+            self.node.ready.set()
+            self.node.spawn(self.node.look_at_gms())

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from dataclasses import replace
 from functools import partial
 
 from gms_launch.cohort import membership
 from gms_launch.cohort.records import RunState
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
 from gms_launch.node import upkeep
+from gms_launch.node.group import Group
 from gms_launch.node.node import Node
 from gms_launch.numbers import numbered
 from gms_launch.process import strays
@@ -42,7 +44,8 @@ async def start(me: Node) -> None:
         await me.start_service(layout.etcd_service())
         if wanting := etcd.reserve(layout.node_dir.etcd_data):
             me.progress(f"no room could be taken for etcd's records ({wanting}): a full /dev/shm will end the run")
-    me.report.model = await me.loop.run_in_executor(None, contents.stamp, me.settings.model)
+    if not layout.number_of_groups:  # each has its own
+        me.report.model = await me.loop.run_in_executor(None, contents.stamp, me.settings.model)
     opening = me.loop.run_in_executor(None, me.session.open, me.report.record())
     if not (await asyncio.wait({opening}, timeout=SOON))[0]:
         wait = f", for {me.settings.service_timeout:g} s at most" if leader else ""
@@ -67,16 +70,35 @@ async def start(me: Node) -> None:
         if me.mirror.run is not None and me.mirror.run.state is RunState.ADMITTED:
             _take_over_place(me)
         await _admission(me)
-    me.gms_epoch = me.mirror.run.gms_epoch if me.mirror.run else 0
-    for service in layout.gms_services():
-        await me.start_service(service)
+    for group in me.groups:
+        await _join(group)
+        for service in group.layout.gms_services():
+            await me.start_service(service)
     await me.look_at_gms()
     if leader:
         if layout.own_nats:
             nats.configure(layout.nats_server)
             await me.start_service(layout.nats_service())
         await _open_the_door(me)
-        me.progress(f"starting {numbered(me.settings.cohorts, 'cohort')} of engine {me.settings.engine}")
+    for group in me.groups:
+        if group.is_leader:
+            s = group.settings
+            group.progress(f"starting {numbered(s.cohorts, 'cohort')} of engine {s.engine}")
+
+
+async def _join(group: Group) -> None:
+    """Take this node's place in a group, of which the run's admission is that of its nodes."""
+    if group.layout.group:
+        group.report.model = await group.loop.run_in_executor(None, contents.stamp, group.settings.model)
+        group.report.lease_known()
+        group.report.node(force=True)
+        if group.is_leader:
+            began = group.mirror.run is not None and bool(group.mirror.run.redundancy)
+            group.memory = replace(
+                group.memory, initial=not began
+            )  # it goes on where another agent of this node was lost
+            group.report.run(state=RunState.ADMITTED)
+    group.gms_epoch = group.mirror.run.gms_epoch if group.mirror.run else 0
 
 
 async def _open_the_door(me: Node) -> None:
@@ -159,11 +181,6 @@ async def _admission(me: Node) -> None:
 
 def _take_over_place(me: Node) -> None:
     """This run went on without us, or with an agent that is dead: its lives have no rank here any more."""
-    for cohort_id, desired in me.mirror.desired.items():
-        me.ranks.skip(cohort_id, desired.incarnation, "its agent was lost")
-
-
-def node_name(me: Node, node_rank: int) -> str:
-    """A node for people, also when it is gone."""
-    node = me.mirror.nodes.get(node_rank) or me.report.seen.get(node_rank)
-    return membership.name(node) if node is not None else f"node {node_rank}"
+    for group in me.groups:
+        for cohort_id, desired in group.mirror.desired.items():
+            group.ranks.skip(cohort_id, desired.incarnation, "its agent was lost")

@@ -9,11 +9,11 @@ from __future__ import annotations
 from gms_launch.cohort import membership
 from gms_launch.cohort.records import CommandRecord, CommandResult
 from gms_launch.node.gms_watch import DOWN
-from gms_launch.node.node import Node
+from gms_launch.node.group import Group
 from gms_launch.process import clock
 
 
-def given(me: Node, command: CommandRecord) -> bool:
+def given(me: Group, command: CommandRecord) -> bool:
     """True once nothing here speaks against a request that was taken. One that is refused has been answered."""
     if command.force:
         return True
@@ -37,7 +37,7 @@ def refusal(silent: tuple[str, ...]) -> str:
     )
 
 
-async def _ask(me: Node, uuid: str) -> None:
+async def _ask(me: Group, uuid: str) -> None:
     here = not await me.loop.run_in_executor(None, me.gms.answers)
     me.gms_asked[uuid] = tuple(
         membership.name(n)

@@ -60,6 +60,11 @@ class Discovery:
             self._holds.ended(life)
             self._holds.news()  # to those that waited for this one
 
+    @property
+    def leases(self) -> tuple[int, ...]:
+        """Under which the engines of this node's are registered now."""
+        return self._registered.owned()
+
     def stop(self) -> None:
         """The run is being stopped: nothing is held any more."""
         self._holds.stop()

@@ -15,6 +15,7 @@ from typing import Any
 from gms_launch.cohort.model import ENDED, Phase
 from gms_launch.cohort.records import RunState
 from gms_launch.errors import LaunchError
+from gms_launch.node.group import Group
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
 from gms_launch.node.rankset import PARKED_GRACE
@@ -34,14 +35,15 @@ async def shut_down(me: Node) -> None:
     begun = time.monotonic()
     me.herald.retire()
     linked = me.report.link is not None
-    me.ranks.discovery.stop()
+    for group in me.groups:
+        group.ranks.discovery.stop()
     if me.is_leader and linked:
         failure = me.failure
         me.report.run(state=RunState.STOPPING, failed=str(failure or ""), exit_code=failure.exit_code if failure else 0)
     me.publish_node()
     await asyncio.gather(
-        _whatever_happens(me, "stopping the ranks", _stop_ranks(me)),
-        _whatever_happens(me, "stopping the warm slots", me.ranks.warm.stop()),
+        *(_whatever_happens(me, "stopping the ranks", _stop_ranks(me, g)) for g in me.groups),
+        *(_whatever_happens(me, "stopping the warm slots", g.ranks.warm.stop()) for g in me.groups),
     )
     await me.tasks.cancel()
     grace = min(3.0, me.settings.engine_grace)
@@ -82,34 +84,34 @@ async def _whatever_happens(me: Node, what: str, step: Coroutine[Any, Any, None]
         me.report.unexpected(what, exc)
 
 
-async def _stop_ranks(me: Node) -> None:
+async def _stop_ranks(me: Node, group: Group) -> None:
     """Standbys first, so that none is promoted on the way out.
 
     The leader's rank of the primary ends before the others': it is what requests are running on.
     """
-    living = [r for r in me.ranks if r.child is not None and r.phase is not Phase.FENCED]
-    primary = [r for r in living if _is_primary(me, r)]
-    await asyncio.gather(*(me.ranks.stop(r, PARKED_GRACE) for r in living if r not in primary))
+    living = [r for r in group.ranks if r.child is not None and r.phase is not Phase.FENCED]
+    primary = [r for r in living if _is_primary(group, r)]
+    await asyncio.gather(*(group.ranks.stop(r, PARKED_GRACE) for r in living if r not in primary))
     for rank in primary:
-        if not me.is_leader:
-            await _leader_rank_ended(me, rank)
-        await me.ranks.stop(rank, me.settings.engine_grace if me.is_leader else PARKED_GRACE)
+        if not group.is_leader:
+            await _leader_rank_ended(me, group, rank)
+        await group.ranks.stop(rank, group.settings.engine_grace if group.is_leader else PARKED_GRACE)
 
 
-def _is_primary(me: Node, rank: Rank) -> bool:
-    if me.is_leader:
+def _is_primary(group: Group, rank: Rank) -> bool:
+    if group.is_leader:
         return rank.is_primary
-    record = me.mirror.ranks.get((rank.cohort_id, 0))
+    record = group.mirror.ranks.get((rank.cohort_id, 0))
     return (
         record is not None and record.incarnation == rank.incarnation and record.phase in (Phase.WAKING, Phase.ACTIVE)
     )
 
 
-async def _leader_rank_ended(me: Node, rank: Rank) -> None:
+async def _leader_rank_ended(me: Node, group: Group, rank: Rank) -> None:
     """Wait until the leader's rank of that life has ended, no longer than an engine may take to end."""
 
     def ended() -> bool:
-        record = me.mirror.ranks.get((rank.cohort_id, 0))
+        record = group.mirror.ranks.get((rank.cohort_id, 0))
         gone = record is None or record.incarnation != rank.incarnation or record.phase in ENDED
         return gone or me.session.is_cut_off or rank.local().gone
 
@@ -146,7 +148,8 @@ async def _until(me: Node, done: Callable[[], bool], deadline: float) -> None:
 async def _clear(me: Node, left: str) -> None:
     """The last process of ours, the guard, and the files, which tell of something to be swept while they are there."""
     await me.guard.dismiss()
-    await me.ranks.cleared(LAST_STEPS)
+    for group in me.groups:
+        await group.ranks.cleared(LAST_STEPS)
     if not left:
         me.layout.node_dir.remove()
 

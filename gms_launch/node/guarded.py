@@ -25,7 +25,9 @@ AGAIN = 1.0
 class Guarded:
     """The guard of this node. `changed(what)` hears in words that one has ended, or that there is a new one."""
 
-    def __init__(self, layout: Layout, gates: Gates, herald: Herald, changed: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, layout: Layout, gates: Sequence[Gates], herald: Herald, changed: Callable[[str, str], None]
+    ) -> None:
         self._layout, self._gates, self._herald, self._changed = layout, gates, herald, changed
         self._pipe = self._pidfd = -1
         self._told: set[ProcessId] = set()
@@ -37,7 +39,8 @@ class Guarded:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Shut the gates and start the first one. Raises `LaunchError`."""
         self._loop = loop
-        self._gates.take()
+        for gates in self._gates:
+            gates.take()
         self._start()
 
     @property
@@ -69,7 +72,12 @@ class Guarded:
         deputy = self._herald.open()
         try:
             self.pid, self._pipe = guard.start(
-                self._layout.run, node_rank, log, self._gates.descriptors, self._layout.node_dir.gms, deputy
+                self._layout.run,
+                node_rank,
+                log,
+                [fd for g in self._gates for fd in g.descriptors],
+                self._layout.node_dir.gms,
+                deputy,
             )
         finally:
             self._herald.attach(self._loop)

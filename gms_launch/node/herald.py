@@ -11,12 +11,11 @@ import logging
 import socket
 from collections.abc import Callable, Iterable
 
-from gms_launch.cohort.model import ALIVE
 from gms_launch.cohort.records import EndedRecord, NodeRecord, PeersRecord
 from gms_launch.control.mirror import Mirror
-from gms_launch.node.rank import Rank
 from gms_launch.process import word
 from gms_launch.process.deputy import Duty, Leash
+from gms_launch.process.proc import ProcessId
 from gms_launch.process.word import Peer, Word
 from gms_launch.run.plan import Layout
 
@@ -24,13 +23,16 @@ log = logging.getLogger("agent")
 
 
 class Herald:
-    """One agent's. `heard` is called when the mirror knows more, `acted(life)` when the guard acted in our place."""
+    """One agent's. Cohorts have the numbers that they have in the run (`Layout.slot`).
+
+    `heard(ended)` hears what others say, `acted(life)` when the guard acted in our place.
+    """
 
     def __init__(
         self,
         layout: Layout,
         mirror: Mirror,
-        heard: Callable[[], None],
+        heard: Callable[[EndedRecord], None],
         acted: Callable[[tuple[int, int]], None],
     ) -> None:
         self._layout, self._mirror, self._heard, self._acted = layout, mirror, heard, acted
@@ -97,10 +99,9 @@ class Herald:
             self._known = record, peers
         return peers
 
-    def inform(self, ranks: Iterable[Rank]) -> None:
-        """Let the guard know what lives here now; cheap when nothing has changed."""
+    def inform(self, living: dict[tuple[int, int], ProcessId]) -> None:
+        """Let the guard know what lives here now, by slot and incarnation; cheap when nothing has changed."""
         if self._leash is not None and not self._retired:
-            living = {r.life: r.child.id for r in ranks if r.child is not None and r.phase in ALIVE}
             self._leash.tell(Duty(living, self._peers(), self._key))
 
     def retire(self) -> None:
@@ -127,11 +128,7 @@ class Herald:
     def _of_the_others(self) -> None:
         assert self.line is not None
         for said in word.hear(self.line, self._key):
-            desired = self._mirror.desired.get(said.cohort_id)
-            if said.life in self._mirror.ended or (desired is not None and said.incarnation < desired.incarnation):
-                continue  # it is known, or long over
-            self._mirror.ended[said.life] = EndedRecord(*said.life, said.node_rank)
-            self._heard()
+            self._heard(EndedRecord(*said.life, said.node_rank))
 
     def _of_the_guard(self) -> None:
         assert self._leash is not None and self._loop is not None

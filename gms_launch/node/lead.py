@@ -16,14 +16,15 @@ from functools import partial
 from typing import Any, NoReturn
 
 from gms_launch.cohort import actions, controller, membership
-from gms_launch.cohort.model import ENDED, Phase
+from gms_launch.cohort.model import ENDED, Phase, Redundancy
 from gms_launch.cohort.records import CommandRecord, CommandResult, DesiredCohort, Wanted
 from gms_launch.cohort.view import KillRequest, Memory, Policy, Request, RollRequest, Slot, View
 from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import DeadlineError, LaunchError
-from gms_launch.node import begin, consent, herald
+from gms_launch.node import consent, herald
 from gms_launch.node.confirm import TokenWatch
 from gms_launch.node.gms_watch import DOWN
+from gms_launch.node.group import Group
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
 from gms_launch.observe import snapshot
@@ -57,7 +58,7 @@ def policy(settings: Settings) -> Policy:
     )
 
 
-def view(me: Node, now: float) -> View:
+def view(me: Group, now: float) -> View:
     """The run as the leader sees it `now` (monotonic seconds)."""
     shot, nnodes = snapshot.build(me.mirror), me.layout.topology.nnodes
     slots = {}
@@ -89,7 +90,7 @@ def view(me: Node, now: float) -> View:
         requests=tuple(_request(c) for c in waiting),
         no_token=me.no_token,
         absent={
-            r: begin.node_name(me, r)
+            r: node_name(me, r)
             for r in [*membership.missing(me.mirror.nodes, nnodes), *membership.unfit(me.mirror.nodes, nnodes)]
             if r != me.node_rank
         },
@@ -122,7 +123,7 @@ def tell_refusals(me: Node) -> None:
             me.progress(f"an agent was refused: {text}")
 
 
-def carry_out(me: Node, action: actions.Action) -> None:
+def carry_out(me: Group, action: actions.Action) -> None:
     """Do what the controller decided."""
     match action:
         case actions.Start():
@@ -156,7 +157,7 @@ def nobody_does(action: NoReturn) -> NoReturn:
     raise AssertionError(f"no hand for {action!r}")
 
 
-def _give_up(me: Node, action: actions.GiveUp) -> None:
+def _give_up(me: Group, action: actions.GiveUp) -> None:
     me.report.emit("given_up", action.cohort_id, action.incarnation, action.why)
     me.progress(
         f"cohort {action.cohort_id} is given up: {action.why}{_log_of(me, action.cohort_id)}\n  another try "
@@ -165,7 +166,7 @@ def _give_up(me: Node, action: actions.GiveUp) -> None:
     _want(me, action.cohort_id, action.incarnation, Wanted.DEAD, action.why, given_up=True)
 
 
-def _kill_part(me: Node, action: actions.KillPart) -> None:
+def _kill_part(me: Group, action: actions.KillPart) -> None:
     """Ask the agent of one node to kill its rank: a drill."""
     part = f"rank:{action.node_rank}"
     drill = CommandRecord(uuid.uuid4().hex, "kill-rank", clock.now(), action.cohort_id, action.incarnation, part)
@@ -177,18 +178,18 @@ def _kill_part(me: Node, action: actions.KillPart) -> None:
     me.wake.set()
 
 
-def _lose_nodes(me: Node, action: actions.LoseNodes) -> None:
+def _lose_nodes(me: Group, action: actions.LoseNodes) -> None:
     known = me.mirror.run.lost if me.mirror.run else ()
     for rank in sorted(set(action.lost) ^ set(known)):
         kind = "node_lost" if rank in action.lost else "node_back"
-        me.report.emit(kind, detail=begin.node_name(me, rank))
+        me.report.emit(kind, detail=node_name(me, rank))
         waits = f"is lost; {me.settings.node_wait:g} s of node_wait left for it to come back"
-        me.progress(f"{begin.node_name(me, rank)} {waits if rank in action.lost else 'is back'}")
+        me.progress(f"{node_name(me, rank)} {waits if rank in action.lost else 'is back'}")
     me.report.run(lost=action.lost)
     me.wake.set()
 
 
-def _new_gms(me: Node, action: actions.NewGms) -> None:
+def _new_gms(me: Group, action: actions.NewGms) -> None:
     epoch = (me.mirror.run.gms_epoch if me.mirror.run else 0) + 1
     me.report.emit("gms_restart", detail=action.why)
     me.progress(f"{action.why}: starting new GMS servers on all nodes, and then the cohorts cold")
@@ -196,7 +197,7 @@ def _new_gms(me: Node, action: actions.NewGms) -> None:
     me.wake.set()
 
 
-def _roll(me: Node, action: actions.Roll | actions.Proved | actions.RollBack) -> None:
+def _roll(me: Group, action: actions.Roll | actions.Proved | actions.RollBack) -> None:
     """Note with which arguments lives are started from now on."""
     run = me.mirror.run
     assert run is not None, "the leader says what the run is"
@@ -216,7 +217,7 @@ def _roll(me: Node, action: actions.Roll | actions.Proved | actions.RollBack) ->
     me.wake.set()
 
 
-def tell_tries(me: Node, memory: Memory, policy: Policy, now: float) -> None:
+def tell_tries(me: Group, memory: Memory, policy: Policy, now: float) -> None:
     """Write down which slots' starts fail, so that everybody sees what is waited for. `now` in monotonic seconds."""
     for cohort_id, desired in me.mirror.desired.items():
         t = controller.tries(cohort_id, memory, policy, now)
@@ -227,7 +228,7 @@ def tell_tries(me: Node, memory: Memory, policy: Policy, now: float) -> None:
             me.report.put(me.mirror.keys.cohort(cohort_id), record.encode(), later=True)
 
 
-def _words(me: Node, args: tuple[str, ...] | None) -> str:
+def _words(me: Group, args: tuple[str, ...] | None) -> str:
     """Engine arguments for people; None are those of the settings."""
     return shlex.join(me.settings.engine_args if args is None else args) or "no engine arguments"
 
@@ -242,14 +243,14 @@ def tell_peers(me: Node) -> None:
         me.report.put(me.mirror.keys.peers, record.encode())
 
 
-async def _withdraw(me: Node, uuid: str) -> None:
+async def _withdraw(me: Group, uuid: str) -> None:
     """A drill that was not begun by then is not to be: its agent may have stood still, and the run has gone on."""
     await asyncio.sleep(DRILL_TIME)
     me.mirror.commands.pop(uuid, None)
     me.report.delete(me.mirror.keys.command(uuid))
 
 
-def _want(me: Node, cohort_id: int, incarnation: int, wanted: Wanted, why: str, given_up: bool = False) -> None:
+def _want(me: Group, cohort_id: int, incarnation: int, wanted: Wanted, why: str, given_up: bool = False) -> None:
     """Write down what is wanted of a slot; ours takes effect at once, the others see it in etcd."""
     current = me.mirror.desired.get(cohort_id)
     port = current.master_port if current and current.incarnation == incarnation else 0
@@ -260,7 +261,8 @@ def _want(me: Node, cohort_id: int, incarnation: int, wanted: Wanted, why: str, 
     args, generation = (run.engine_args, run.generation) if run is not None else (None, 0)
     if wanted is Wanted.DEAD and current is not None:
         args, generation = current.engine_args, current.generation  # of the life that ends
-    record = DesiredCohort(cohort_id, incarnation, wanted, port, why, given_up, args, generation)
+    address = me.layout.topology.address
+    record = DesiredCohort(cohort_id, incarnation, wanted, port, why, given_up, args, generation, address)
     me.mirror.desired[cohort_id] = record
     # A life that is ending anyway needs no word of ours to end.
     rank = me.ranks.find(cohort_id, incarnation)
@@ -269,23 +271,30 @@ def _want(me: Node, cohort_id: int, incarnation: int, wanted: Wanted, why: str, 
     me.wake.set()
 
 
-def _master_port(me: Node, cohort_id: int, incarnation: int) -> int:
+def _master_port(me: Group, cohort_id: int, incarnation: int) -> int:
     """The next port of the slot's range that nobody listens on."""
-    places = (me.layout.topology.leader_address, LOOPBACK)  # engines of one node meet on the latter
+    places = (me.layout.topology.address, LOOPBACK)  # engines of one node meet on the latter
     steps = range(ports.INCARNATION_STEPS)
     candidates = [me.layout.ports.master(cohort_id, incarnation + k) for k in steps]
     return next((p for p in candidates if all(ports.is_free(a, p) for a in places)), candidates[0])
 
 
-def _abort(me: Node, action: actions.Abort) -> None:
+def _abort(me: Group, action: actions.Abort) -> None:
     """End the run, with the log of the rank that is to blame."""
     text = action.why
     if action.cohort_id >= 0:
         text = f"cohort {action.cohort_id} did not come up: {action.why}{_log_of(me, action.cohort_id)}"
-    me.fail(DeadlineError(text) if action.late else LaunchError(text))
+    error = DeadlineError(text) if action.late else LaunchError(text)
+    if not me.layout.group:
+        me.fail(error)
+        return
+    me.progress(f"this group is over: {text}")
+    me.report.emit("group_over", detail=action.why)
+    me.report.run(failed=text, exit_code=error.exit_code, redundancy=Redundancy.DOWN.value)
+    me.wake.set()
 
 
-def _log_of(me: Node, cohort_id: int) -> str:
+def _log_of(me: Group, cohort_id: int) -> str:
     """Where the log is of the rank that is to blame, and what it says.
 
     The rank that died by itself, on whichever node, has the reason in its log; the others were killed for it.
@@ -296,7 +305,7 @@ def _log_of(me: Node, cohort_id: int) -> str:
     found = first or next(iter(records), None)
     if found is None:
         return ""
-    path = me.layout.run_dir.logs / f"node{found.node_rank}" / os.path.basename(found.log)
+    path = me.layout.logs_of(found.node_rank) / os.path.basename(found.log)
     here = me.ranks.said(found)
     # Another node's log is on the shared home, which may hang, and this is the event loop.
     lost = "  | (the home does not answer)"
@@ -304,7 +313,13 @@ def _log_of(me: Node, cohort_id: int) -> str:
     return f"\n  log: {path}\n{text}"
 
 
-async def confirm(me: Node, rank: Rank) -> None:
+def node_name(me: Group, node_rank: int) -> str:
+    """A node of the group for people, also when it is gone."""
+    node = me.mirror.nodes.get(node_rank) or me.report.seen.get(node_rank)
+    return membership.name(node) if node is not None else f"node {node_rank}"
+
+
+async def confirm(me: Group, rank: Rank) -> None:
     """A promotion is done when a token comes through the frontend: a user's, or ours if nobody asks for one.
 
     Ours costs a prefill, and users wait at that very moment.
@@ -329,7 +344,7 @@ async def confirm(me: Node, rank: Rank) -> None:
         return
 
 
-async def _watch_tokens(me: Node, rank: Rank) -> None:
+async def _watch_tokens(me: Group, rank: Rank) -> None:
     """For as long as a rank serves, see that tokens come."""
     assert me.canary is not None
     watching = me.loop.create_task(me.canary.watch(rank.life))

@@ -12,28 +12,25 @@ import logging
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
 
 from gms_launch.cohort.model import ALIVE, Redundancy
-from gms_launch.cohort.view import Sightings
+from gms_launch.cohort.records import EndedRecord
 from gms_launch.control.claims import Claims
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import InterruptedRunError, LaunchError
-from gms_launch.node.canary import Canary
 from gms_launch.node.exporter import Exporter
-from gms_launch.node.gates import Gates
-from gms_launch.node.gms_watch import GmsWatch
+from gms_launch.node.group import Group
 from gms_launch.node.guarded import Guarded
 from gms_launch.node.herald import Herald
 from gms_launch.node.hook import Hook
 from gms_launch.node.rank import Rank
-from gms_launch.node.rankset import RankSet
 from gms_launch.node.reporter import Reporter
-from gms_launch.node.session import Session
+from gms_launch.node.session import Part, Session
 from gms_launch.node.tasks import Tasks
-from gms_launch.node.warm import WarmSlots
-from gms_launch.observe.progress import Teller
-from gms_launch.process import lifecycle
+from gms_launch.process import lifecycle, listener
 from gms_launch.process.follow import FileWatcher
 from gms_launch.run.plan import Layout
 from gms_launch.run.rundir import NodeEnd
@@ -51,8 +48,8 @@ DESCRIPTORS = 65536
 class Node:
     """One node of one run. `writer` writes what is for people, `on_progress` gets lines for them.
 
-    `on_rank(rank, kind, detail)` hears what ranks noticed. `ends` says, in the end, how the nodes of the run ended, as
-    far as this one knows.
+    `on_rank(group, rank, kind, detail)` hears what ranks noticed. `ends` says, in the end, how the nodes of the run
+    ended, as far as this one knows.
     """
 
     def __init__(
@@ -60,7 +57,7 @@ class Node:
         layout: Layout,
         writer: Writer,
         on_progress: Callable[[str], None],
-        on_rank: Callable[[Rank, str, str], None],
+        on_rank: Callable[[Group, Rank, str, str], None],
     ) -> None:
         self.layout = layout
         self.settings = layout.settings
@@ -69,6 +66,8 @@ class Node:
         self.mirror = Mirror(layout.run)
         self.services: dict[str, ServiceRunner] = {}
         self.ready = asyncio.Event()
+        self.stopping = asyncio.Event()
+        self.wake = asyncio.Event()
         self.redundancy = Redundancy.DOWN
         self.progress = on_progress
         self.writer = writer
@@ -76,41 +75,36 @@ class Node:
         self.hook = Hook(layout, writer, self._hook_changed)
         self.report.listeners.append(self.hook.hear)
         self.tasks = Tasks(self.fail, self._outlived)
-        self.spawn = self.tasks.spawn
-        self.gms = GmsWatch(layout.devices(), layout.node_dir.gms)
-        self.gates = Gates(layout.gates)
-        self.herald = Herald(layout, self.mirror, self.control_changed, self._guard_acted)
-        self.guard = Guarded(layout, self.gates, self.herald, self._guard_changed)
-        self.ranks = RankSet(
-            layout,
-            self.mirror,
-            self.report,
-            writer,
-            self.gms,
-            self.gates,
-            self.spawn,
-            on_rank,
-            self.herald.say,
-            lambda: runner.pid if (runner := self.services.get("frontend")) else 0,
-            WarmSlots(layout, writer.output, self.spawn, self._warm_told, self.control_changed),
-        )
+        self.herald = Herald(layout, self.mirror, self.heard, self._guard_acted)
+        self.groups = tuple(self._group(mine) for mine in layout.groups)
+        self.guard = Guarded(layout, [g.gates for g in self.groups], self.herald, self._guard_changed)
         self.exporter = Exporter(layout, self.report)
         self.claims = Claims(self.report.take, self.spawn, self.control_changed)
-        self.teller = Teller(self.ranks.starts, on_progress)
         self.failure: LaunchError | None = None
-        self.stopping = asyncio.Event()
-        self.wake = asyncio.Event()
         self.hurry = False
         self.strays: tuple[str, ...] = ()
         self.alarms: tuple[str, ...] = ()
         self.ends: tuple[NodeEnd, ...] = ()
-        self.sightings = Sightings()
-        self.confirmed: tuple[int, int] | None = None
-        self.no_token = ""
-        self.canary = Canary(layout) if self.is_leader and self.settings.canary else None
-        self.gms_epoch = 0
         self.answered: set[str] = set()
-        self.gms_asked: dict[str, tuple[str, ...] | None] = {}
+        self._on_rank = on_rank
+        self._registered: dict[str, Group | None] = {}
+
+    def _group(self, mine: Layout) -> Group:
+        """This node's part in one group; the run's own records are those of a run without groups."""
+        mirror, report = self.mirror, self.report
+        if mine.group:
+            mirror = Mirror(mine.run, mine.group)
+            report = Reporter(mine, mirror, self.writer, self.report)
+        return Group(self, mine, mirror, report, self._rank_event, self._ended, self._front)
+
+    def _rank_event(self, group: Group, rank: Rank, kind: str, detail: str) -> None:
+        self._on_rank(group, rank, kind, detail)
+
+    def _ended(self, group: Group, ended: EndedRecord) -> None:
+        self.herald.say(replace(ended, cohort_id=group.layout.slot(ended.cohort_id), node_rank=self.node_rank))
+
+    def _front(self) -> int:
+        return runner.pid if (runner := self.services.get("frontend")) else 0
 
     def set_up(self) -> None:
         """Make the guard and what else must be there before anything is started. Raises `LaunchError`."""
@@ -124,7 +118,8 @@ class Node:
         for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self.loop.add_signal_handler(sig, self.interrupt, f"signal {sig.name}")
         self.files = FileWatcher(self.loop)
-        self.session = Session(self.layout, self.mirror, self.report, self)
+        parts = [Part(g.layout, g.mirror, g.report) for g in self.groups if g.layout.group]
+        self.session = Session(self.layout, self.mirror, self.report, self, parts)
         self.exporter.start(self.session)
 
     def stop(self, why: str, hurry: bool = False) -> None:
@@ -148,6 +143,10 @@ class Node:
             self.failure = error
         self.stop("the run failed")
 
+    def spawn(self, work: Coroutine[Any, Any, Any], /) -> None:
+        """Let something run beside, until it ends or the agent does."""
+        self.tasks.spawn(work)
+
     def _outlived(self, what: str, error: BaseException) -> None:
         """An error of ours in a task or a callback: the run goes on."""
         self.report.unexpected(what, error)
@@ -165,8 +164,30 @@ class Node:
     def _output(self, name: str) -> Output:
         return self.writer.output(self.layout.log_dir / name)
 
+    def of_slot(self, slot: int) -> tuple[Group, int] | None:
+        """The group and the cohort that a number stands for that is the run's own; None where it has no rank here."""
+        found = ((g, slot - g.layout.slot(0)) for g in self.groups)
+        return next(((g, k) for g, k in found if 0 <= k < g.settings.cohorts), None)
+
+    def heard(self, said: EndedRecord) -> None:
+        """Another node says that a life has ended."""
+        if (found := self.of_slot(said.cohort_id)) is None:
+            return
+        group, cohort_id = found
+        life = (cohort_id, said.incarnation)
+        desired = group.mirror.desired.get(cohort_id)
+        if life in group.mirror.ended or (desired is not None and said.incarnation < desired.incarnation):
+            return  # it is known, or long over
+        group.mirror.ended[life] = EndedRecord(*life, said.node_rank)
+        self.wake.set()
+
     def _guard_acted(self, life: tuple[int, int]) -> None:
-        self.report.emit("guard_kill", *life, "this node's agent had stood still, and its guard ended that life")
+        if (found := self.of_slot(life[0])) is None:
+            return
+        group, cohort_id = found
+        group.report.emit(
+            "guard_kill", cohort_id, life[1], "this node's agent had stood still, and its guard ended that life"
+        )
         self.wake.set()
 
     def _guard_changed(self, kind: str, detail: str) -> None:
@@ -182,32 +203,43 @@ class Node:
 
     def control_resynced(self) -> None:
         self.progress("etcd was read anew, or this node's lease is new; reporting what runs here")
-        self.ranks.publish_all()
+        for group in self.groups:
+            group.ranks.publish_all()
         self.publish_node(force=True)
 
     def instances(self, found: dict[str, bytes]) -> None:
-        self.ranks.discovery.seen(found)
+        if not self.layout.number_of_groups:
+            self.groups[0].ranks.discovery.seen(found)
+            return
+        whose = {key: self._whose(key, record) for key, record in found.items()}
+        for group in self.groups:
+            group.ranks.discovery.seen({k: r for k, r in found.items() if whose[k] is group})
+
+    def _whose(self, key: str, record: bytes) -> Group | None:
+        """The group of an engine that has registered: of the rank here that listens where it says. Asked once."""
+        if key not in self._registered:
+            where = listener.advertised(record)
+            self._registered[key] = None if where is None else next((g for g in self.groups if g.listens(*where)), None)
+        return self._registered[key]
 
     def cut_off(self, why: str) -> None:
         self.progress(f"{why}: killing this node's ranks, since the others go on without them")
         self.report.emit("cut_off", detail=why)
-        for rank in self.ranks:
-            if rank.phase in ALIVE:
-                self.ranks.kill(rank.cohort_id, "this node is cut off from the leader")
+        for group in self.groups:
+            for rank in group.ranks:
+                if rank.phase in ALIVE:
+                    group.ranks.kill(rank.cohort_id, "this node is cut off from the leader")
 
     def give_up(self, error: LaunchError) -> None:
         self.fail(error)
-
-    def _warm_told(self, kind: str, detail: str) -> None:
-        self.report.emit(kind, detail=detail)
 
     def _service_changed(self, runner: ServiceRunner, event: str, detail: str) -> None:
         name = runner.service.name
         self.report.emit(f"service_{event}", detail=f"{name} {detail}".strip())
         if event not in ("ready", "failed"):
             self.progress(f"{name}: {event} {detail}".rstrip())
-        if event == "exited" and name.startswith("gms"):
-            self.gms.lost(name)
+        if event == "exited" and (group := next((g for g in self.groups if g.layout.has_gms(name)), None)) is not None:
+            group.gms.lost(name)
             self.progress(
                 f"{name} is gone: engines go on with the memory that they have mapped, and no shadow can take over; "
                 "`gms-launch kill-primary --force`, or the primary's next failure, starts the group cold"
@@ -218,37 +250,47 @@ class Node:
 
     def publish_node(self, force: bool = False, stopped: bool = False, left: str = "") -> None:
         failed = self.failure if self.stopping.is_set() else None
-        self.report.node(
-            services=(
+        state: dict[str, Any] = {
+            "stopping": self.stopping.is_set(),
+            "stopped": stopped,
+            "left": left,
+            "failed": str(failed or ""),
+            "exit_code": failed.exit_code if failed else 0,
+        }
+        own: dict[str, Any] = {
+            "services": (
                 *(runner.status() for runner in self.services.values()),
                 self.guard.status,
-                *self.ranks.warm.status,
+                *(s for g in self.groups for s in g.ranks.warm.status),
                 *self.hook.status,
             ),
-            alarms=self.alarms,
-            gms=self.gms.status,
-            gms_epoch=self.gms_epoch,
-            gpu_memory=self.gms.gpus,
-            strays=self.strays,
-            lock_holder=self.ranks.lock_holder() if self.is_leader else "",
-            stopping=self.stopping.is_set(),
-            stopped=stopped,
-            left=left,
-            failed=str(failed or ""),
-            exit_code=failed.exit_code if failed else 0,
-            writing=self.report.places(),
-            internal_errors=self.report.errors,
-            metrics=self.exporter.address,
-            force=force,
-        )
+            "alarms": self.alarms,
+            "strays": self.strays,
+            "writing": self.report.places(),
+            "internal_errors": self.report.errors,
+            "metrics": self.exporter.address,
+        }
+        for group in self.groups:
+            part = {
+                "gms": group.gms.status,
+                "gms_epoch": group.gms_epoch,
+                "gpu_memory": group.gms.gpus,
+                "lock_holder": group.ranks.lock_holder() if group.is_leader else "",
+            }
+            if group.report is self.report:
+                own |= part
+            else:
+                group.report.node(**state, **part, force=force)
+        self.report.node(**state, **own, force=force)
 
     def reap(self) -> None:
         """Collect what has died and is nobody else's: of dead ranks, and where we are a container's init, of all."""
-        self.ranks.reap(frozenset({self.guard.pid, *(runner.pid for runner in self.services.values())}))
+        living = {self.guard.pid, *(runner.pid for runner in self.services.values())}
+        lifecycle.reap_orphans(frozenset(living.union(*(g.ranks.pids for g in self.groups))))
 
     async def look_at_gms(self) -> None:
-        await self.loop.run_in_executor(None, self.gms.look)
-        self.wake.set()
+        for group in self.groups:
+            await group.look_at_gms()
 
 
 def _raise_limit() -> None:

@@ -110,15 +110,17 @@ class RankSet:
             cohort_id=cohort_id,
             incarnation=incarnation,
             node_rank=self._node_rank,
-            tag=f"{self._layout.run}/{cohort_id}/{incarnation}/{self._node_rank}",
-            log=self._layout.log_dir / f"cohort-{cohort_id}.{incarnation}.log",
+            tag=self._layout.tag(cohort_id, incarnation),
+            log=self._layout.log(f"cohort-{cohort_id}.{incarnation}.log"),
             engine=self._layout.engine,
             on_event=self._noticed,
             last=self.starts.of(cohort_id, incarnation),
         )
         try:
             port = self._system_port(rank)
-            command = self._layout.rank_command(cohort_id, incarnation, desire.master_port, desire.engine_args, port)
+            command = self._layout.rank_command(
+                cohort_id, incarnation, desire.master_port, desire.engine_args, port, desire.master_addr
+            )
             child, began, how = self._process(rank, command)
             rank.start(child, began, files, loop)
         except OSError as exc:
@@ -246,10 +248,10 @@ class RankSet:
                 await asyncio.wait_for(rank.ended.wait(), grace)
         await rank.destroy(self._gms.sockets, self._gms.gpu_uuids, self._layout.node_dir.locks)
 
-    def reap(self, keep: frozenset[int]) -> None:
-        """Collect the orphans of dead ranks. `keep` are pids of the agent's other children."""
-        own = {r.child.pid for r in self._by_slot.values() if r.child is not None} | self.warm.pids
-        lifecycle.reap_orphans(keep | own)
+    @property
+    def pids(self) -> set[int]:
+        """Children of the agent that are ranks here, or wait to be."""
+        return {r.child.pid for r in self._by_slot.values() if r.child is not None} | self.warm.pids
 
     # -- seeing and telling --------------------------------------------------------------------------------------
 
@@ -342,7 +344,7 @@ class RankSet:
         self._mirror.ranks[record.cohort_id, self._node_rank] = record
         if record.phase in ENDED and life not in self._mirror.ended:
             # Ahead of the record, which only the leader reads: the other nodes kill their ranks upon this.
-            ended = EndedRecord(*life, self._node_rank)
+            ended = EndedRecord(*life, self._layout.home.node_rank)
             self._mirror.ended[life] = ended
             self._on_end(ended)
             self._report.put_once(keys.life_ended(*life), ended.encode())

@@ -18,7 +18,8 @@ from gms_launch import __version__
 from gms_launch.cohort.records import CommandRecord, EventRecord, ModelStamp, NodeRecord, RunRecord, WritingStatus
 from gms_launch.control.mirror import Mirror
 from gms_launch.process import clock, proc
-from gms_launch.run.plan import Layout, settings_digest
+from gms_launch.run.agreement import settings_digest
+from gms_launch.run.plan import Layout
 from gms_launch.spool.writer import Place, Writer
 from gms_launch.urls import is_loopback
 
@@ -67,11 +68,12 @@ EVENTS_KEPT = 1000
 class Reporter:
     """One agent's reports. `link` is set once there is an etcd, `lease` whenever this node has one.
 
+    That of a group says `above`, the node's, what happens.
     `listeners` hear every event of this node, on the leader of all nodes; they must return at once and raise nothing.
     """
 
-    def __init__(self, layout: Layout, mirror: Mirror, writer: Writer) -> None:
-        self._layout = layout
+    def __init__(self, layout: Layout, mirror: Mirror, writer: Writer, above: Reporter | None = None) -> None:
+        self._layout, self._above = layout, above
         self._writer = writer
         self._mirror = mirror
         self._keys = mirror.keys
@@ -83,13 +85,29 @@ class Reporter:
         self.seen: dict[int, NodeRecord] = {}
         self.listeners: list[Callable[[EventRecord], None]] = []
         self._targets: list[dict[str, Any]] = []
-        self.link: ControlLink | None = None
-        self.lease = 0
+        self._link: ControlLink | None = None
+        self._lease = 0
         self.model = ModelStamp()
         self.word_port = 0
         self.started = clock.now()
         self.errors = 0
         self._places: dict[str, Place] = {}
+
+    @property
+    def link(self) -> ControlLink | None:
+        return self._above.link if self._above is not None else self._link
+
+    @link.setter
+    def link(self, link: ControlLink) -> None:
+        self._link = link
+
+    @property
+    def lease(self) -> int:
+        return self._above.lease if self._above is not None else self._lease
+
+    @lease.setter
+    def lease(self, lease: int) -> None:
+        self._lease = lease
 
     def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
         """Store a record in etcd, at once, or `later` when nobody waits for it."""
@@ -119,11 +137,15 @@ class Reporter:
         incarnation: int = 0,
         detail: str = "",
         when: float | None = None,
+        group: str = "",
         **data: Any,
     ) -> None:
         """Record an event that happened at `when` (Unix seconds; now when not given)."""
+        if self._above is not None:
+            self._above.emit(kind, cohort_id, incarnation, detail, when, self._layout.group, **data)
+            return
         now = clock.now() if when is None else when
-        event = EventRecord(now, self._node_rank, kind, cohort_id, incarnation, detail, data)
+        event = EventRecord(now, self._node_rank, kind, cohort_id, incarnation, detail, data, group)
         self._serial += 1
         self._heard(event)
         if self.link is not None:
@@ -132,7 +154,8 @@ class Reporter:
             self._event_keys.append(key)
             if len(self._event_keys) > EVENTS_KEPT:
                 self.link.delete(self._event_keys.popleft())
-        who = f"cohort {cohort_id}.{incarnation} " if cohort_id >= 0 else ""
+        who = f"{group} " if group else ""
+        who += f"cohort {cohort_id}.{incarnation} " if cohort_id >= 0 else ""
         if kind not in SAID:
             log.log(LEVELS.get(kind, logging.INFO), "%s%s %s", who, kind, detail)
 
@@ -149,6 +172,9 @@ class Reporter:
 
     def unexpected(self, what: str, error: BaseException) -> None:
         """An error of ours, which the run outlives: logged, counted, told."""
+        if self._above is not None:
+            self._above.unexpected(what, error)
+            return
         self.errors += 1
         log.error("internal error: %s", what, exc_info=error)
         self.emit("internal_error", detail=f"{what}: {error!r}")
@@ -180,6 +206,7 @@ class Reporter:
             frontend_url=layout.front.url,
             model_name=layout.model_name,
             attempt=layout.attempt,
+            leader=layout.home.node_rank,
         )
         record = replace(known, **changes)
         self._mirror.run = record
@@ -204,6 +231,7 @@ class Reporter:
             model=self.model,
             word_port=self.word_port,
             clock=clock.OFFSET,
+            number=layout.home.node_rank if layout.group else -1,
         )
 
     def lease_known(self) -> None:
@@ -225,6 +253,8 @@ class Reporter:
         """Keep the list of all nodes and ranks in the run directory, for whoever must act while etcd is away."""
         for node in self._mirror.nodes.values():
             self.seen[node.node_rank] = node
+        if self._above is not None:
+            return
         ranks = [
             {
                 "cohort_id": r.cohort_id,

@@ -10,14 +10,15 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from gms_launch.cohort import membership
 from gms_launch.cohort.records import EventRecord, NodeRecord, RunRecord, RunState
 from gms_launch.control import terms
-from gms_launch.control.keys import DYNAMO_ROOT, prefix
+from gms_launch.control.keys import DYNAMO_ROOT, Range, prefix
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
 from gms_launch.node.reporter import Reporter
@@ -58,11 +59,27 @@ class Member(Protocol):
         """The leader has stayed away for too long, or has ended the run."""
 
 
-class Session:
-    """One agent's session. Everything but `open` and `close` belongs on the loop."""
+@dataclass(frozen=True)
+class Part:
+    """What an agent is part of: a group, or the run. `layout` says at which place there."""
 
-    def __init__(self, layout: Layout, mirror: Mirror, report: Reporter, member: Member) -> None:
+    layout: Layout
+    mirror: Mirror
+    report: Reporter
+
+
+class Session:
+    """One agent's session. Everything but `open` and `close` belongs on the loop.
+
+    `groups` are the agent's own, in a run of groups; otherwise there are none beside the run.
+    """
+
+    def __init__(
+        self, layout: Layout, mirror: Mirror, report: Reporter, member: Member, groups: Sequence[Part] = ()
+    ) -> None:
         self._layout, self.mirror, self._report, self._member = layout, mirror, report, member
+        self._groups = tuple(groups)
+        self._parts = (Part(layout, mirror, report), *groups)
         self._settings = layout.settings
         self._loop = asyncio.get_running_loop()
         self._link: ControlLink | None = None
@@ -109,10 +126,19 @@ class Session:
             )
             link.put_now(keys.refusal(f"{record.boot_id}-{record.agent_pid}"), text.encode())
             raise UsageError(text)
-        if layout.topology.is_leader:
-            link.listen([prefix(keys.prefix)], self._settings.lease_ttl, self, self._settings.namespace)
-        else:
-            link.listen(keys.followed(self._settings.cohorts), self._settings.lease_ttl, self)
+        leads = any(p.layout.topology.is_leader for p in (self._groups or self._parts))
+        link.listen(self._followed(), self._settings.lease_ttl, self, self._settings.namespace if leads else None)
+
+    def _followed(self) -> list[Range]:
+        """What this agent has to know."""
+        keys, leads = self.mirror.keys, self._layout.topology.is_leader
+        if not self._groups:
+            return [prefix(keys.prefix)] if leads else keys.followed(self._settings.cohorts)
+        found = keys.over_all() if leads else keys.everywhere()
+        for part in self._groups:
+            mine, cohorts = part.mirror.keys, part.layout.settings.cohorts
+            found += mine.led() if part.layout.topology.is_leader else mine.followed(cohorts)
+        return list(dict.fromkeys(found))
 
     def _compare(self, link: ControlLink, record: NodeRecord) -> None:
         """A run that goes on takes back only a node that it would have begun with. Raises `UsageError`.
@@ -156,37 +182,47 @@ class Session:
     # -- what etcd says ------------------------------------------------------------------------------------------
 
     def control_snapshot(self, found: dict[str, bytes]) -> None:
-        known, run = dict(self.mirror.desired), self.mirror.run
-        self.mirror.replace(found)
+        for part in self._parts:
+            self._renew(part, found)
         if self.mirrored.is_set():
-            if self._layout.topology.is_leader:
-                if not self.mirror.desired and self._layout.own_etcd:
-                    self._loop.run_in_executor(None, self._establish_again)
-                # The leader's own memory is newer than a store that lost it.
-                self.mirror.desired = {**self.mirror.desired, **known}
-                for cohort_id, record in known.items():
-                    self._report.put(self.mirror.keys.cohort(cohort_id), record.encode())
-                self.mirror.run = run
-                self._report.run()
             self._member.control_resynced()
         self.mirrored.set()
         self._member.control_changed()
 
-    def control_change(self, key: str, value: bytes | None) -> None:
-        # What we decide and report ourselves is known here before etcd says it, and may be newer than its echo.
-        keys, topology = self.mirror.keys, self._layout.topology
-        own_rank = key.startswith(keys.ranks) and key.endswith(f"/{topology.node_rank}")
-        own_word = topology.is_leader and (key.startswith(keys.desired) or key in (keys.run, keys.peers))
-        if own_rank or own_word:
+    def _renew(self, part: Part, found: dict[str, bytes]) -> None:
+        """Take over what is there. A leader's own memory is newer than a store that lost it."""
+        mirror = part.mirror
+        known, run, known_by_us = dict(mirror.desired), mirror.run, self.mirrored.is_set()
+        mirror.replace(found)
+        if not known_by_us or not part.layout.topology.is_leader:
             return
-        if key.startswith(keys.events):
+        if part is self._parts[0] and mirror.run is None and self._layout.own_etcd:
+            self._loop.run_in_executor(None, self._establish_again)
+        mirror.desired = {**mirror.desired, **known}
+        for cohort_id, record in known.items():
+            part.report.put(mirror.keys.cohort(cohort_id), record.encode())
+        mirror.run = run
+        part.report.run()
+
+    def control_change(self, key: str, value: bytes | None) -> None:
+        if key.startswith(self.mirror.keys.events):
             if value is not None:
                 self._report.take_event(EventRecord.decode(value))
             return
-        self.mirror.apply(key, value)
-        if problem := self.mirror.problems.get(key):
-            log.warning("record %s is not readable: %s", key, problem)
-        self._member.control_changed()
+        concerned = [p for p in self._parts if not self._says(p, key)]
+        for part in concerned:
+            part.mirror.apply(key, value)
+            if problem := part.mirror.problems.get(key):
+                log.warning("record %s is not readable: %s", key, problem)
+        if concerned:
+            self._member.control_changed()
+
+    def _says(self, part: Part, key: str) -> bool:
+        """Whether we say that ourselves: it is known here before etcd says it, and may be newer than its echo."""
+        keys, topology = part.mirror.keys, part.layout.topology
+        own_rank = key.startswith(keys.ranks) and key.endswith(f"/{topology.node_rank}")
+        of_all = part is self._parts[0] and key == keys.peers
+        return own_rank or (topology.is_leader and (key.startswith(keys.desired) or key == keys.run or of_all))
 
     def control_state(self, reason: str | None) -> None:
         if reason is not None:

@@ -143,22 +143,26 @@ async def keep_up(me: Node) -> None:
             if (places := me.writer.places()) != told:
                 told = places
                 me.wake.set()
-            if me.redundancy is Redundancy.FULL:
-                me.ranks.warm.keep()
+            for group in me.groups:
+                if group.redundancy is Redundancy.FULL:
+                    group.ranks.warm.keep()
             if not me.ready.is_set():
                 # Somebody waits and looks on: how much is loaded, and for how long.
                 await me.look_at_gms()
-                me.ranks.memory_seen()
-            elif me.gms.missed:
+                for group in me.groups:
+                    group.ranks.memory_seen()
+            elif any(g.gms.missed for g in me.groups):
                 await me.look_at_gms()  # whether it is gone is to be known soon
             if me.loop.time() >= due:
                 due += HOUSEKEEPING
                 await me.look_at_gms()
-                me.strays = await me.ranks.sweep()
+                swept = [await g.ranks.sweep() for g in me.groups]
+                me.strays = tuple(s for found in swept for s in found)
                 me.reap()
                 # What only descent shows as ours, for the day when we are killed and nobody can tell any more.
                 untagged = await me.loop.run_in_executor(None, strays.untagged, me.layout.run)
                 me.guard.tell(untagged)
-                me.ranks.fence_again()
+                for group in me.groups:
+                    group.ranks.fence_again()
         except Exception as exc:
             me.report.unexpected("upkeep", exc)

@@ -146,7 +146,7 @@ class WarmSlots:
         made = layout.warm_environment() | {"TMPDIR": str(slot.directory)}
         try:
             layout.node_dir.make_warm_scratch(self._number)
-            output = self._output(layout.log_dir / f"{slot.name}.log")
+            output = self._output(layout.log(f"{slot.name}.log"))
             slot.waiting = Waiting.start(slot.name, layout.python, layout.engine.imports, made, tag, output)
         except OSError as exc:
             self._failed(slot, f"{slot.name} could not be started: {exc}")

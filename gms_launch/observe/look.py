@@ -9,7 +9,7 @@ from gms_launch.control import terms
 from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys
 from gms_launch.control.mirror import Mirror
-from gms_launch.errors import NoContactError
+from gms_launch.errors import NoContactError, UsageError
 from gms_launch.observe import snapshot
 from gms_launch.run.rundir import RunDir, RunFile
 
@@ -22,12 +22,38 @@ def read(directory: RunDir, door: Door) -> tuple[Mirror, snapshot.Snapshot]:
     mirror = Mirror(directory.run)
     events = Keys(directory.run).events
     found = door.get_prefix(mirror.keys.prefix)
-    mirror.replace({k: v for k, v in found.items() if not k.startswith(events)})
+    found = {k: v for k, v in found.items() if not k.startswith(events)}
+    mirror.replace(found)
     if mirror.run is None:
         raise NoContactError(
             f"run {directory.run} has not written anything yet; its agent's log: {directory.agent_log}"
         )
-    return mirror, snapshot.build(mirror)
+    shot = snapshot.build(mirror)
+    groups = tuple(_group(directory.run, name, found) for name in sorted(mirror.groups, key=_natural))
+    return mirror, snapshot.with_groups(shot, groups) if groups else shot
+
+
+def _group(run: str, name: str, found: dict[str, bytes]) -> snapshot.Snapshot:
+    mirror = Mirror(run, name)
+    mirror.replace(found)
+    return snapshot.build(mirror)
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """g2 comes before g10."""
+    front = name.rstrip("0123456789")
+    return front, int(name[len(front) :] or 0)
+
+
+def the_group(shot: snapshot.Snapshot, name: str | None) -> str:
+    """The group that is meant: empty in a run without any. Raises `UsageError`."""
+    names = [g.group for g in shot.groups]
+    if name is None and len(names) < 2:
+        return "".join(names)
+    if name not in names:
+        there = f"the run has groups {', '.join(names)}" if names else "the run has no groups"
+        raise UsageError(f"--group {name}: {there}" if name is not None else f"say which with --group: {there}")
+    return name
 
 
 def now(directory: RunDir, run: RunFile, door: Door) -> snapshot.Snapshot:

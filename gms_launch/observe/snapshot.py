@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gms_launch.cohort.model import CohortView, Phase, Redundancy, cohort_phase, primary, redundancy
@@ -41,7 +41,8 @@ class CohortStatus:
 class Snapshot:
     """A run at one moment. `records` is the redundancy that the records of its ranks amount to.
 
-    `alarms` are etcd's own, by name.
+    `alarms` are etcd's own, by name. In a run of groups the cohorts are those of `groups`, each a snapshot of its own
+    with its name in `group`, whose nodes have their place in it for a rank; `over` says why one has ended.
     `starting` until the run served for the first time: its redundancy is down, and nothing is wrong with that.
     `reported_ago`: seconds since the leader's agent was heard of, as far as was asked; `leader_silent` says it in words
     when that is so long that the rest may be out of date.
@@ -63,6 +64,9 @@ class Snapshot:
     generation: int = 0
     rolling: bool = False
     starting: bool = False
+    group: str = ""
+    groups: tuple[Snapshot, ...] = ()
+    over: str = ""
     alarms: tuple[str, ...] = ()
     reported_ago: float = field(default=0.0, compare=False)
     leader_silent: str = field(default="", compare=False)
@@ -90,7 +94,8 @@ class Snapshot:
     def to_json(self) -> dict[str, Any]:
         """The documented layout (docs/reference.md)."""
         serving = self.primary
-        return {
+        groups = {"groups": [g.group_json() for g in self.groups]} if self.groups else {}
+        return groups | {
             "schema": SCHEMA,
             "run": self.run,
             "redundancy": self.redundancy.value,
@@ -111,6 +116,29 @@ class Snapshot:
             "cohorts": [_cohort_json(c) for c in self.cohorts],
             "nodes": [_node_json(n) for n in self.nodes],
         }
+
+    def group_json(self) -> dict[str, Any]:
+        """One of `groups`."""
+        serving = self.primary
+        return {
+            "name": self.group,
+            "redundancy": self.redundancy.value,
+            "starting": self.starting,
+            "over": self.over or None,
+            "primary": serving.cohort_id if serving else None,
+            "model": self.model_name,
+            "nnodes": self.nnodes,
+            "lost_nodes": list(self.lost),
+            "missing_nodes": self.missing,
+            "cohorts": [_cohort_json(c) for c in self.cohorts],
+            "nodes": [_node_json(n) for n in self.nodes],
+        }
+
+
+def with_groups(shot: Snapshot, groups: tuple[Snapshot, ...]) -> Snapshot:
+    """A run of groups has the redundancy of the worst."""
+    worst = max((g.records for g in groups), key=list(Redundancy).index, default=shot.records)
+    return replace(shot, groups=groups, records=worst)
 
 
 def build(mirror: Mirror) -> Snapshot:
@@ -138,6 +166,8 @@ def build(mirror: Mirror) -> Snapshot:
         generation=run.generation if run else 0,
         rolling=run.rolling if run else False,
         starting=run is None or not run.redundancy,
+        group=mirror.group,
+        over=run.failed if run and mirror.group else "",
         alarms=tuple(sorted({a for n in nodes for a in n.alarms})),
     )
 

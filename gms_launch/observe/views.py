@@ -60,7 +60,7 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         cohorts.add_column(name)
     for row in words.cohorts(shot, moment):
         cohorts.add_row(*row)
-    parts: list[RenderableType] = [head, cohorts]
+    parts: list[RenderableType] = [head, groups(shot) if shot.groups else cohorts]
     if shot.leader_silent:
         parts.insert(0, Text(f"as of {shot.reported_ago:.0f} s ago: {shot.leader_silent}", "bold red"))
     for alarm in shot.alarms:
@@ -72,6 +72,17 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         rest.add_row(node, name, Text(state, "bold red") if state == words.SILENT else state, *more)
     parts.append(rest)
     return Group(*parts)
+
+
+def groups(shot: Snapshot) -> Table:
+    """A line a group."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in words.GROUPS:
+        table.add_column(name)
+    colours = {r.value: colour for r, colour in _COLOURS.items()}
+    for name, state, *more in words.groups(shot):
+        table.add_row(name, Text(state, colours.get(state, "yellow")), *more)
+    return table
 
 
 def failover(found: Failover) -> RenderableType:

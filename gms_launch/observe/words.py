@@ -20,6 +20,7 @@ from gms_launch.urls import is_loopback
 LINE_MAX = 300
 
 COHORTS = ("COHORT", "ROLE", "PHASE", "FOR", "LIFE", "NODE", "PID", "NOTE")
+GROUPS = ("GROUP", "REDUNDANCY", "PRIMARY", "PARKED", "NODES", "MODEL", "NOTE")
 PARTS = ("NODE", "COMPONENT", "STATE", "PID", "STARTS", "NOTE")
 EVENTS = ("TIME", "NODE", "EVENT", "COHORT", "DETAIL")
 #: The state of an agent that is not heard of.
@@ -77,6 +78,20 @@ def cohorts(shot: Snapshot, moment: float) -> list[Row]:
             )
         if not c.ranks:
             found.append((str(c.cohort_id), c.role or "-", c.phase.value, "", str(c.incarnation), "", "", note))
+    return found
+
+
+def groups(shot: Snapshot) -> list[Row]:
+    """A row for each group, under `GROUPS`."""
+    found: list[Row] = []
+    for g in shot.groups:
+        serving = g.primary
+        parked = sum(c.phase is Phase.PARKED for c in g.cohorts)
+        state = "over" if g.over else "starting" if g.starting else g.redundancy.value
+        nodes = ",".join(str(n.number) for n in g.nodes)
+        note = g.over.partition("\n")[0] or (f"{len(g.missing)} of {g.nnodes} nodes are not here" if g.missing else "")
+        who = f"cohort {serving.cohort_id}.{serving.incarnation}" if serving else ""
+        found.append((g.group, state, who, f"{parked} of {g.shadows}", nodes, g.model_name, note))
     return found
 
 

@@ -109,7 +109,8 @@ def main() -> None:
     from gms_launch.process import strays
     from gms_launch.spool import files
 
-    locks = sorted(Path(lock_dir).glob("failover*.lock")) if lock_dir else []
+    places = [Path(lock_dir), *Path(lock_dir).glob("g*")] if lock_dir else []
+    locks = sorted(lock for place in places for lock in place.glob("failover*.lock"))
     _, left = strays.clear(run, KILL_TIMEOUT, frozenset({os.getpid()}), node_rank, locks, told)
     text = "".join(f"guard: process {name} could not be killed\n" for name in left.values())
     if text:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -27,6 +28,8 @@ KEPT_IN = "run-directory"
 END = "end.json"
 #: What an agent has put there before it clears what an earlier one left.
 OWN = ("agent.lock", KEPT_IN, "run.json", "credentials.json", "failover-*.lock")
+#: The part of a group.
+GROUP = re.compile(r"g[0-9]{1,4}")
 #: A sweep that only looks has an agent's place for an instant (seconds).
 SWEPT_WITHIN = 0.5
 #: sockaddr_un holds 107 bytes and a terminator; the longest name is gms_GPU-<36>_kv_cache.sock.
@@ -127,6 +130,11 @@ class NodeDir:
         except (OSError, ValueError):
             return None
 
+    def of_group(self, index: int) -> NodeDir:
+        """The part of a group; with a short name, for sockets are in it."""
+        name = f"g{index}"
+        return NodeDir(self.path / name, None if self.gms == self.path else self.gms / name)
+
     def pgid_file(self, cohort_id: int) -> Path:
         return self.path / f"engine-{cohort_id}.pgid"
 
@@ -159,12 +167,14 @@ class NodeDir:
     @property
     def locks(self) -> list[Path]:
         """The failover locks that there are on this node."""
-        return sorted(self.gms.glob("failover*.lock"))
+        return sorted([*self.gms.glob("failover*.lock"), *self.gms.glob("g*/failover*.lock")])
 
     def clear(self) -> None:
         """Remove what an earlier agent of this run left in it: its etcd knew other lives. What is ours stays."""
         for path in self.path.iterdir():
-            if not any(path.match(own) for own in OWN):
+            if GROUP.fullmatch(path.name) and path.is_dir():
+                NodeDir(path).clear()
+            elif not any(path.match(own) for own in OWN):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -173,6 +183,9 @@ class NodeDir:
         if self.gms != self.path and self.gms.is_dir():
             # A directory the user chose may hold other things: take out only what is ours.
             patterns = ("gms_*.sock", "failover_metrics_engine-*.json", "failover-*.lock")
+            for place in self.gms.glob("g*"):
+                if GROUP.fullmatch(place.name) and place.is_dir():
+                    shutil.rmtree(place, ignore_errors=True)
             for file in [*(f for p in patterns for f in self.gms.glob(p)), self.lock]:
                 with contextlib.suppress(FileNotFoundError):
                     file.unlink()

@@ -87,12 +87,10 @@ def _short(text: str, longest: int = 200) -> str:
     return text if len(text) <= longest else text[:longest] + "..."
 
 
-def one_only(settings: Settings) -> None:
-    """Raise `UsageError` for a run of groups: those can be planned, and not yet be run."""
+def one_only(settings: Settings, verb: str) -> None:
+    """Raise `UsageError` for a run of groups, of which a verb does not know yet."""
     if settings.grouped:
-        raise UsageError(
-            "a run has one engine over all its nodes so far: `plan` shows where groups would lie, and no more"
-        )
+        raise UsageError(f"`{verb}` does not know of groups so far; `plan` shows where they lie, and `up` runs them")
 
 
 def drawing(placed: Sequence[Placed], nnodes: int, gpus: int) -> list[str]:

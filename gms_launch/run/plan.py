@@ -6,15 +6,11 @@ what happens. No side effects.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
-import json
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from gms_launch import engines
 from gms_launch.control.access import Access
@@ -36,9 +32,9 @@ from gms_launch.services import etcd, gms, nats
 from gms_launch.services.base import Service, find_binary
 from gms_launch.services.pem import PemFiles
 from gms_launch.settings.declared import Settings
-from gms_launch.urls import HIDDEN
 
-_SECRET = ("PASSWORD", "SECRET", "CLIENT_KEY", "AUTH_TOKEN")
+#: A primary and nine shadows.
+MOST_COHORTS = 10
 
 
 @dataclass(frozen=True)
@@ -47,6 +43,10 @@ class Layout:
 
     `attempt` names this run among those of the same id; `differences` and `clock_skew` say how this node compares with
     the leader.
+
+    In a run of groups `parts` are this node's, each a layout with `group` (its name), whose settings, `topology` and
+    ports are those of the group alone; `index` is its number in the run, `gpus` what it has of this node's, `place` the
+    node's own. `number_of_groups` is 0 without groups.
     """
 
     run: str
@@ -59,6 +59,47 @@ class Layout:
     attempt: str = ""
     differences: tuple[str, ...] = ()
     clock_skew: float = 0.0
+    group: str = ""
+    index: int = 0
+    gpus: range | None = None
+    place: Topology | None = None
+    parts: tuple[Layout, ...] = ()
+    number_of_groups: int = 0
+
+    @property
+    def groups(self) -> tuple[Layout, ...]:
+        """This node's part of each group that it is in; the whole of a run without groups."""
+        return self.parts if self.number_of_groups else (self,)
+
+    @property
+    def home(self) -> Topology:
+        """This node's place in the run."""
+        return self.place or self.topology
+
+    def slot(self, cohort_id: int) -> int:
+        """The number of a cohort among those of all groups."""
+        return MOST_COHORTS * self.index + cohort_id
+
+    def tag(self, cohort_id: int, incarnation: int) -> str:
+        """What everything of a life of this node's carries."""
+        return f"{self.run}/{self.slot(cohort_id)}/{incarnation}/{self.home.node_rank}"
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.group}." if self.group else ""
+
+    def has_gms(self, service: str) -> bool:
+        """Whether a service is a GMS server of this group's."""
+        return service.startswith(f"{self._prefix}gms-")
+
+    def log(self, name: str) -> Path:
+        """Where a log of this group's is on this node."""
+        return self.log_dir / (self._prefix + name)
+
+    def logs_of(self, node_rank: int) -> Path:
+        """Where the logs are of that node of the group."""
+        first = self.home.node_rank - self.topology.node_rank  # the nodes of a group lie beside each other
+        return self.run_dir.logs / f"node{first + node_rank}"
 
     @property
     def engine(self) -> Engine:
@@ -86,11 +127,11 @@ class Layout:
 
     @property
     def log_dir(self) -> Path:
-        return self.run_dir.logs / f"node{self.topology.node_rank}"
+        return self.run_dir.logs / f"node{self.home.node_rank}"
 
     @property
     def front(self) -> Front:
-        return Front(self.settings, self.topology, self.ports, self.node_dir)
+        return Front(self.settings, self.home, self.ports, self.node_dir)
 
     @property
     def own_etcd(self) -> bool:
@@ -99,7 +140,7 @@ class Layout:
     @property
     def etcd_endpoints(self) -> tuple[str, ...]:
         if self.own_etcd:
-            return (f"https://{etcd.host(self.topology.leader_address)}:{self.ports.etcd}",)
+            return (f"https://{etcd.host(self.home.leader_address)}:{self.ports.etcd}",)
         return outside.endpoints(self.settings)
 
     @property
@@ -131,6 +172,8 @@ class Layout:
     @property
     def dynamo_nats(self) -> Nats:
         """The run's own, the user's, or none."""
+        if self.own_nats and not self.home.is_leader:
+            return Nats()  # it is on the leader's loopback
         if not self.own_nats:
             return outside.nats(self.settings)
         login = {"USERNAME": self.credentials.nats_user, "PASSWORD": self.credentials.nats_password}
@@ -152,13 +195,29 @@ class Layout:
         made_up = self.settings.sources.get("virtual_gpus", "Slurm") != "Slurm"
         return "cuda" if not made_up and devices.real_devices() else "host"
 
+    @property
+    def device_view(self) -> dict[str, str]:
+        """The environment in which a process sees this group's devices alone, numbered from 0; empty without groups."""
+        if self.gpus is None:
+            return {}
+        if self.gms_memory == "host":
+            return {devices.VISIBLE: ",".join(map(str, self.gpus))}
+        said = os.environ.get("CUDA_VISIBLE_DEVICES")
+        words = [w.strip() for w in said.split(",")] if said else [str(k) for k in range(self.gpus.stop)]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(words[self.gpus.start : self.gpus.stop])}
+
     def devices(self) -> list[devices.Device]:
+        if self.gpus is not None and self.gms_memory == "cuda":
+            return devices.choose(gpus.look(), self.device_view["CUDA_VISIBLE_DEVICES"])
+        if self.gpus is not None:
+            found = devices.virtual_devices(self.gpus.stop, self.settings.virtual_gpu_mib)
+            return [replace(found[k], index=n) for n, k in enumerate(self.gpus)]
         if self.gms_memory == "cuda":
             return list(devices.real_devices())
         return devices.virtual_devices(self.settings.virtual_gpus, self.settings.virtual_gpu_mib)
 
     def gms_services(self) -> list[Service]:
-        return gms.services(
+        made = gms.services(
             self.gms_kind,
             self.gms_memory,
             self.python,
@@ -166,7 +225,9 @@ class Layout:
             self.node_dir.gms,
             self.settings.gms_timeout,
             by_nvml=self.settings.engine == "vllm",
+            view=self.device_view,
         )
+        return [replace(service, name=self._prefix + service.name) for service in made]
 
     def etcd_service(self) -> Service:
         binary = find_binary("etcd_bin", self.settings.etcd_bin, "etcd", "etcd-server")
@@ -218,9 +279,10 @@ class Layout:
         master_port: int,
         engine_args: tuple[str, ...] | None = None,
         system_port: int | None = None,
+        master_addr: str = "",
     ) -> Command:
-        """How this node's rank of a life is started; `engine_args` take the place of the settings' unless None, and
-        `system_port` that of the cohort's own.
+        """How this node's rank of a life is started; `engine_args` take the place of the settings' unless None,
+        `system_port` that of the cohort's own, and `master_addr` that of the leader's address.
         """
         return self.engine.command(
             RankSpec(
@@ -232,7 +294,7 @@ class Layout:
                 model=self.settings.model,
                 served_model_name=self.settings.served_model_name,
                 python=self.python,
-                leader_address=self.topology.leader_address,
+                leader_address=master_addr or self.topology.leader_address,
                 master_port=master_port,
                 system_port=self.ports.system[cohort_id] if system_port is None else system_port,
                 meeting_secret=self._meeting_secret(cohort_id, incarnation),
@@ -247,6 +309,7 @@ class Layout:
                 interface=self.settings.interface,
                 cache_dir=self.cache_dir,
                 scratch_dir=self.node_dir.scratch(cohort_id, incarnation),
+                device_view=self.device_view,
                 extra_ports={name: numbers[cohort_id] for name, numbers in self.ports.extra.items()},
             )
         )
@@ -260,7 +323,7 @@ class Layout:
 
     def _meeting_secret(self, cohort_id: int, incarnation: int) -> str:
         """Of one life: every node's agent makes the same of what only agents know."""
-        key, life = self.credentials.secret, f"meeting {self.attempt} {cohort_id} {incarnation}"
+        key, life = self.credentials.secret, f"meeting {self.attempt} {self.slot(cohort_id)} {incarnation}"
         return hmac.digest(key.encode(), life.encode(), "sha256").hex()
 
     # -- checks and printing -----------------------------------------------------------------------------------
@@ -274,12 +337,23 @@ class Layout:
                 f"ENGINE_ID={os.environ['ENGINE_ID']} is set in the environment; every cohort gets its own number, and "
                 "exactly one of them may write the weights: unset it"
             )
+        self.node_dir.check()
+        if not self.settings.grouped:
+            self._check_engine()
+        if self.topology.is_leader:
+            if self.own_etcd:
+                self.etcd_service()
+            if self.own_nats:
+                self.nats_service()
+            self.front.check()
+            outside.check(self.settings)
+
+    def _check_engine(self) -> None:
         model.check(self.settings)
         if self.settings.warm_slots and not self.engine.imports:
             raise UsageError(f"--warm-slots: --engine {self.settings.engine} does not say what can be imported for it")
         for problem in self.engine.problems(self.settings):
             raise UsageError(problem)
-        self.node_dir.check()
         local = self.settings.world // self.settings.nnodes
         found = len(self.devices())
         if not found:
@@ -291,13 +365,6 @@ class Layout:
             )
         if self.gms_memory == "host":
             model.check_memory(self.settings)
-        if self.topology.is_leader:
-            if self.own_etcd:
-                self.etcd_service()
-            if self.own_nats:
-                self.nats_service()
-            self.front.check()
-            outside.check(self.settings)
 
     def _size(self) -> str:
         """The wanted GPUs by the settings that say how many."""
@@ -321,44 +388,6 @@ class Layout:
         warm = waiting.command(self.python, self.engine.imports, self.warm_environment())
         return found + [(f"warm-{n}", warm) for n in range(1, self.settings.warm_slots + 1)]
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan for people and tests; secrets are hidden."""
-        ports = self.ports
-        return {
-            "schema": 1,
-            "run": self.run,
-            "node_rank": self.topology.node_rank,
-            "nnodes": self.topology.nnodes,
-            "leader_address": self.topology.leader_address,
-            "engine": self.settings.engine,
-            "gms_server": self.gms_kind,
-            "gms_memory": self.gms_memory,
-            "frontend_url": self.front.url,
-            "run_dir": str(self.run_dir.path),
-            "node_dir": str(self.node_dir.path),
-            "ports": {
-                "frontend": ports.frontend,
-                "etcd": ports.etcd,
-                "etcd_peer": ports.etcd_peer,
-                "nats": ports.nats,
-                "master": [ports.master(k, 1) for k in range(self.settings.cohorts)],
-                "system": list(ports.system),
-                "nixl": list(ports.nixl),
-                "vllm": list(ports.vllm),
-                "word": ports.word,
-                **({"frontend_inner": ports.frontend_inner} if ports.frontend_inner else {}),
-                **{name: list(numbers) for name, numbers in ports.extra.items()},
-            },
-            "processes": [
-                {"name": name, "argv": list(command.argv), "env": _public(command)}
-                for name, command in self.processes()
-            ],
-        }
-
-
-def _public(command: Command) -> dict[str, str | None]:
-    return {k: HIDDEN if v and any(s in k for s in _SECRET) else v for k, v in sorted(command.env.items())}
-
 
 def cache_dir(chosen: str) -> Path:
     """The directory that `--cache-dir` means, given or not."""
@@ -369,26 +398,3 @@ def cache_dir(chosen: str) -> Path:
 def no_gpu() -> str:
     """Why there is none, for people."""
     return f"no GPU is visible: {gpus.problem() or 'CUDA_VISIBLE_DEVICES leaves none'}"
-
-
-#: Settings in which the nodes of a run may differ.
-_OWN = frozenset(
-    {"node_rank", "leader_addr", "interface", "hosts", "gms_socket_dir", "etcd_bin", "nats_bin", "python"}
-    | {"etcd_ca", "etcd_cert", "etcd_key", "nats_ca", "nats_cert", "nats_key"}  # the leader's are used
-    | {"virtual_gpus", "run_id", "kill_wait", "cache_dir", "haproxy_bin", "metrics_host", "metrics_port"}
-)
-
-
-def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if k not in _OWN}
-
-
-def settings_digest(settings: Settings) -> str:
-    """A digest of what all nodes of a run must agree on."""
-    return hashlib.sha256(json.dumps(_shared(settings.to_json()), sort_keys=True).encode()).hexdigest()
-
-
-def settings_differences(settings: Settings, leaders: Mapping[str, Any]) -> list[str]:
-    """The settings in which this node differs from the leader's (`Settings.to_json`), for people."""
-    mine, theirs = _shared(settings.to_json()), _shared(leaders)
-    return [f"{k} is {mine[k]!r} here and {theirs[k]!r} there" for k in mine if k in theirs and mine[k] != theirs[k]]

@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import random
 import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gms_launch.errors import UsageError
@@ -47,9 +47,10 @@ class Ports:
 class _Chooser:
     """Hands out ports, none of them twice."""
 
-    def __init__(self, settings: Settings, free: Callable[[int], bool]) -> None:
+    def __init__(self, settings: Settings, free: Callable[[int], bool], taken: set[int] | None = None) -> None:
+        """`taken` is shared between those who choose on one node."""
         self._settings, self._free = settings, free
-        self._taken: set[int] = set()
+        self._taken = set() if taken is None else taken
 
     def usable(self, port: int) -> bool:
         return port not in self._taken and port <= 65535 and self._free(port)
@@ -124,6 +125,31 @@ def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, 
             raise UsageError(f"master_port {settings.master_port}: it or a port of its range is in use on this node")
         base += span
     return Ports(frontend, etcd, peer, nats, base, system, nixl, vllm, word, inner, own)
+
+
+def of_groups(
+    run: Ports, wanted: Sequence[tuple[Settings, int, Mapping[str, int]]], free: Callable[[int], bool]
+) -> list[Ports]:
+    """The ports of this node's groups in a run that has `run`: each given as its settings, its number on this node and
+    the first of its engine's own ports. Raises `UsageError`.
+    """
+    taken = {run.frontend, run.etcd, run.etcd_peer, run.nats, run.word, run.frontend_inner}
+    made = []
+    for s, seat, extra in wanted:
+        chooser = _Chooser(s, free, taken)
+        cohorts, span = range(s.cohorts), COHORT_STRIDE * s.cohorts
+        system = tuple(chooser.one("system_port", s.system_port + 10 * seat + k) for k in cohorts)
+        nixl = tuple(chooser.one("nixl_port", s.nixl_port + 10 * seat + k) for k in cohorts)
+        vllm = tuple(chooser.one("vllm_port", s.vllm_port + span * seat + COHORT_STRIDE * k) for k in cohorts)
+        own = _extra(chooser.one, {name: first + 10 * seat for name, first in extra.items()}, cohorts)
+        base = s.master_port + span * seat
+        while not all(chooser.usable(base + COHORT_STRIDE * k) for k in cohorts):
+            base += span
+            if base + span > 65535:
+                raise UsageError(f"master_port: no free range of {span} ports from {s.master_port} on")
+        taken |= {base + COHORT_STRIDE * k for k in cohorts}
+        made.append(replace(run, master_base=base, system=system, nixl=nixl, vllm=vllm, extra=own))
+    return made
 
 
 def is_free(address: str, port: int) -> bool:

@@ -14,7 +14,7 @@ from gms_launch.cohort.records import RecordError, RunRecord, RunState
 from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError, by_code
 from gms_launch.run import contact
-from gms_launch.run.plan import settings_differences
+from gms_launch.run.agreement import settings_differences
 from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.settings.declared import Settings
 

@@ -149,6 +149,11 @@ class RunFile:
         return proc.seen_from_here(proc.ProcessId(self.agent_pid, self.agent_start), self.pid_namespace)
 
     @property
+    def grouped(self) -> bool:
+        """Whether it is a run of groups."""
+        return bool(self.settings.get("tables")) or self.settings.get("groups", 1) != 1
+
+    @property
     def live(self) -> bool:
         """False when the run is known to have ended; True when it runs or cannot be judged from here."""
         if self.ended is not None:

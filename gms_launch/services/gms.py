@@ -6,6 +6,7 @@ is used, in the engine's own device view, one process a tag (the form that relea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from gms_launch.engines import installed
@@ -38,16 +39,25 @@ def _no_upstream(python: str) -> bool:
 
 
 def services(
-    kind: str, memory: str, python: str, devices: list[Device], directory: Path, timeout: float, by_nvml: bool = False
+    kind: str,
+    memory: str,
+    python: str,
+    devices: list[Device],
+    directory: Path,
+    timeout: float,
+    by_nvml: bool = False,
+    view: Mapping[str, str] | None = None,
 ) -> list[Service]:
     """The servers for `devices`. A dead one stays dead: a new one would be empty, and engines hold the old memory.
 
+    `view` is the environment in which `devices` have their numbers.
     `by_nvml`: the engine has upstream's client, which looks for sockets by NVML's order, without CUDA_VISIBLE_DEVICES.
     """
     made = []
     env: dict[str, str | None] = {"GMS_SOCKET_DIR": str(directory), "DYN_GMS_USE_V1": None}
     if memory == "cuda":
         env |= CUDA_ORDER
+    env |= view or {}
     for device in devices:
         if kind == "builtin":
             mib = str(device.memory // (1024 * 1024))

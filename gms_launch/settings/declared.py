@@ -114,6 +114,9 @@ class Settings:
         minimum=1,
         maximum=1024,
     )
+    min_groups: int = setting(
+        1, "a run of groups ends when fewer than so many can still serve", "topology", minimum=1, maximum=1024
+    )
     interface: str = setting("", "network interface that the nodes share, where a node has several", "topology")
     hosts: str = setting("", "start an agent on each of these hosts by SSH; the first leads", "topology", maximum=2**16)
     gms_server: str = setting(

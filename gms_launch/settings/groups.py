@@ -98,6 +98,9 @@ def check(s: Settings) -> None:
         raise UsageError(f"[[group]] tables make {len(names)} groups; a run has at most {MOST_GROUPS}")
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise UsageError(f"two groups are called {twice}; give their [[group]] tables other names")
+    number = len(names) or s.groups
+    if s.min_groups > number:
+        raise UsageError(f"min_groups {s.min_groups}: the run has {numbered(number, 'group')}")
     roles = {table.get("role", "agg") for table in s.tables}
     for one, other in (("prefill", "decode"), ("decode", "prefill")):
         if one in roles and other not in roles:

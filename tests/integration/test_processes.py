@@ -204,7 +204,7 @@ def test_the_guard_after_one_that_was_killed_knows_what_that_one_knew(run: str, 
     heard: list[str] = []
 
     async def agent() -> None:
-        guarded = Guarded(layout, Gates({}), herald, lambda kind, _: heard.append(kind))  # type: ignore[arg-type]
+        guarded = Guarded(layout, [Gates({})], herald, lambda kind, _: heard.append(kind))  # type: ignore[arg-type]
         guarded.start(asyncio.get_running_loop())
         guarded.tell([identity])
         first = guarded.pid

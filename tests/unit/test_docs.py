@@ -149,8 +149,8 @@ def test_the_documented_fields_of_status_and_timeline_are_those_that_are_printed
     rank = RankRecord(0, 0, 1, Phase.ACTIVE)
     cohort = CohortStatus(0, 1, Phase.ACTIVE, 0.0, "primary", "", False, (rank,))
     node = NodeRecord(0, "", "", "", 1, 1)
-    shot = replace(build(Mirror("r")), cohorts=(cohort,), nodes=(node,)).to_json()
-    shown = [*shot, *shot["cohorts"][0], *shot["cohorts"][0]["ranks"][0], *shot["nodes"][0]]
+    shot = replace(build(Mirror("r")), cohorts=(cohort,), nodes=(node,), groups=(build(Mirror("r", "g")),)).to_json()
+    shown = [*shot, *shot["cohorts"][0], *shot["cohorts"][0]["ranks"][0], *shot["nodes"][0], *shot["groups"][0]]
     page = reference.PAGE.read_text()
     part = page.split("### `status --json`")[1].split("### ")[0]
     assert set(_rows(part)) == set(shown) - {"schema"}

@@ -180,7 +180,7 @@ def test_timeline_writes_a_page_that_has_the_failovers(tmp_path: Path) -> None:
     assert done.returncode == 2 and "cannot be written" in done.stderr
 
 
-def test_groups_are_drawn_and_not_yet_run(tmp_path: Path, model: Path) -> None:
+def test_groups_are_drawn(tmp_path: Path, model: Path) -> None:
     config = tmp_path / "s.toml"
     config.write_text(
         f'engine = "reference"\nmodel = "{model}"\nnnodes = 3\nleader_addr = "10.0.0.1"\nvirtual_gpus = 4\n'
@@ -200,8 +200,7 @@ def test_groups_are_drawn_and_not_yet_run(tmp_path: Path, model: Path) -> None:
         ("small-0", 2, [2], [0, 1]),
         ("small-1", 2, [2], [2, 3]),
     ]
-    for verb in ("up", "doctor"):
-        code, text = run(tmp_path, verb, "--config", str(config))
-        assert (code, len(text.splitlines())) == (2, 1) and "one engine over all its nodes so far" in text
+    code, text = run(tmp_path, "doctor", "--config", str(config))
+    assert (code, len(text.splitlines())) == (2, 1) and "`doctor` does not know of groups so far" in text
     code, text = run(tmp_path, "plan", "--config", str(config), "--virtual-gpus", "3")
     assert code == 2 and "group small-1 wants 2 on one node, and no node has more than 1 GPU left" in text

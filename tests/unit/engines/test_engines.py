@@ -20,6 +20,7 @@ from gms_launch.gms.devices import choose, virtual_devices
 from gms_launch.gms.gpus import Gpu
 from gms_launch.run import ports, topology
 from gms_launch.run.plan import Layout
+from gms_launch.run.printed import to_json
 from gms_launch.settings import arguments
 from gms_launch.settings.declared import Settings
 from gms_launch.settings.resolve import resolve
@@ -50,7 +51,7 @@ def test_plans_are_as_recorded(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         "no-nats": {"engine": "reference", "run_id": "r3", "model": "/models/demo", "nats": False},
     }
     args = ["--max-model-len", "2048"] if name == "vllm-tp4" else []
-    found = normalised(json.dumps(layout(resolve(flags[name], {}, engine_args=args)).to_json(), indent=1)) + "\n"
+    found = normalised(json.dumps(to_json(layout(resolve(flags[name], {}, engine_args=args))), indent=1)) + "\n"
     file = RECORDED / f"{name}.json"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)

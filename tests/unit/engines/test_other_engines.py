@@ -12,6 +12,7 @@ import pytest
 
 from gms_launch.cohort.model import Phase
 from gms_launch.engines import command
+from gms_launch.run.printed import to_json
 from gms_launch.settings.resolve import resolve
 from tests.unit.engines.test_engines import plan_of
 
@@ -40,7 +41,7 @@ def test_the_engine_finds_that_it_is_restored_already(
     model.mkdir()
     flags = {"engine": "command", "engine_file": str(file), "model": str(model), "run_id": "r1"}
     flags |= {"python": str(program), "served_model_name": "m $(touch y)", "virtual_gpus": "1"}
-    shown = plan_of(resolve(flags, {})).to_json()
+    shown = to_json(plan_of(resolve(flags, {})))
     rank = next(p for p in shown["processes"] if p["name"].startswith("cohort 1 "))
     env = {k: str(v) for k, v in rank["env"].items() if v is not None}
     assert env["DYN_SNAPSHOT_CONTROL_DIR"].startswith(env["TMPDIR"]), "of this life, and removed with it"

@@ -1,0 +1,79 @@
+"""A node's part in a run of groups: a layout for each group that has ranks here. No side effects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from gms_launch import engines
+from gms_launch.errors import UsageError
+from gms_launch.run import model, placement, ports
+from gms_launch.run.placement import Placed
+from gms_launch.run.plan import Layout
+from gms_launch.run.topology import Topology
+from gms_launch.settings import groups
+from gms_launch.urls import is_loopback
+
+
+def placed(layout: Layout) -> tuple[Placed, ...]:
+    """Where all groups of a run lie, whose nodes have as many GPUs as this one. Raises `UsageError`."""
+    settings, gpus = layout.settings, len(layout.devices())
+    return placement.place(groups.expand(settings, gpus), settings.nnodes, gpus)
+
+
+def check(layout: Layout) -> None:
+    """Raise `UsageError` for what would stop a group of this node, before anything is started."""
+    for p in placed(layout):
+        _not_yet(p, layout)
+        if layout.home.node_rank in p.nodes:
+            try:
+                model.check(p.group.settings)
+                problems = engines.get(p.group.settings.engine, p.group.settings.engine_file).problems(p.group.settings)
+            except UsageError as exc:
+                problems = [str(exc)]
+            if problems:
+                raise UsageError(f"group {p.group.name}: {problems[0]}")
+
+
+def _not_yet(p: Placed, layout: Layout) -> None:
+    """Raise `UsageError` for what can be planned and not yet be run."""
+    if p.leader and not is_loopback(layout.topology.leader_address):
+        raise UsageError(
+            f"group {p.group.name} would be led by node {p.leader}: engines and the frontend meet on the first node's "
+            "loopback so far, so every group must have its first node there (groups of GPUs on one node do)"
+        )
+    if p.group.role != "agg" or p.group.component:
+        raise UsageError(
+            f"group {p.group.name}: role and component can be planned, and are not passed on to an engine yet"
+        )
+
+
+def with_groups(layout: Layout, free: Callable[[int], bool]) -> Layout:
+    """The layout with this node's parts; the same without groups. Raises `UsageError`."""
+    if not layout.settings.grouped:
+        return layout
+    found, here = placed(layout), layout.topology
+    mine = [(k, p) for k, p in enumerate(found) if here.node_rank in p.nodes]
+    wanted = []
+    for seat, (_, p) in enumerate(mine):
+        s = p.group.settings
+        wanted.append((s, seat, engines.get(s.engine, s.engine_file).ports))
+    made = []
+    for (k, p), own in zip(mine, ports.of_groups(layout.ports, wanted, free), strict=True):
+        rank = p.nodes.index(here.node_rank)
+        # The leader says its address when it wants a life (`master_addr`).
+        place = Topology(rank, len(p.nodes), here.host, here.address, here.address if rank == 0 else "")
+        made.append(
+            replace(
+                layout,
+                settings=p.group.settings,
+                topology=place,
+                place=here,
+                ports=own,
+                node_dir=layout.node_dir.of_group(k),
+                group=p.group.name,
+                index=k,
+                gpus=p.gpus,
+            )
+        )
+    return replace(layout, parts=tuple(made), number_of_groups=len(found))

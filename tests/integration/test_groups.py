@@ -1,0 +1,156 @@
+"""Several engines in one run: each fails over by itself, and what dies in one is no business of the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.load import Load
+from tests.support import LONG, Deployment, eventually, free_port, gms_launch, kill
+
+KILLS = 6
+
+
+class Grouped(Deployment):
+    """A run of groups; its `nodes` are agents on this machine's loopback."""
+
+    nodes = 1
+
+    def node(self, node_rank: int) -> subprocess.CompletedProcess[str]:
+        """Start the agent of one node; returns when the run is full for the first time."""
+        place = ["--nnodes", str(self.nodes), "--node-rank", str(node_rank)] if self.nodes > 1 else []
+        place += ["--leader-addr", "127.0.0.1", "--interface", "lo"] if self.nodes > 1 else []
+        return gms_launch("up", "-d", *self.flags, *place, env=self.env)
+
+    def up(self) -> subprocess.CompletedProcess[str]:
+        with ThreadPoolExecutor(self.nodes) as pool:
+            done = list(pool.map(self.node, range(self.nodes)))
+        return next((d for d in done if d.returncode), done[0])
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        return {g["name"]: g for g in self.status()["groups"]}
+
+    def lives(self, group: str) -> list[tuple[int, int, int]]:
+        """Every rank of a group, as (cohort, incarnation, pid)."""
+        cohorts = self.groups()[group]["cohorts"]
+        return [(c["cohort_id"], c["incarnation"], r["pid"]) for c in cohorts for r in c["ranks"]]
+
+    def full(self, *names: str) -> dict[str, dict[str, Any]]:
+        """Wait until these groups are."""
+
+        def all_full() -> dict[str, dict[str, Any]]:
+            found = self.groups()
+            return found if all(found[n]["redundancy"] == "full" for n in names) else {}
+
+        return eventually(all_full, LONG, f"{names} full")
+
+    def primary_ranks(self, group: str) -> list[int]:
+        """The process groups of a group's primary, by their place in it."""
+        found = self.full(group)[group]
+        return [r["pgid"] for r in found["cohorts"][found["primary"]]["ranks"]]
+
+    def agent_of(self, number: int) -> int:
+        return next(int(n["agent_pid"]) for n in self.status()["nodes"] if n["node_rank"] == number)
+
+    def of(self, group: str, kind: str) -> list[dict[str, Any]]:
+        return [e for e in self.events(kind) if e["group"] == group]
+
+
+class Four(Grouped):
+    nodes = 4
+
+
+@pytest.fixture
+def one_node(tmp_path: Path, model: Path) -> Iterator[Grouped]:
+    with Grouped(tmp_path, model, "--virtual-gpus", "4", "--groups", "4", "--no-canary") as run:
+        yield run
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, model: Path) -> Iterator[Four]:
+    ports = ["--frontend-port", str(free_port())]
+    with Four(tmp_path, model, "--virtual-gpus", "1", "--groups", "2", "--node-wait", "25", *ports) as run:
+        yield run
+
+
+def test_four_groups_on_one_node(one_node: Grouped) -> None:
+    run = one_node
+    found = run.full("g0", "g1", "g2", "g3")
+    assert run.wait_full() and run.text()
+    devices = [g["nodes"][0]["gms"][0]["uuid"] for g in found.values()]
+    assert len(set(devices)) == 4, "each has a made-up GPU of its own"
+    others = {name: run.lives(name) for name in ("g0", "g1", "g3")}
+    before = found["g2"]["primary"]
+    with Load(run.run_file["frontend_url"], streams=4, unary=2, tokens=30) as load:
+        load.wait_busy(1.0)
+        os.killpg(run.primary_ranks("g2")[0], signal.SIGKILL)
+        eventually(lambda: run.of("g2", "exit"), what="its end was seen")
+        after = run.full("g2")["g2"]
+    assert after["primary"] != before and after["cohorts"][before]["incarnation"] == 2
+    assert load.lost == [] and load.wrong == [], load.said()
+    assert {name: run.lives(name) for name in others} == others, "nobody else was touched"
+    assert {e["group"] for e in run.events("exit")} == {"g2"}
+
+
+def test_verbs_name_a_group(one_node: Grouped) -> None:
+    run = one_node
+    run.full("g0", "g1", "g2", "g3")
+    assert "g3" in run.cli("status").stdout
+    shown = json.loads(run.cli("status", "--group", "g3", "--json").stdout)
+    assert (shown["name"], shown["redundancy"]) == ("g3", "full")
+    for verb in ("kill-primary", "switch-over"):
+        refused = run.cli(verb)
+        assert refused.returncode == 2 and "--group: the run has groups g0, g1, g2, g3" in refused.stderr
+        done = run.cli(verb, "--group", "g1", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["group"] == "g1"
+        run.full("g1")
+    assert run.cli("status", "--group", "g9").returncode == 2
+    assert run.cli("roll").returncode == 2
+    assert {e["group"] for e in run.events("exit")} == {"g1"}
+
+
+def test_every_rank_of_one_group_dies_and_the_other_serves_on(pairs: Four) -> None:
+    run = pairs
+    assert [g["nnodes"] for g in run.full("g0", "g1").values()] == [2, 2]
+    untouched = run.lives("g0")
+    with Load(run.run_file["frontend_url"], streams=4, unary=2, tokens=30) as load:
+        for k in range(KILLS):
+            load.wait_busy(0.5)
+            os.killpg(run.primary_ranks("g1")[k % 2], signal.SIGKILL)
+            eventually(lambda k=k: len(run.of("g1", "first_token")) == k + 2, LONG, "promoted")  # type: ignore[misc]
+    assert load.lost == [] and load.wrong == [], load.said()
+    assert run.lives("g0") == untouched and run.of("g0", "kill") == []
+
+
+def test_a_lost_node_ends_its_own_group_alone(pairs: Four) -> None:
+    run = pairs
+    run.full("g0", "g1")
+    untouched = run.lives("g0")
+    kill(run.agent_of(3))
+    eventually(lambda: run.of("g1", "node_lost"), LONG)
+    assert run.of("g1", "node_lost")[0]["detail"].startswith("node 3 ")
+    eventually(lambda: run.groups()["g1"]["over"], LONG, "node_wait is over")
+    assert "was lost and did not come back" in run.groups()["g1"]["over"]
+    assert run.text() and run.lives("g0") == untouched, "the other serves on"
+    assert run.status()["redundancy"] == "down", "of all groups together"
+
+
+def test_the_node_that_leads_a_group_comes_back(pairs: Four) -> None:
+    run = pairs
+    run.full("g0", "g1")
+    untouched, before = run.lives("g0"), run.lives("g1")
+    kill(run.agent_of(2))
+    eventually(lambda: [e for e in run.of("g1", "kill") if "leader was lost" in e["detail"]], LONG, "the rest ends")
+    assert run.node(2).returncode == 0
+    run.full("g1")
+    assert not {pid for *_, pid in run.lives("g1")} & {pid for *_, pid in before}
+    assert run.lives("g0") == untouched and run.text()
