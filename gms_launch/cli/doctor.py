@@ -22,7 +22,6 @@ from gms_launch.run import model as models
 from gms_launch.run import outside, placement, ports, topology
 from gms_launch.run.fit import GIB
 from gms_launch.run.nodedir import LOCAL_ROOT, must_be_writable, user_root, wanting
-from gms_launch.run.plan import no_gpu
 from gms_launch.run.rundir import home
 from gms_launch.services import certificate, etcd
 from gms_launch.services.base import NotReadyError, find_binary
@@ -80,7 +79,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         found = layout(settings)
         kind, devices = found.gms_kind, found.devices()
         if not devices:
-            raise LaunchError(no_gpu())
+            raise LaunchError(gpus.none_visible())
         names = ", ".join(f"{d.uuid} {d.memory >> 20} MiB" for d in devices)
         return f"{kind} server, {found.gms_memory} memory: {names}"
 
@@ -119,7 +118,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
     def room() -> str:
         found = memory(settings)
         if found is None or found.problem:
-            raise LaunchError(found.problem if found else no_gpu())
+            raise LaunchError(found.problem if found else gpus.none_visible())
         return (
             f"{found.most / GIB:.1f} of {found.total / GIB:.1f} GiB when all engines are there (`plan` has the table)"
         )

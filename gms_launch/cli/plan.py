@@ -14,12 +14,13 @@ from gms_launch import engines
 from gms_launch.engines import vllm
 from gms_launch.errors import LaunchError, UsageError
 from gms_launch.gms import devices
+from gms_launch.gms.gpus import none_visible
 from gms_launch.numbers import numbered
 from gms_launch.run import model, outside, placement, ports, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.fit import GIB, Fit, fit
 from gms_launch.run.nodedir import NodeDir
-from gms_launch.run.plan import Layout, no_gpu
+from gms_launch.run.plan import Layout
 from gms_launch.run.printed import to_json
 from gms_launch.run.rundir import RunDir
 from gms_launch.run.topology import Topology
@@ -123,7 +124,7 @@ def of_groups(settings: Settings, gpu_gib: int, as_json: bool) -> None:
     """Where each group lies, and whether it can be there. What runs in it is not told yet. Raises `UsageError`."""
     gpus = len(layout(replace(settings, node_rank=0), elsewhere(settings, 0)).devices())
     if not gpus:
-        raise UsageError(f"how many GPUs each node has decides where groups lie, and {no_gpu()}")
+        raise UsageError(f"how many GPUs each node has decides where groups lie, and {none_visible()}")
     placed = placement.place(groups.expand(settings, gpus), settings.nnodes, gpus)
     rooms: list[Fit | None] = []
     for p in placed:

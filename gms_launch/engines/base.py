@@ -55,6 +55,16 @@ _NATS_LOGINS = tuple(f"NATS_AUTH_{k}" for k in ("USERNAME", "PASSWORD", "TOKEN",
 
 
 @dataclass(frozen=True)
+class Reach:
+    """Where a node's engines take requests (`host`), and the interface on which its frontend takes answers; empty for
+    that of the default route.
+    """
+
+    host: str = LOOPBACK
+    answers: str = "lo"
+
+
+@dataclass(frozen=True)
 class DynamoPlane:
     """What every Dynamo process of a run needs to find the others.
 
@@ -67,6 +77,7 @@ class DynamoPlane:
     lease_ttl: float
     event_plane: str
     nats: Nats
+    reach: Reach = Reach()
 
     def environment(self) -> dict[str, str | None]:
         """Environment of the frontend and of leader ranks; None removes a name that the agent may carry."""
@@ -86,12 +97,10 @@ class DynamoPlane:
             "ETCD_AUTH_PASSWORD": None,
             # Without these Dynamo listens on the machine's default address, or on all: and none of it asks who comes.
             "DYN_SYSTEM_HOST": LOOPBACK,
-            "DYN_TCP_RPC_HOST": LOOPBACK,
-            # Called a host, and looked up as the name of an interface (1.4), whose last address is taken: on a network
-            # card that is a link-local IPv6 one, which cannot be listened on. The engines that call back to the
-            # frontend are the leader ranks, on its own node.
-            "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
-            "DYN_EVENT_PLANE_HOST": LOOPBACK,
+            "DYN_TCP_RPC_HOST": self.reach.host,
+            # Called a host, and looked up as the name of an interface (1.4).
+            "DYN_TCP_RESPONSE_STREAM_HOST": self.reach.answers,
+            "DYN_EVENT_PLANE_HOST": self.reach.host,
             **self.nats.environment(),
         }
         return {k: v or None for k, v in env.items()}

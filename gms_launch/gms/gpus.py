@@ -41,6 +41,11 @@ def problem() -> str:
     return ""
 
 
+def none_visible() -> str:
+    """Why there is no GPU, for people."""
+    return f"no GPU is visible: {problem() or 'CUDA_VISIBLE_DEVICES leaves none'}"
+
+
 def look() -> list[Gpu]:
     """Every GPU of this machine in NVML's order, each followed by its MIG instances. Empty without a driver."""
     try:

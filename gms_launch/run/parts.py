@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from gms_launch import engines
 from gms_launch.errors import UsageError
-from gms_launch.run import model, placement, ports
+from gms_launch.run import model, placement, ports, reach
 from gms_launch.run.placement import Placed
 from gms_launch.run.plan import Layout
 from gms_launch.run.topology import Topology
@@ -23,7 +23,9 @@ def placed(layout: Layout) -> tuple[Placed, ...]:
 
 def check(layout: Layout) -> None:
     """Raise `UsageError` for what would stop a group of this node, before anything is started."""
-    for p in placed(layout):
+    found = placed(layout)
+    reach.of(layout.home, any(p.leader for p in found))
+    for p in found:
         _not_yet(p, layout)
         if layout.home.node_rank in p.nodes:
             try:
@@ -39,8 +41,13 @@ def _not_yet(p: Placed, layout: Layout) -> None:
     """Raise `UsageError` for what can be planned and not yet be run."""
     if p.leader and not is_loopback(layout.topology.leader_address):
         raise UsageError(
-            f"group {p.group.name} would be led by node {p.leader}: engines and the frontend meet on the first node's "
-            "loopback so far, so every group must have its first node there (groups of GPUs on one node do)"
+            f"group {p.group.name} would be led by node {p.leader}: a promotion is proved by the first node's frontend "
+            "so far, so every group must have its first node there (groups of GPUs on one node do)"
+        )
+    if p.leader and layout.own_nats and layout.settings.event_plane == "nats":
+        raise UsageError(
+            f"group {p.group.name} is led by node {p.leader}, and the run's own NATS is on the first node's loopback: "
+            "leave --event-plane as it is, or name a NATS of your own (--nats-server)"
         )
     if p.group.role != "agg" or p.group.component:
         raise UsageError(
@@ -74,6 +81,7 @@ def with_groups(layout: Layout, free: Callable[[int], bool]) -> Layout:
                 group=p.group.name,
                 index=k,
                 gpus=p.gpus,
+                wide=bool(p.leader),
             )
         )
-    return replace(layout, parts=tuple(made), number_of_groups=len(found))
+    return replace(layout, parts=tuple(made), number_of_groups=len(found), wide=any(p.leader for p in found))

@@ -21,7 +21,7 @@ from gms_launch.gms import devices, gpus
 from gms_launch.numbers import numbered
 from gms_launch.process import waiting
 from gms_launch.process.lifecycle import Command
-from gms_launch.run import model, nodedir, outside
+from gms_launch.run import model, nodedir, outside, reach
 from gms_launch.run.credentials import DYNAMO, ETCD, Credentials
 from gms_launch.run.front import LATER, Front
 from gms_launch.run.nodedir import NodeDir
@@ -46,7 +46,7 @@ class Layout:
 
     In a run of groups `parts` are this node's, each a layout with `group` (its name), whose settings, `topology` and
     ports are those of the group alone; `index` is its number in the run, `gpus` what it has of this node's, `place` the
-    node's own. `number_of_groups` is 0 without groups.
+    node's own. `number_of_groups` is 0 without groups. `wide`: its Dynamo processes are reached from other nodes too.
     """
 
     run: str
@@ -65,6 +65,7 @@ class Layout:
     place: Topology | None = None
     parts: tuple[Layout, ...] = ()
     number_of_groups: int = 0
+    wide: bool = False
 
     @property
     def groups(self) -> tuple[Layout, ...]:
@@ -167,6 +168,7 @@ class Layout:
             lease_ttl=self.settings.dynamo_lease_ttl,
             event_plane="zmq" if self.settings.event_plane == "auto" else self.settings.event_plane,
             nats=self.dynamo_nats,
+            reach=reach.of(self.home, self.wide),
         )
 
     @property
@@ -357,7 +359,7 @@ class Layout:
         local = self.settings.world // self.settings.nnodes
         found = len(self.devices())
         if not found:
-            raise UsageError(f"GMS in cuda memory needs a GPU, and {no_gpu()}")
+            raise UsageError(f"GMS in cuda memory needs a GPU, and {gpus.none_visible()}")
         if local > found:
             raise UsageError(
                 f"{self._size()} over {numbered(self.settings.nnodes, 'node')} is {numbered(local, 'GPU')} on each; "
@@ -393,8 +395,3 @@ def cache_dir(chosen: str) -> Path:
     """The directory that `--cache-dir` means, given or not."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(chosen or f"{base}/gms-launch").expanduser()
-
-
-def no_gpu() -> str:
-    """Why there is none, for people."""
-    return f"no GPU is visible: {gpus.problem() or 'CUDA_VISIBLE_DEVICES leaves none'}"
