@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from gms_launch.control import etcd3_loader
@@ -38,10 +38,12 @@ RpcError = grpc.RpcError
 _ALARMS = {1: "NOSPACE", 2: "CORRUPT"}
 #: An alarm is ended when no more than this share of the quota is in use.
 ENOUGH = 0.8
-#: A frozen server is noticed within keepalive time + timeout, and a dead one retried at least every 2 s.
+#: A frozen server is noticed within keepalive time + timeout (ms), and a dead one retried at least every 2 s.
+_KEEPALIVE = (5000, 3000)
+#: The same where another member can be asked (grpc lets 1 s pass between two), and how long one answer may take (s).
+_BRISK = (500, 400)
+BRISK = 1.0
 _CHANNEL_OPTIONS = [
-    ("grpc.keepalive_time_ms", 5000),
-    ("grpc.keepalive_timeout_ms", 3000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -95,15 +97,18 @@ def describe(error: BaseException) -> str:
 
 
 class Etcd:
-    """A client of one etcd cluster. Safe to use from several threads; must not be carried over a fork."""
+    """A client of one etcd cluster. Safe to use from several threads; must not be carried over a fork.
 
-    def __init__(self, access: Access, timeout: float = 3.0) -> None:
+    `brisk`: the cluster has several members, so one that is silent is left for another within a second.
+    """
+
+    def __init__(self, access: Access, timeout: float = 3.0, brisk: bool = False) -> None:
         if not access.endpoints:
             raise UsageError("no etcd endpoint was given")
         for url in access.endpoints:
             split_endpoint(url)
-        self._access = access
-        self._timeout = timeout
+        self._access, self.brisk = access, brisk
+        self._timeout = min(timeout, BRISK) if brisk else timeout
         self._lock = threading.Lock()
         self._connecting = threading.Lock()
         self._connection: Connection | None = None
@@ -114,6 +119,11 @@ class Etcd:
     def timeout(self) -> float:
         """Seconds one request may take."""
         return self._timeout
+
+    def learn(self, endpoints: tuple[str, ...]) -> None:
+        """Use these from the next connection on: the first of them first."""
+        with self._lock:
+            self._access = replace(self._access, endpoints=endpoints)
 
     def close(self) -> None:
         with self._lock:
@@ -165,9 +175,11 @@ class Etcd:
     def _connect(self, number: int, timeout: float) -> Any:
         """A client of the endpoint whose turn it is."""
         access = self._access
+        pause, wait = _BRISK if self.brisk else _KEEPALIVE
+        options = [*_CHANNEL_OPTIONS, ("grpc.keepalive_time_ms", pause), ("grpc.http2.ping_timeout_ms", wait)]
         host, port, tls = split_endpoint(access.endpoints[number % len(access.endpoints)])
         secure = {"ca_cert": access.ca, "cert_cert": access.cert or None, "cert_key": access.key or None} if tls else {}
-        return _Client(host=host, port=port, timeout=timeout, grpc_options=_CHANNEL_OPTIONS, **secure)
+        return _Client(host=host, port=port, timeout=timeout, grpc_options=options, **secure)
 
     def call(self, request: Callable[[Any], T], retry: float = 8.0) -> T:
         """Run `request(client)`, again and again while the cluster cannot be reached, for up to `retry` seconds.

@@ -5,6 +5,7 @@ The agent and everything that watches use `client`, which is imported only when 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
@@ -33,7 +34,8 @@ class Door:
         from gms_launch.control import client
 
         if self._etcd is None:
-            self._etcd = client.Etcd(self._access, timeout=self._timeout)
+            several = len(self._access.endpoints) > 1
+            self._etcd = client.Etcd(self._access, timeout=self._timeout, brisk=several)
         turns = len(self._access.endpoints)
         while True:
             turns -= 1
@@ -87,10 +89,16 @@ class Door:
         self._ask(lambda etcd: etcd.revoke(lease, retry=0.0))
 
     def clock_skew(self) -> float:
-        """How far our clock is surely off that of etcd's machine (seconds); 0 when it need not be."""
+        """How far our clock is surely off the first that tells of etcd's machines (seconds); 0 when it need not be."""
+        for url in self._access.endpoints[:-1]:
+            with contextlib.suppress(NoContactError):
+                return self._skew_to(url)
+        return self._skew_to(self._access.endpoints[-1])
+
+    def _skew_to(self, url: str) -> float:
         import http.client
 
-        host, port, secure = split_endpoint(self._access.endpoints[0])
+        host, port, secure = split_endpoint(url)
         connection: Any = (
             http.client.HTTPSConnection(host, port, timeout=self._timeout, context=tls.context(self._access))
             if secure

@@ -21,6 +21,9 @@ from gms_launch.control.keys import Range
 etcd3 = door.etcd3
 
 
+_REQUIRE_LEADER = (("hasleader", "true"),)
+
+
 @dataclass(frozen=True)
 class Change:
     """One key put (`value` set) or deleted (`value` None), with the store's revision."""
@@ -116,7 +119,8 @@ class Watch(threading.Thread):
         for where, revision in zip(self._ranges, self._seen, strict=True):
             create = rpc.WatchCreateRequest(**where, start_revision=revision + 1, progress_notify=True)
             requests.put(rpc.WatchRequest(create_request=create))
-        call = rpc.WatchStub(connection.client.channel).Watch(iter(requests.get, None))
+        # A member that the others have lost is to say so, and not to be silent.
+        call = rpc.WatchStub(connection.client.channel).Watch(iter(requests.get, None), metadata=_REQUIRE_LEADER)
         self._call = call
         which: dict[int, int] = {}  # etcd's number of a range -> ours; it answers in the order of the requests
         try:

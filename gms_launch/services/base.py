@@ -48,7 +48,7 @@ class Service:
     restart: bool = True
     port: int | None = None
     liveness: float = 0.0
-    alive: Callable[[], None] | None = None
+    alive: Callable[[], object] | None = None
     essential: bool = False
 
 

@@ -1,6 +1,7 @@
-"""etcd on the leader node: command line, readiness, certificates.
+"""etcd, one or several members: command line, readiness, certificates.
 
-Its data is in the node-local directory, so that a restarted etcd knows everything it knew; it is a cluster of one.
+Its data is in the node-local directory, so that a restarted etcd knows everything it knew. The first member is begun as
+a cluster of one; every other joins it, when the run begins as when its node comes back (`control.cluster`).
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ ROOM = RESERVED + 2 * 64_000_000
 
 @dataclass(frozen=True)
 class Member:
-    """The run's etcd: its name, where it listens, where its data is, what it shows, and how an agent asks it.
+    """The run's etcd on a node: its name, where it listens, where its data is, what it shows, and how an agent asks it.
 
-    Clients come from everywhere; peers it has none, so that port is on the loopback.
+    Clients come from everywhere. Where it is the only one of `members`, that port of its peers is on the loopback.
+    `joins`: the members that it joins, as etcd wants them said; empty for the first.
     """
 
     run: str
@@ -44,6 +46,40 @@ class Member:
     data: Path
     pem: PemFiles
     access: Access
+    members: int = 1
+    name: str = ""
+    joins: str = ""
+
+    @property
+    def client_url(self) -> str:
+        return f"https://{host(self.address)}:{self.port}"
+
+    @property
+    def peer_url(self) -> str:
+        return f"https://{host(self.address if self.members > 1 else '127.0.0.1')}:{self.peer_port}"
+
+    @property
+    def timing(self) -> tuple[str, ...]:
+        if self.members == 1:
+            # One member elects itself: the default of a second would be the longest part of a restart.
+            return ("--heartbeat-interval", "20", "--election-timeout", "200")
+        # A busy machine must not look like a dead one to its peers, and one that comes back end nobody's term.
+        return ("--heartbeat-interval", "100", "--election-timeout", "1000", "--pre-vote")
+
+    @property
+    def among_several(self) -> tuple[str, ...]:
+        """What only a member of several needs."""
+        if self.members == 1:
+            return ()
+        return (
+            *("--initial-cluster-state", "existing" if self.joins else "new"),
+            # Clients look more often whether a member is there, since they can go to another.
+            *("--grpc-keepalive-min-time", "100ms"),
+            # It would refuse a member for 5 s after every other one; learners take nobody's quorum.
+            "--strict-reconfig-check=false",
+            # Whoever has etcd's certificate is a member, by whichever of its addresses it comes.
+            "--experimental-peer-skip-client-san-verification",
+        )
 
 
 def service(member: Member, binary: str, timeout: float, liveness: float = 0.0) -> Service:
@@ -51,10 +87,10 @@ def service(member: Member, binary: str, timeout: float, liveness: float = 0.0) 
 
     From its first moment nobody gets a word in who has no certificate of the run.
     """
-    run, pem = member.run, member.pem
-    client, peer = f"https://{host(member.address)}:{member.port}", f"https://127.0.0.1:{member.peer_port}"
+    run, pem, name = member.run, member.pem, member.name or member.run
+    client, peer, several = member.client_url, member.peer_url, member.members > 1
     argv = (
-        *(binary, "--name", run, "--data-dir", str(member.data)),
+        *(binary, "--name", name, "--data-dir", str(member.data)),
         *("--listen-client-urls", client, "--advertise-client-urls", client),
         *("--client-cert-auth", "--trusted-ca-file", str(pem.ca)),
         *("--cert-file", str(pem.cert), "--key-file", str(pem.key)),
@@ -63,9 +99,9 @@ def service(member: Member, binary: str, timeout: float, liveness: float = 0.0) 
         *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
         *("--peer-client-cert-auth", "--peer-trusted-ca-file", str(pem.ca), "--peer-cert-allowed-cn", CN),
         *("--peer-cert-file", str(pem.cert), "--peer-key-file", str(pem.key)),
-        *("--initial-cluster", f"{run}={peer}", "--initial-cluster-token", run),
-        # One member elects itself: the default of a second would be the longest part of a restart.
-        *("--heartbeat-interval", "20", "--election-timeout", "200"),
+        *("--initial-cluster", member.joins or f"{name}={peer}", "--initial-cluster-token", run),
+        *member.timing,
+        *member.among_several,
         # Nobody logs in with a password: those that etcd wants are thrown away, and need not be hashed slowly.
         *("--bcrypt-cost", "4"),
         *("--quota-backend-bytes", str(RESERVED)),
@@ -74,11 +110,13 @@ def service(member: Member, binary: str, timeout: float, liveness: float = 0.0) 
     )
     env: dict[str, str | None] = {"ETCD_UNSUPPORTED_ARCH": None, "ETCDCTL_API": None}
     return Service(
-        *("etcd", Command(argv, env), lambda: probe(member.access), timeout),
+        *("etcd", Command(argv, env), (lambda: led(member.access)) if several else lambda: probe(member.access)),
+        timeout,
         port=member.port,
         liveness=liveness,
-        alive=Answers(member.access, max(0.2, liveness / 4)),
-        essential=True,  # every Dynamo process ends itself when its lease does
+        alive=Answers(member.access, max(0.2, liveness / 4), alone=not several),
+        # Every Dynamo process ends itself when its lease does; of several members, one can be done without.
+        essential=not several,
     )
 
 
@@ -106,25 +144,45 @@ def probe(access: Access, timeout: float = 2.0) -> None:
         one.close()
 
 
-class Answers:
-    """`probe` again and again, over a connection that is kept while it answers: a new one costs a handshake."""
+def led(access: Access, timeout: float = 2.0) -> None:
+    """A member that is up and knows a leader; a learner too, which reads for nobody. Raises `NotReadyError`."""
+    one = Answers(access, timeout, alone=False)
+    try:
+        if not one():
+            raise NotReadyError("it has no leader")
+    finally:
+        one.close()
 
-    def __init__(self, access: Access, timeout: float) -> None:
-        self._access, self._timeout = access, timeout
+
+class Answers:
+    """Whether one server answers, again and again, over a connection that is kept while it does: a new one costs a
+    handshake.
+
+    One that is `alone` has to read, as `probe` has it. One of several is well when it answers at all: that the others
+    are away is nothing that its restart would mend.
+    """
+
+    def __init__(self, access: Access, timeout: float, alone: bool = True) -> None:
+        self._access, self._timeout, self._alone = access, timeout, alone
         self._etcd: Etcd | None = None
 
-    def __call__(self) -> None:
+    def __call__(self) -> int:
+        """The leader that it knows; 0 for none, or when it is alone. Raises `NotReadyError`."""
+        from gms_launch.control import cluster
         from gms_launch.control.client import AlarmedError, Etcd
 
         if self._etcd is None:
             self._etcd = Etcd(self._access, self._timeout)
         try:
+            if not self._alone:
+                return cluster.standing(self._etcd).leader
             self._etcd.get("/gms-launch/ready", retry=0.0)
         except AlarmedError:
-            return  # it answers: to start it again would change nothing of that
+            pass  # it answers: to start it again would change nothing of that
         except LaunchError as exc:
             self.close()
             raise NotReadyError(str(exc)) from None
+        return 0
 
     def close(self) -> None:
         if self._etcd is not None:

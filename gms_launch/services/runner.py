@@ -247,7 +247,7 @@ class ServiceRunner:
         self.state = "stopped"
 
 
-def _probe(probe: Callable[[], None]) -> str | None:
+def _probe(probe: Callable[[], object]) -> str | None:
     try:
         probe()
     except NotReadyError as exc:
