@@ -6,13 +6,26 @@ A group that is over does not come back; what it is over for concerns the others
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from gms_launch.cohort.model import Redundancy
-from gms_launch.cohort.records import RunRecord
 from gms_launch.numbers import numbered
 
 
-def redundancy(groups: Mapping[str, RunRecord], number: int) -> Redundancy | None:
+class Said(Protocol):
+    """What counts of a group's `RunRecord`."""
+
+    @property
+    def redundancy(self) -> str: ...
+
+    @property
+    def failed(self) -> str: ...
+
+    @property
+    def exit_code(self) -> int: ...
+
+
+def redundancy(groups: Mapping[str, Said], number: int) -> Redundancy | None:
     """That of the worst of `number` groups, by what their leaders say; None until every one has said something."""
     said = [
         Redundancy.DOWN if g.failed else Redundancy(g.redundancy) for g in groups.values() if g.failed or g.redundancy
@@ -20,7 +33,7 @@ def redundancy(groups: Mapping[str, RunRecord], number: int) -> Redundancy | Non
     return max(said, key=list(Redundancy).index) if said and len(said) >= number else None
 
 
-def too_few(groups: Mapping[str, RunRecord], number: int, least: int, up: bool) -> tuple[str, int]:
+def too_few(groups: Mapping[str, Said], number: int, least: int, up: bool) -> tuple[str, int]:
     """Why the run is to end, and with which exit code; nothing while it goes on.
 
     Until it was `up` once, one group that cannot start is enough: that is a mistake which somebody is there to see.

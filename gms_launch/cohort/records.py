@@ -61,6 +61,7 @@ class RunRecord(Record):
     nodes were to begin with new GMS servers. `engine_args` are those that lives are started with since the last roll,
     the `generation`-th (None: what the agents were started with); `rolling` until a life of it has parked, and until
     then `engine_args_before` is the way back. A run that `failed` ends everywhere with that text and `exit_code`.
+    That of a run of groups has `redundancy` once, when all of it was full for the first time; how they are, they say.
     A group has one too (`groups/<name>`), with the node rank of its `leader` and the `leases` under which its engines
     are registered with Dynamo.
     """

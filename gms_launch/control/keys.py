@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROOT = "/gms-launch/"
@@ -91,6 +92,25 @@ class Keys:
     def refusal(self, who: str) -> str:
         """What an agent that may not take its place leaves for the leader."""
         return f"{self.refusals}{who}"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an agent is part of, the run or a group: whether it leads there, and how many cohorts that has."""
+
+    keys: Keys
+    leads: bool
+    cohorts: int
+
+
+def followed(run: Share, groups: Sequence[Share] = ()) -> list[Range]:
+    """What one agent follows of its run: of groups its own alone, so that a failover costs what its group is large."""
+    if not groups:
+        return [prefix(run.keys.prefix)] if run.leads else run.keys.followed(run.cohorts)
+    found = run.keys.over_all() if run.leads else run.keys.everywhere()
+    for mine in groups:
+        found += mine.keys.led() if mine.leads else mine.keys.followed(mine.cohorts)
+    return list(dict.fromkeys(found))
 
 
 #: Everything of Dynamo's discovery.

@@ -285,13 +285,18 @@ class Agent:
             group.progress(f"redundancy {announced}")
         if group.redundancy is Redundancy.FULL:
             group.memory = replace(group.memory, initial=False)
+            if group.layout.group:
+                self.node.spawn(group.look_at_gms())
 
     def _sum_up(self) -> None:
         """What the groups amount to, and whether too few are left."""
         groups, number = self.node.mirror.groups, self.node.layout.number_of_groups
         found = census.redundancy(groups, number)
-        if found is not None and self.node.mirror.run is not None and found.value != self.node.mirror.run.redundancy:
-            self.node.report.run(redundancy=found.value)
+        run = self.node.mirror.run
+        if found is Redundancy.FULL and run is not None and not run.redundancy:
+            self.node.report.run(
+                redundancy=found.value
+            )  # once: all nodes hear it, and what is of one group they need not
         why, code = census.too_few(groups, number, self.node.settings.min_groups, self.node.ready.is_set())
         if why:
             self.node.fail(by_code(code, why))

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from gms_launch.cohort import membership
 from gms_launch.cohort.records import EventRecord, NodeRecord, RunRecord, RunState
 from gms_launch.control import terms
-from gms_launch.control.keys import DYNAMO_ROOT, Range, prefix
+from gms_launch.control.keys import DYNAMO_ROOT, Range, Share, followed
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
 from gms_launch.node.reporter import Reporter
@@ -131,14 +131,10 @@ class Session:
 
     def _followed(self) -> list[Range]:
         """What this agent has to know."""
-        keys, leads = self.mirror.keys, self._layout.topology.is_leader
-        if not self._groups:
-            return [prefix(keys.prefix)] if leads else keys.followed(self._settings.cohorts)
-        found = keys.over_all() if leads else keys.everywhere()
-        for part in self._groups:
-            mine, cohorts = part.mirror.keys, part.layout.settings.cohorts
-            found += mine.led() if part.layout.topology.is_leader else mine.followed(cohorts)
-        return list(dict.fromkeys(found))
+        run, *groups = (
+            Share(p.mirror.keys, p.layout.topology.is_leader, p.layout.settings.cohorts) for p in self._parts
+        )
+        return followed(run, groups)
 
     def _compare(self, link: ControlLink, record: NodeRecord) -> None:
         """A run that goes on takes back only a node that it would have begun with. Raises `UsageError`.

@@ -136,9 +136,11 @@ class Snapshot:
 
 
 def with_groups(shot: Snapshot, groups: tuple[Snapshot, ...]) -> Snapshot:
-    """A run of groups has the redundancy of the worst."""
-    worst = max((g.records for g in groups), key=list(Redundancy).index, default=shot.records)
-    return replace(shot, groups=groups, records=worst)
+    """A run of groups has the redundancy of the worst, by their records and by what their leaders announce."""
+    rank = list(Redundancy).index
+    worst = max((g.records for g in groups), key=rank, default=shot.records)
+    announced = max((g.announced for g in groups), key=rank, default=shot.announced)
+    return replace(shot, groups=groups, records=worst, announced=announced)
 
 
 def build(mirror: Mirror) -> Snapshot:

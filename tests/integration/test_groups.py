@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gms_launch.control.keys import Keys
 from tests.load import Load
 from tests.support import LONG, Deployment, eventually, free_port, gms_launch, kill
 
@@ -60,6 +61,9 @@ class Grouped(Deployment):
     def agent_of(self, number: int) -> int:
         return next(int(n["agent_pid"]) for n in self.status()["nodes"] if n["node_rank"] == number)
 
+    def times_written(self, key: str) -> int:
+        return int(json.loads(self.etcdctl("get", key, "-w", "json"))["kvs"][0]["version"])
+
     def of(self, group: str, kind: str) -> list[dict[str, Any]]:
         return [e for e in self.events(kind) if e["group"] == group]
 
@@ -89,6 +93,7 @@ def test_four_groups_on_one_node(one_node: Grouped) -> None:
     assert len(set(devices)) == 4, "each has a made-up GPU of its own"
     others = {name: run.lives(name) for name in ("g0", "g1", "g3")}
     before = found["g2"]["primary"]
+    said = run.times_written(Keys(run.run).run)
     with Load(run.run_file["frontend_url"], streams=4, unary=2, tokens=30) as load:
         load.wait_busy(1.0)
         os.killpg(run.primary_ranks("g2")[0], signal.SIGKILL)
@@ -97,6 +102,8 @@ def test_four_groups_on_one_node(one_node: Grouped) -> None:
     assert after["primary"] != before and after["cohorts"][before]["incarnation"] == 2
     assert load.lost == [] and load.wrong == [], load.said()
     assert {name: run.lives(name) for name in others} == others, "nobody else was touched"
+    assert run.times_written(Keys(run.run).run) == said, "all nodes follow it, so a failover leaves it alone"
+    assert run.times_written(Keys(run.run, "g2").run) > 1, "the group's own record is another matter"
     assert {e["group"] for e in run.events("exit")} == {"g2"}
 
 

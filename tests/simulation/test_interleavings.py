@@ -12,8 +12,9 @@ import pytest
 
 from gms_launch.cohort import controller, reconciler
 from gms_launch.cohort.model import Phase
-from tests.simulation import world
-from tests.simulation.interleavings import one, spread
+from gms_launch.control.keys import ROOT, Keys
+from tests.simulation import groups, world
+from tests.simulation.interleavings import many, one, spread, two_groups
 from tests.simulation.world import Broken, replay
 
 
@@ -23,6 +24,39 @@ def test_thirty_thousand_interleavings() -> None:
     counts, ended = zip(*spread(range(30_000)), strict=True)
     assert sum(counts) == 30_000
     assert 0 < sum(ended) < 15_000, "some runs lose a node for good, and most do not"
+
+
+@pytest.mark.timeout(900)
+def test_three_thousand_interleavings_of_two_groups() -> None:
+    """The same in each, and a group that nothing has befallen is as it was, whatever happens in the other."""
+    counts, ended = zip(*spread(range(3_000), what=two_groups), strict=True)
+    assert sum(counts) == 3_000 and 0 < sum(ended) < 1_500
+
+
+class OneTable(Keys):
+    """Which lives have ended is in one table for all groups."""
+
+    def __init__(self, run: str, group: str = "") -> None:
+        super().__init__(run, group)
+        self.ended = f"{ROOT}{run}/ended/"
+
+
+class OneWish(Keys):
+    """What is wanted of a cohort is in one table for all groups."""
+
+    def __init__(self, run: str, group: str = "") -> None:
+        super().__init__(run, group)
+        self.desired = f"{ROOT}{run}/desired/cohorts/"
+
+
+@pytest.mark.parametrize("mistake", [OneTable, OneWish])
+def test_groups_that_share_what_they_must_not_are_found(monkeypatch: pytest.MonkeyPatch, mistake: type[Keys]) -> None:
+    monkeypatch.setattr(groups, "Keys", mistake)
+    with pytest.raises(Broken, match=r"replay: groups\.replay\(") as found:
+        many(range(300), two_groups)
+    picked, steps = eval(str(found.value).rpartition("groups.replay")[2])
+    with pytest.raises(Broken):
+        groups.replay(picked, steps)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from gms_launch.cohort import controller, reconciler
 from gms_launch.cohort.actions import Activate, Proved, Roll, RollBack
@@ -391,7 +391,7 @@ class World:
             if node.up:
                 kinds.append((f"agent {node.rank} dies", (self.crash, node)))
             if node.up and node.connected:
-                kinds.append((f"node {node.rank} is cut off", (setattr, node, "connected", False)))
+                kinds.append((f"node {node.rank} is cut off", (self.cut, node)))
         kinds += [(f"GMS of node {n.rank} dies", (setattr, n, "gms", False)) for n in self.nodes if n.gms and n.up]
         kinds += [
             (f"the next {k} starts of cohort {c} fail", (self.spoil, c, k))
@@ -420,6 +420,10 @@ class World:
     def lose(self, node: Node) -> None:
         self.gone.add(node.rank)
         self.crash(node)
+
+    def cut(self, node: Node) -> None:
+        """The line to a node is cut."""
+        node.connected = False
 
     def crash(self, node: Node) -> None:
         """An agent is SIGKILLed and takes everything with it."""
@@ -514,36 +518,44 @@ class World:
         """Everything that can happen does, in turn, without more faults: it must end in `full`, or with a word."""
         self.faults = 0
         for _ in range(rounds):
-            if self.aborted:
+            if (pause := self.turn()) is None:
                 return
-            before = self.decisions, self.revision, self.lock
-            for node in self.nodes:
-                if node.rank in self.gone:
-                    continue
-                if not node.up or not node.connected:
-                    self.come_back(node)
-                self.deliver_all(node)
-            self.lead()
-            for node in (n for n in self.nodes if n.up):
-                self.deliver_all(node)
-                self.resync_if_behind(node)
-                self.agent(node)
-                for proc in list(node.procs.values()):
-                    if proc.dead and proc.phase is Phase.FAILING:
-                        self.move(node, proc, Phase.FENCED)
-            moved = False
-            for proc in list(self.nodes[0].procs.values()):
-                moved |= self.engine(proc)
-                if proc.hangs and proc.phase is Phase.PARKED:
-                    self.notice_hang(proc)
-            self.check()
-            done = not self.requests and (self.full() or self.stated())
-            if done and not self.memory.initial and not self.lead() and not moved:
-                return
-            if not moved and self.revision == before[1]:
-                at = controller.next_look(self.view(), self.memory, self.policy, self.now)
-                self.pass_time(max(0.1, (at or self.now) - self.now))
+            if pause:
+                self.pass_time(pause)
         raise Broken(f"neither full nor ended after {rounds} rounds: {self.describe()}")
+
+    def turn(self) -> float | None:
+        """Everything that can happen does, once. Returns how long nothing will by itself; None when it has settled."""
+        if self.aborted:
+            return None
+        before = self.revision
+        for node in self.nodes:
+            if node.rank in self.gone:
+                continue
+            if not node.up or not node.connected:
+                self.come_back(node)
+            self.deliver_all(node)
+        self.lead()
+        for node in (n for n in self.nodes if n.up):
+            self.deliver_all(node)
+            self.resync_if_behind(node)
+            self.agent(node)
+            for proc in list(node.procs.values()):
+                if proc.dead and proc.phase is Phase.FAILING:
+                    self.move(node, proc, Phase.FENCED)
+        moved = False
+        for proc in list(self.nodes[0].procs.values()):
+            moved |= self.engine(proc)
+            if proc.hangs and proc.phase is Phase.PARKED:
+                self.notice_hang(proc)
+        self.check()
+        done = not self.requests and (self.full() or self.stated())
+        if done and not self.memory.initial and not self.lead() and not moved:
+            return None
+        if moved or self.revision != before:
+            return 0.0
+        at = controller.next_look(self.view(), self.memory, self.policy, self.now)
+        return max(0.1, (at or self.now) - self.now)
 
     def resync_if_behind(self, node: Node) -> None:
         for key, (revision, _) in self.store.items():
@@ -583,16 +595,42 @@ def explore(
     nnodes: int, cohorts: int, choose: Callable[[int], int], steps: int, faults: int, activate: bool = False
 ) -> World:
     """A run from its start to full, `steps` events with faults among them, and to its end. Raises `Broken`."""
+
+    def begin(pick: Callable[[int], int]) -> World:
+        world = settled(nnodes, cohorts, activate)
+        world.choose, world.faults = pick, faults
+        return world
+
+    return through(begin, choose, steps, f"replay({nnodes}, {cohorts}, ", f", {steps}, {faults}, {activate})")
+
+
+class Steps(Protocol):
+    """What is taken through a list of choices: a run, or several groups of one."""
+
+    aborted: str
+    log: list[str]
+
+    def step(self) -> None: ...
+
+    def settle(self) -> None: ...
+
+
+S = TypeVar("S", bound=Steps)
+
+
+def through(
+    begin: Callable[[Callable[[int], int]], S], choose: Callable[[int], int], steps: int, before: str, after: str
+) -> S:
+    """Begin, take `steps` events and go to the end. Raises `Broken`, with the choices between `before` and `after`."""
     picked: list[int] = []
 
     def pick(n: int) -> int:
         picked.append(choose(n) % n)
         return picked[-1]
 
-    world: World | None = None
+    world: S | None = None
     try:
-        world = settled(nnodes, cohorts, activate)
-        world.choose, world.faults = pick, faults
+        world = begin(pick)
         for _ in range(steps):
             if world.aborted:
                 break
@@ -601,8 +639,7 @@ def explore(
     except Broken as exc:
         log = world.log if world is not None else []
         script = "\n".join(f"  {line}" for line in [*log, "# then everything in turn"])
-        case = f"replay({nnodes}, {cohorts}, {picked}, {steps}, {faults}, {activate})"
-        raise Broken(f"{exc}\n{script}\nreplay: {case}") from None
+        raise Broken(f"{exc}\n{script}\nreplay: {before}{picked}{after}") from None
     return world
 
 
