@@ -78,19 +78,10 @@ class Group:
         self.wake, self.stopping, self.spawn = host.wake, host.stopping, host.spawn
         self.gms = GmsWatch(layout.devices(), layout.node_dir.gms)
         self.gates = Gates(layout.gates)
-        self.ranks = RankSet(
-            layout,
-            mirror,
-            report,
-            host.writer,
-            self.gms,
-            self.gates,
-            self.spawn,
-            lambda rank, kind, detail: on_rank(self, rank, kind, detail),
-            lambda ended: on_end(self, ended),
-            front,
-            WarmSlots(layout, host.writer.output, self.spawn, self._warm_told, host.control_changed),
-        )
+        self.writer, self.front = host.writer, front
+        self._on_rank, self._on_end = on_rank, on_end
+        self.warm = WarmSlots(layout, host.writer.output, self.spawn, self._warm_told, host.control_changed)
+        self.ranks = RankSet(self)
         self.claims = Claims(report.take, self.spawn, host.control_changed)
         self.teller = Teller(self.ranks.starts, self.progress)
         self.memory = Memory()
@@ -142,6 +133,12 @@ class Group:
             return False
         pids = [pid for r in self.ranks if r.child is not None for pid in pids_of(r.child.pgid)]
         return any(proc.listens(pid, port) for pid in pids)
+
+    def rank_event(self, rank: Rank, kind: str, detail: str, /) -> None:
+        self._on_rank(self, rank, kind, detail)
+
+    def life_ended(self, ended: EndedRecord, /) -> None:
+        self._on_end(self, ended)
 
     def _warm_told(self, kind: str, detail: str) -> None:
         self.report.emit(kind, detail=detail)

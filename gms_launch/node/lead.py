@@ -201,19 +201,24 @@ def _roll(me: Group, action: actions.Roll | actions.Proved | actions.RollBack) -
     """Note with which arguments lives are started from now on."""
     run = me.mirror.run
     assert run is not None, "the leader says what the run is"
-    if isinstance(action, actions.Roll):
-        args = run.engine_args if action.engine_args is None else action.engine_args
-        me.report.emit("roll", detail=f"generation {run.generation + 1}: {_words(me, args)}")
-        me.progress(f"roll: shadows are started again with {_words(me, args)}")
-        me.report.run(engine_args=args, engine_args_before=run.engine_args, generation=run.generation + 1, rolling=True)
-    elif isinstance(action, actions.Proved):
-        me.report.emit("roll_proved", action.cohort_id, action.incarnation, f"generation {run.generation}")
-        me.report.run(rolling=False)
-    else:
-        why = f"cohort {action.cohort_id} did not start with {_words(me, run.engine_args)}: {action.why}"
-        me.report.emit("rolled_back", action.cohort_id, action.incarnation, action.why)
-        me.progress(f"rolled back: {why}{_log_of(me, action.cohort_id)}")
-        me.report.run(engine_args=run.engine_args_before, generation=run.generation - 1, rolling=False)
+    match action:
+        case actions.Roll():
+            args = run.engine_args if action.engine_args is None else action.engine_args
+            me.report.emit("roll", detail=f"generation {run.generation + 1}: {_words(me, args)}")
+            me.progress(f"roll: shadows are started again with {_words(me, args)}")
+            me.report.run(
+                engine_args=args, engine_args_before=run.engine_args, generation=run.generation + 1, rolling=True
+            )
+        case actions.Proved():
+            me.report.emit("roll_proved", action.cohort_id, action.incarnation, f"generation {run.generation}")
+            me.report.run(rolling=False)
+        case actions.RollBack():
+            why = f"cohort {action.cohort_id} did not start with {_words(me, run.engine_args)}: {action.why}"
+            me.report.emit("rolled_back", action.cohort_id, action.incarnation, action.why)
+            me.progress(f"rolled back: {why}{_log_of(me, action.cohort_id)}")
+            me.report.run(engine_args=run.engine_args_before, generation=run.generation - 1, rolling=False)
+        case _:
+            nobody_does(action)
     me.wake.set()
 
 

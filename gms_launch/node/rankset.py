@@ -11,7 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 from gms_launch.cohort.model import ALIVE, ENDED, Phase
 from gms_launch.cohort.reconciler import PEER_ENDED, Desire, LocalRank
@@ -43,37 +43,46 @@ PARKED_GRACE = 0.1
 STRAY_TIMEOUT = 2.0
 
 
-class RankSet:
-    """The ranks of one node. `keeper` names what keeps the lock and is no living rank's, by the last look.
+class Owner(Protocol):
+    """Whose ranks they are: what a set of ranks needs of its group on this node, and tells it.
 
-    `on_event(rank, kind, detail)` hears what `Rank` noticed, after it was reported; `on_end` of a life that
-    ends here and of which nobody had said so; `front` is the frontend's pid, 0 while none runs here.
+    `front` gives the frontend's pid, 0 while none runs here.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        mirror: Mirror,
-        report: Reporter,
-        writer: Writer,
-        gms: GmsWatch,
-        gates: Gates,
-        spawn: Callable[[Coroutine[Any, Any, Any]], None],
-        on_event: Callable[[Rank, str, str], None],
-        on_end: Callable[[EndedRecord], None],
-        front: Callable[[], int],
-        warm: WarmSlots,
-    ) -> None:
-        self._layout, self._mirror, self._report, self._gms = layout, mirror, report, gms
-        self._writer = writer
-        self._gates, self._spawn, self._on_event, self._on_end = gates, spawn, on_event, on_end
-        self.warm = warm
+    layout: Layout
+    mirror: Mirror
+    report: Reporter
+    writer: Writer
+    gms: GmsWatch
+    gates: Gates
+    warm: WarmSlots
+    front: Callable[[], int]
+
+    def spawn(self, work: Coroutine[Any, Any, Any], /) -> None:
+        """Let something run beside."""
+
+    def rank_event(self, rank: Rank, kind: str, detail: str, /) -> None:
+        """A rank noticed something, and it was reported."""
+
+    def life_ended(self, ended: EndedRecord, /) -> None:
+        """A life ends here, and nobody had said so."""
+
+
+class RankSet:
+    """A group's ranks on one node. `keeper` names what keeps the lock and is no living rank's, by the last look."""
+
+    def __init__(self, owner: Owner) -> None:
+        layout, report = owner.layout, owner.report
+        self._layout, self._mirror, self._report, self._gms = layout, owner.mirror, report, owner.gms
+        self._writer, self._gates, self._spawn = owner.writer, owner.gates, owner.spawn
+        self._on_event, self._on_end = owner.rank_event, owner.life_ended
+        self.warm = owner.warm
         self._node_rank = layout.topology.node_rank
         self.keeper = ""
         self._clearer = scratch.Clearer()
         self._skipped: dict[int, RankRecord] = {}
         self._by_slot: dict[int, Rank] = {}
-        self.discovery = Discovery(layout, report, spawn, self._by_slot.values, self._hung, front)
+        self.discovery = Discovery(layout, report, owner.spawn, self._by_slot.values, self._hung, owner.front)
         self.starts = Starts(layout.cache_dir / "starts.json", layout.kind_of_start)
         self.starts.load()
 

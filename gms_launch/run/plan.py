@@ -219,16 +219,16 @@ class Layout:
         return devices.virtual_devices(self.settings.virtual_gpus, self.settings.virtual_gpu_mib)
 
     def gms_services(self) -> list[Service]:
-        made = gms.services(
-            self.gms_kind,
-            self.gms_memory,
-            self.python,
-            self.devices(),
-            self.node_dir.gms,
-            self.settings.gms_timeout,
+        servers = gms.Servers(
+            kind=self.gms_kind,
+            memory=self.gms_memory,
+            python=self.python,
+            directory=self.node_dir.gms,
+            timeout=self.settings.gms_timeout,
             by_nvml=self.settings.engine == "vllm",
             view=self.device_view,
         )
+        made = gms.services(servers, self.devices())
         return [replace(service, name=self._prefix + service.name) for service in made]
 
     def etcd_service(self) -> Service:

@@ -7,6 +7,7 @@ is used, in the engine's own device view, one process a tag (the form that relea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gms_launch.engines import installed
@@ -38,55 +39,51 @@ def _no_upstream(python: str) -> bool:
     return bool(installed.look(python, ("gpu_memory_service",)).missing)
 
 
-def services(
-    kind: str,
-    memory: str,
-    python: str,
-    devices: list[Device],
-    directory: Path,
-    timeout: float,
-    by_nvml: bool = False,
-    view: Mapping[str, str] | None = None,
-) -> list[Service]:
-    """The servers for `devices`. A dead one stays dead: a new one would be empty, and engines hold the old memory.
+@dataclass(frozen=True)
+class Servers:
+    """What a node's servers have in common: `choose`'s kind, `host` or `cuda` memory, the directory of their sockets.
 
-    `view` is the environment in which `devices` have their numbers.
+    `timeout` seconds until one is ready. `view` is the environment in which devices have their numbers.
     `by_nvml`: the engine has upstream's client, which looks for sockets by NVML's order, without CUDA_VISIBLE_DEVICES.
     """
+
+    kind: str
+    memory: str
+    python: str
+    directory: Path
+    timeout: float
+    by_nvml: bool = False
+    view: Mapping[str, str] = field(default_factory=dict)
+
+
+def services(servers: Servers, devices: list[Device]) -> list[Service]:
+    """The servers for `devices`. A dead one stays dead: a new one would be empty, and engines hold the old memory."""
     made = []
-    env: dict[str, str | None] = {"GMS_SOCKET_DIR": str(directory), "DYN_GMS_USE_V1": None}
-    if memory == "cuda":
+    env: dict[str, str | None] = {"GMS_SOCKET_DIR": str(servers.directory), "DYN_GMS_USE_V1": None}
+    if servers.memory == "cuda":
         env |= CUDA_ORDER
-    env |= view or {}
+    env |= servers.view
     for device in devices:
-        if kind == "builtin":
+        if servers.kind == "builtin":
             mib = str(device.memory // (1024 * 1024))
-            argv = installed.module(python, "gms_launch.gms", "--device", str(device.index))
-            argv += ("--memory", "cuda") if memory == "cuda" else ("--memory-mib", mib)
-            argv += ("--socket-uuid", device.alias) if by_nvml and device.alias else ()
-            made.append(_service(f"gms-{device.index}", argv, env, directory, device, TAGS, timeout))
+            argv = installed.module(servers.python, "gms_launch.gms", "--device", str(device.index))
+            argv += ("--memory", "cuda") if servers.memory == "cuda" else ("--memory-mib", mib)
+            argv += ("--socket-uuid", device.alias) if servers.by_nvml and device.alias else ()
+            made.append(_service(f"gms-{device.index}", Command(argv, env), servers, device, TAGS))
         else:
             for tag in TAGS:
-                argv = installed.module(python, "gpu_memory_service", "--device", str(device.index), "--tag", tag)
-                name = f"gms-{device.index}-{tag}"
-                made.append(_service(name, argv, env, directory, device, (tag,), timeout))
+                module = ("gpu_memory_service", "--device", str(device.index), "--tag", tag)
+                command = Command(installed.module(servers.python, *module), env)
+                made.append(_service(f"gms-{device.index}-{tag}", command, servers, device, (tag,)))
     return made
 
 
-def _service(
-    name: str,
-    argv: tuple[str, ...],
-    env: dict[str, str | None],
-    directory: Path,
-    device: Device,
-    tags: tuple[str, ...],
-    timeout: float,
-) -> Service:
+def _service(name: str, command: Command, servers: Servers, device: Device, tags: tuple[str, ...]) -> Service:
     def ready() -> None:
         for tag in tags:
             try:
-                probe.runtime_state(find_socket(directory, device, tag))
+                probe.runtime_state(find_socket(servers.directory, device, tag))
             except probe.ProbeError as exc:
                 raise NotReadyError(str(exc)) from None
 
-    return Service(name, Command(argv, env), ready, timeout, restart=False)
+    return Service(name, command, ready, servers.timeout, restart=False)

@@ -236,7 +236,7 @@ def test_gms_is_ready_when_every_socket_answers(run: str, fast_dir: Path) -> Non
     devices = virtual_devices(2, 64)
 
     async def live() -> None:
-        for service in gms.services("builtin", "host", sys.executable, devices, fast_dir, 60.0):
+        for service in gms.services(gms.Servers("builtin", "host", sys.executable, fast_dir, 60.0), devices):
             with pytest.raises(NotReadyError):
                 service.probe()
             runner = ServiceRunner(service, f"{run}/{service.name}", 0, output(fast_dir), lambda *_: None)
