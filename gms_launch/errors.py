@@ -24,6 +24,10 @@ class RefusedError(LaunchError):
     exit_code = 3
 
 
+class MovedError(LaunchError):
+    """This node has another rank by now, since a spare has taken its place: its agent begins again."""
+
+
 class InterruptedRunError(LaunchError):
     """Somebody stopped it before it had come to what it was for: Ctrl-C, SIGTERM or SIGHUP during a start."""
 

@@ -48,8 +48,8 @@ def elsewhere(settings: Settings, node_rank: int) -> Topology:
     """A node's place as it will see it, with a name where only that node knows its address."""
     leader = topology.resolve(settings.leader_addr)
     if node_rank == 0:
-        return Topology(0, settings.nnodes, "leader", leader, leader)
-    return Topology(node_rank, settings.nnodes, f"node-{node_rank}", f"<address of node {node_rank}>", leader)
+        return Topology(0, settings.serving_nodes, "leader", leader, leader)
+    return Topology(node_rank, settings.serving_nodes, f"node-{node_rank}", f"<address of node {node_rank}>", leader)
 
 
 def of_hosts(settings: Settings) -> Settings:

@@ -68,14 +68,17 @@ def _agent(layout: Layout, reservation: ports.Reservation, reporter: Notify | Te
     leads = layout.topology.is_leader
     try:
         if not leads:
-            layout = follow(layout, reservation, reporter.progress)
+            while run_agent(
+                parts.with_groups(follow(layout, reservation, reporter.progress), reservation.free), reporter, until_eof
+            ):
+                pass  # it has another node rank now
         else:
             place = layout.topology
             hosts = (place.leader_address, place.address)
             layout = replace(layout, credentials=credentials.make(hosts, outside.pem(layout.settings)))
-        if leads and (moved := ports.moved(layout.settings, layout.ports)):
-            reporter.progress(f"ports in use here, so others were taken: {moved}")
-        run_agent(parts.with_groups(layout, reservation.free), reporter, until_eof)
+            if moved := ports.moved(layout.settings, layout.ports):
+                reporter.progress(f"ports in use here, so others were taken: {moved}")
+            run_agent(parts.with_groups(layout, reservation.free), reporter, until_eof)
     except LaunchError as exc:
         reporter.failed(exc)
         raise
@@ -124,6 +127,7 @@ def prepare(settings: Settings, place: Topology, reservation: ports.Reservation)
         run_dir=RunDir.of(run),
         node_dir=NodeDir.of(run, settings.gms_socket_dir, place.node_rank),
         attempt=secrets.token_hex(8),
+        origin=place.node_rank,
     )
     layout.check()
     if settings.grouped:
@@ -146,9 +150,12 @@ def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[s
     settings = layout.settings
     found = rendezvous.find_leader(layout.run_dir, settings, progress)
     place = topology.at_leader(layout.topology, found.run.leader_address, chosen=bool(settings.interface))
+    rank, seat = found.seat_of(layout.origin)
     return replace(
         layout,
-        topology=place,
+        topology=replace(place, node_rank=rank),
+        seat=seat,
+        node_dir=NodeDir.of(layout.run, settings.gms_socket_dir, rank),
         ports=ports.follow(settings, found.run.ports, reservation.free, layout.engine.ports),
         credentials=layout.run_dir.credentials(),
         attempt=found.run.attempt,
@@ -157,8 +164,11 @@ def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[s
     )
 
 
-def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> None:
-    """Be the agent until the run ends. Raises what ended it early."""
+def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> bool:
+    """Be the agent until the run ends, or until this node has another rank; says whether it has.
+
+    Raises what ended it early.
+    """
     from gms_launch.node.agent import Agent
 
     record = run_file(layout)
@@ -178,7 +188,8 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
 
         async def announce_end() -> None:
             await agent.node.stopping.wait()
-            reporter.stopping()
+            if not agent.node.has_moved:
+                reporter.stopping()
 
         async def announce() -> None:
             await agent.node.ready.wait()
@@ -219,6 +230,7 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> N
                 end = replace(end, unwritten=writer.unwritten)
                 with contextlib.suppress(OSError):
                     layout.run_dir.leave_end(layout.node_dir, end)
+    return agents[0].node.has_moved
 
 
 def _make_places(layout: Layout, record: RunFile) -> None:

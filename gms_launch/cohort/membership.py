@@ -64,7 +64,9 @@ def _model(stamp: ModelStamp) -> str:
 def unfit(nodes: Mapping[int, NodeRecord], nnodes: int) -> list[int]:
     """The node ranks whose agents came to a run that they do not fit."""
     leader = nodes.get(0)
-    return [r for r, n in sorted(nodes.items()) if leader is not None and objections_to(n, leader, nnodes)]
+    if leader is None:
+        return []
+    return [r for r, n in sorted(nodes.items()) if r < nnodes and objections_to(n, leader, nnodes)]
 
 
 def missing(nodes: Mapping[int, NodeRecord], nnodes: int) -> list[int]:

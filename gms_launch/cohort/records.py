@@ -62,6 +62,7 @@ class RunRecord(Record):
     the `generation`-th (None: what the agents were started with); `rolling` until a life of it has parked, and until
     then `engine_args_before` is the way back. A run that `failed` ends everywhere with that text and `exit_code`.
     That of a run of groups has `redundancy` once, when all of it was full for the first time; how they are, they say.
+    Behind its `nnodes` come the ranks of `spares`.
     A group has one too (`groups/<name>`), with the node rank of its `leader` and the `leases` under which its engines
     are registered with Dynamo.
     """
@@ -88,6 +89,7 @@ class RunRecord(Record):
     exit_code: int = 0
     leader: int = 0
     leases: tuple[int, ...] = ()
+    spares: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ class NodeRecord(Record):
     directories, or was lost there; `strays`: processes of dead lives that would not die; `internal_errors`: errors of
     the agent's own that the run outlived. `metrics` is where it serves them (host:port; empty: nowhere), `word_port`
     where it hears from other nodes (UDP; 0: nowhere). `alarms` are etcd's own, as the leader last heard of them.
+    `origin` is the node rank that its agent was started with (`SeatRecord`).
     """
 
     node_rank: int
@@ -210,6 +213,21 @@ class NodeRecord(Record):
     metrics: str = ""
     clock: float = 0.0
     number: int = -1
+    origin: int = -1
+
+
+@dataclass(frozen=True)
+class SeatRecord(Record):
+    """`seats/<rank>`: whose that node rank is now, by the rank that its agent was started with (`origin`).
+
+    The run's leader alone writes it, two at a time, when a spare and a lost node change places: `serial` counts how
+    often. A rank without one is its first owner's. What an agent writes under a rank holds only as long as this says
+    what that agent was told.
+    """
+
+    node_rank: int
+    origin: int
+    serial: int
 
 
 @dataclass(frozen=True)

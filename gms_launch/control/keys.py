@@ -40,9 +40,14 @@ class Keys:
         self.commands = f"{self.prefix}commands/"
         self.peers = f"{top}peers"
         self.refusals = f"{top}refusals/"
+        self.seats = f"{top}seats/"
 
     def node(self, node_rank: int) -> str:
         return f"{self.nodes}{node_rank}"
+
+    def seat(self, node_rank: int) -> str:
+        """Whose a node rank of the run is."""
+        return f"{self.seats}{node_rank}"
 
     def cohort(self, cohort_id: int) -> str:
         return f"{self.desired}{cohort_id}"
@@ -76,7 +81,7 @@ class Keys:
 
     def over_all(self) -> list[Range]:
         """What the leader of a run of groups follows besides its own groups."""
-        tables = (self.nodes, self.commands, self.events, self.refusals, self.groups)
+        tables = (self.nodes, self.commands, self.events, self.refusals, self.groups, self.seats)
         return [*map(prefix, tables), Range(self.run), Range(self.peers)]
 
     def event(self, time_ns: int, node_rank: int, serial: int) -> str:

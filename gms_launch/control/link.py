@@ -5,17 +5,20 @@ Their threads never touch the agent: every callback goes through `post`, which r
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from gms_launch.control import roles, terms
+from gms_launch.control import conditional, roles, terms
 from gms_launch.control.access import Access
 from gms_launch.control.client import Etcd, KeyValue
+from gms_launch.control.conditional import Conditions
 from gms_launch.control.keys import DYNAMO_INSTANCES, DYNAMO_ROOT, Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
 from gms_launch.control.publisher import Publisher
 from gms_launch.control.watch import Change, Watch
+from gms_launch.errors import MovedError, NoContactError
 
 
 class Listener(Protocol):
@@ -49,6 +52,7 @@ class ControlLink:
     def __init__(self, access: Access, post: Callable[..., None]) -> None:
         self._etcd = Etcd(access)
         self._post = post
+        self._conditions: Conditions = {}
         self._publisher = Publisher(self._etcd)
         self._keeper: LeaseKeeper | None = None
         self._lease = 0
@@ -63,22 +67,50 @@ class ControlLink:
         """Delete what an earlier run of that name left. Blocks."""
         self._etcd.delete_prefix(keys.prefix)
 
+    def only_while(self, key: str, value: bytes | None, otherwise: Callable[[], None]) -> None:
+        """Write from now on only as long as `key` holds `value` (None: is not there); else `otherwise` is called once,
+        on the loop. Before `listen`.
+        """
+        self._conditions = {key: value}
+        self._publisher = Publisher(self._etcd, self._conditions, lambda: self._post(otherwise))
+
+    def hold(self, key: str, value: bytes, lease: int) -> bool:
+        """Store a record under a lease of ours if we may still write; says whether we may. Blocks.
+
+        Raises `NoContactError`.
+        """
+        return conditional.write(self._etcd, self._conditions, {key: value}, lease)
+
+    def write_if(self, conditions: Conditions, records: Mapping[str, bytes]) -> bool:
+        """Store records in one step if these conditions hold too; says whether. Blocks. Raises `NoContactError`."""
+        return conditional.write(self._etcd, {**self._conditions, **conditions}, records)
+
     def claim(self, key: str, value: bytes, lease_ttl: float) -> bytes | None:
         """Store `value` under a new lease, which `listen` then keeps; blocks. Returns who has the key, if not we.
 
-        Waits for a lease of the last holder to run out, since that may be dead.
+        Waits for a lease of the last holder to run out, since that may be dead. Raises `MovedError` when we may not
+        write (`only_while`).
         """
         deadline = time.monotonic() + terms.granted(lease_ttl) + 2.0
         while True:
             self._sent = time.monotonic()
             self._lease = self._etcd.grant(terms.granted(lease_ttl))
-            if self._etcd.create(key, value, self._lease):
+            if self._create(key, value):
                 return None
             self._etcd.revoke(self._lease)
             holder = self._etcd.get(key)
             if holder is not None and time.monotonic() > deadline:
                 return holder
             time.sleep(0.2)  # the key goes when its lease does; a watch for this one moment is not worth it
+
+    def _create(self, key: str, value: bytes) -> bool:
+        """Store what nobody else may have stored; says whether it is ours."""
+        if not self._conditions:
+            return self._etcd.create(key, value, self._lease)
+        if not conditional.write(self._etcd, self._conditions, {key: value}, self._lease, once=key):
+            self._etcd.revoke(self._lease)
+            raise MovedError("another agent has this node's rank by now")
+        return self._etcd.get(key) == value
 
     def listen(
         self, ranges: Sequence[Range], lease_ttl: float, listener: Listener, namespace: str | None = None
@@ -184,12 +216,18 @@ class ControlLink:
         """See `roles.establish`. Blocks."""
         roles.establish(self._etcd, users, again)
 
-    def close(self, timeout: float) -> None:
-        """Stop listening and write what is left, for at most `timeout` seconds. Blocks."""
+    def close(self, timeout: float, leave: bool = False) -> None:
+        """Stop listening and write what is left, for at most `timeout` seconds. Blocks.
+
+        `leave`: end the lease too, so that nobody has to wait for its end.
+        """
         if self._watch is not None:
             self._watch.stop()
         if self._keeper is not None:
             self._keeper.stop()
         if self._publisher.is_alive():
             self._publisher.stop(timeout)
+        if leave and self._keeper is not None and self._keeper.lease:
+            with contextlib.suppress(NoContactError):
+                self._etcd.revoke(self._keeper.lease, retry=0.0)
         self._etcd.close()

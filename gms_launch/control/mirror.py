@@ -18,6 +18,7 @@ from gms_launch.cohort.records import (
     Record,
     RecordError,
     RunRecord,
+    SeatRecord,
 )
 from gms_launch.control.keys import Keys
 
@@ -46,6 +47,7 @@ class Mirror:
         self.commands: dict[str, CommandRecord] = {}
         self.results: dict[str, CommandResult] = {}
         self.refusals: dict[str, str] = {}
+        self.seats: dict[int, SeatRecord] = {}
         self.problems: dict[str, str] = {}
 
     def replace(self, snapshot: dict[str, bytes]) -> None:
@@ -75,6 +77,8 @@ class Mirror:
             elif key.startswith(keys.ended):
                 cohort_id, _, incarnation = key[len(keys.ended) :].partition("/")
                 _set(self.ended, (int(cohort_id), int(incarnation)), EndedRecord, value)
+            elif key.startswith(keys.seats):
+                _set(self.seats, int(key[len(keys.seats) :]), SeatRecord, value)
             elif key.startswith(keys.refusals):
                 self.refusals[key] = (value or b"").decode(errors="replace")
             elif key.startswith(keys.commands):

@@ -11,9 +11,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
+from gms_launch.control import conditional
 from gms_launch.control.client import AlarmedError, Etcd, describe
+from gms_launch.control.conditional import Conditions
 from gms_launch.errors import NoContactError
 
 log = logging.getLogger("agent")
@@ -40,9 +43,16 @@ Pending = dict[str, Entry]
 class Publisher(threading.Thread):
     """`put` and `delete` return at once; `stop` waits for what is left."""
 
-    def __init__(self, etcd: Etcd) -> None:
+    def __init__(
+        self, etcd: Etcd, conditions: Conditions | None = None, on_refused: Callable[[], None] | None = None
+    ) -> None:
+        """Writes only as long as the conditions hold; the first time that they do not, `on_refused` is called, and
+        nothing is written any more.
+        """
         super().__init__(name="publisher", daemon=True)
         self._etcd = etcd
+        self._conditions, self._on_refused = dict(conditions or {}), on_refused
+        self._refused = False
         self._now: Pending = {}
         self._later: Pending = {}
         self._due: float | None = None
@@ -116,7 +126,9 @@ class Publisher(threading.Thread):
 
     def _write(self, batch: Pending) -> None:
         ((key, (value, lease, once)), *rest) = batch.items()
-        if rest:
+        if self._conditions:
+            self._write_if(batch, lease, key if once else "")
+        elif rest:
             self._etcd.put_many({k: entry.value for k, entry in batch.items()}, retry=1.0)
         elif value is not None and once:
             self._etcd.create(key, value, retry=1.0)
@@ -124,3 +136,11 @@ class Publisher(threading.Thread):
             self._etcd.delete(key, retry=1.0)
         else:
             self._etcd.put(key, value, lease=lease or None, retry=1.0)
+
+    def _write_if(self, batch: Pending, lease: int, once: str) -> None:
+        values = {k: entry.value for k, entry in batch.items()}
+        if self._refused or conditional.write(self._etcd, self._conditions, values, lease, once, retry=1.0):
+            return
+        self._refused = True
+        if self._on_refused is not None:
+            self._on_refused()

@@ -18,16 +18,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from gms_launch.cohort import census, controller, membership, reconciler
+from gms_launch.cohort import census, controller, membership, reconciler, seats
 from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.reconciler import Desire
 from gms_launch.cohort.records import CommandRecord, RunState, Wanted
-from gms_launch.errors import LaunchError, by_code
+from gms_launch.errors import LaunchError, MovedError, by_code
 from gms_launch.node import begin, end, lead, quiet, upkeep
 from gms_launch.node.group import Group
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
 from gms_launch.node.standing import Standing
+from gms_launch.node.takeover import Takeover
 from gms_launch.node.tasks import until
 from gms_launch.observe import snapshot
 from gms_launch.process.proc import ProcessId
@@ -61,6 +62,7 @@ class Agent:
         self._standing = Standing(lambda: self.node.report.link, layout.settings.dynamo_lease_ttl)
         self._ended_leases: set[int] = set()
         self._absent_since: dict[int, float] = {}
+        self._takeover = Takeover(self.node)
 
     async def run(self) -> None:
         """Start everything, keep it running until told to stop, stop it. Raises what ended the run early."""
@@ -69,6 +71,8 @@ class Agent:
             await until(self.node.stopping, begin.start(self.node))
             if not self.node.stopping.is_set():
                 await self._work()
+        except MovedError:
+            self.node.moved()
         except LaunchError as exc:
             self.node.failure = self.node.failure or exc
         except Exception as exc:
@@ -114,12 +118,15 @@ class Agent:
             if (
                 group.is_leader
                 and not group.over
+                and self.node.session.may_act
                 and self._formed(group)
                 and (at := self._decide(group, now)) is not None
             ):
                 pauses.append(max(0.0, at - now))
         if self.node.is_leader:
             lead.tell_peers(self.node)
+            if self.node.settings.spares and self.node.session.may_act and (at := self._takeover.look(now)) is not None:
+                pauses.append(max(0.0, at - now))
         self.node.herald.inform(self._living())
         self._follow_the_run()
         for group in self.node.groups:
@@ -169,7 +176,7 @@ class Agent:
             for k, d in mirror.desired.items()
         }
         ended = {life: record.node_rank for life, record in mirror.ended.items()}
-        if self.node.session.is_cut_off:
+        if self.node.session.is_cut_off or not self.node.session.may_act:
             desired = {}  # what we know is out of date
         elif group.leaderless(self.node.loop.time()):
             desired = {k: replace(d, running=False, why="its group's leader was lost") for k, d in desired.items()}
@@ -202,6 +209,8 @@ class Agent:
         for command in self.node.mirror.commands.values():
             if command.verb == "stop" and (command.taken or self.node.claims.has(command)):
                 self.node.stop("asked to by `gms-launch down`")
+        if seats.seat_of(self.node.mirror.seats, self.node.layout.origin) != self.node.node_rank:
+            self.node.moved()
         run = self.node.mirror.run
         if run is not None and not self.node.is_leader:
             if run.failed:
@@ -212,6 +221,8 @@ class Agent:
             lead.tell_refusals(self.node)
             quiet.answer(self.node)
             for node in self.node.mirror.nodes.values():
+                if node.node_rank >= self.node.settings.serving_nodes:
+                    continue  # a spare's end is its own
                 if node.failed and node.node_rank != self.node.node_rank:
                     self.node.fail(by_code(node.exit_code, f"{membership.name(node)}: {node.failed}"))
                 elif node.stopping and node.node_rank != self.node.node_rank:

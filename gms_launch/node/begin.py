@@ -35,6 +35,7 @@ async def start(me: Node) -> None:
     layout, leader = me.layout, me.is_leader
     nnodes = layout.topology.nnodes
     place = f"node {me.node_rank} of {nnodes}, " if nnodes > 1 else ""
+    place = f"node {me.node_rank}, a spare, " if layout.is_spare else place
     me.progress(f"run {layout.run} on {layout.topology.host}: {place}{layout.run_dir.path}")
     await clear_node(me)
     me.hook.start(me.loop)
@@ -146,7 +147,7 @@ async def _everybody(me: Node) -> None:
         for node in nodes.values():
             if node.failed:
                 raise by_code(node.exit_code, f"{membership.name(node)}: {node.failed}")
-        if found := membership.objections(nodes, nnodes):
+        if found := membership.objections(nodes, me.settings.nnodes):
             raise UsageError("; ".join(found))
         absent = membership.missing(nodes, nnodes)
         if not absent:

@@ -65,7 +65,7 @@ async def shut_down(me: Node) -> None:
     me.publish_node(stopped=True, left=left)
     me.report.targets(ended=True)
     await me.loop.run_in_executor(None, me.exporter.stop)
-    await me.loop.run_in_executor(None, me.session.close)
+    await me.loop.run_in_executor(None, me.session.close, me.has_moved)
     if "etcd" in me.services:
         await me.services["etcd"].stop()
     if me.is_leader:
@@ -120,7 +120,7 @@ async def _leader_rank_ended(me: Node, group: Group, rank: Rank) -> None:
 
 async def _others(me: Node, deadline: float) -> None:
     """Wait until every other node has stopped, and note how it did."""
-    others = [r for r in range(me.layout.topology.nnodes) if r != me.node_rank]
+    others = [r for r in range(me.settings.nnodes) if r != me.node_rank]
     hosts = {r: n.host for r, n in me.report.seen.items()}
 
     def all_stopped() -> bool:

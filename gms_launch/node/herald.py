@@ -41,6 +41,8 @@ class Herald:
         self._retired = not layout.settings.group_kill
         self._loop: asyncio.AbstractEventLoop | None = None
         self._known: tuple[PeersRecord, tuple[Peer, ...]] = (PeersRecord(), ())
+        self._living: dict[tuple[int, int], ProcessId] = {}
+        self._until = 0.0
         self.line: socket.socket | None = None
 
     def open(self) -> tuple[int, int]:
@@ -101,8 +103,14 @@ class Herald:
 
     def inform(self, living: dict[tuple[int, int], ProcessId]) -> None:
         """Let the guard know what lives here now, by slot and incarnation; cheap when nothing has changed."""
+        self._living = living
         if self._leash is not None and not self._retired:
-            self._leash.tell(Duty(living, self._peers(), self._key))
+            self._leash.tell(Duty(living, self._peers(), self._key, self._until))
+
+    def prolong(self, until: float) -> None:
+        """Let the guard know until when (monotonic seconds) nobody takes this node's place."""
+        self._until = until
+        self.inform(self._living)
 
     def retire(self) -> None:
         """From now on ranks end because they are to: no word of it."""

@@ -82,6 +82,7 @@ class Node:
         self.claims = Claims(self.report.take, self.spawn, self.control_changed)
         self.failure: LaunchError | None = None
         self.hurry = False
+        self.has_moved = False
         self.strays: tuple[str, ...] = ()
         self.alarms: tuple[str, ...] = ()
         self.ends: tuple[NodeEnd, ...] = ()
@@ -229,6 +230,22 @@ class Node:
             for rank in group.ranks:
                 if rank.phase in ALIVE:
                     group.ranks.kill(rank.cohort_id, "this node is cut off from the leader")
+
+    def lease_until(self, moment: float) -> None:
+        self.herald.prolong(moment)
+
+    def moved(self) -> None:
+        """Another agent has this node's rank: end what is here at once, and leave."""
+        if self.stopping.is_set():
+            return
+        self.progress("this node has been given another rank: its agent begins again")
+        self.has_moved = True
+        for group in self.groups:
+            for rank in group.ranks:
+                if rank.phase in ALIVE:
+                    group.ranks.kill(rank.cohort_id, "another node has its place")
+        self.stopping.set()
+        self.wake.set()
 
     def give_up(self, error: LaunchError) -> None:
         self.fail(error)

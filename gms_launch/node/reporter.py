@@ -207,6 +207,7 @@ class Reporter:
             model_name=layout.model_name,
             attempt=layout.attempt,
             leader=layout.home.node_rank,
+            spares=layout.settings.spares,
         )
         record = replace(known, **changes)
         self._mirror.run = record
@@ -232,6 +233,7 @@ class Reporter:
             word_port=self.word_port,
             clock=clock.OFFSET,
             number=layout.home.node_rank if layout.group else -1,
+            origin=layout.origin,
         )
 
     def lease_known(self) -> None:

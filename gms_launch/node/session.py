@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from gms_launch.cohort import membership
-from gms_launch.cohort.records import EventRecord, NodeRecord, RunRecord, RunState
+from gms_launch.cohort.records import EventRecord, NodeRecord, RunRecord, RunState, SeatRecord
 from gms_launch.control import terms
-from gms_launch.control.keys import DYNAMO_ROOT, Range, Share, followed
+from gms_launch.control.keys import DYNAMO_ROOT, Range, Share, followed, prefix
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
 from gms_launch.node.reporter import Reporter
@@ -55,6 +55,12 @@ class Member(Protocol):
     def cut_off(self, why: str) -> None:
         """The leader cannot be reached and this node's lease is over: others go on without it."""
 
+    def lease_until(self, moment: float) -> None:
+        """This node has its place until then (monotonic seconds), as far as is known."""
+
+    def moved(self) -> None:
+        """Another agent has this node's rank."""
+
     def give_up(self, error: LaunchError) -> None:
         """The leader has stayed away for too long, or has ended the run."""
 
@@ -87,6 +93,12 @@ class Session:
         self._sent = 0.0
         self.mirrored = asyncio.Event()
         self.is_cut_off = False
+        self._seated = True
+
+    @property
+    def may_act(self) -> bool:
+        """Whether this node surely has its rank still. Where spares take lost nodes' places nothing is begun else."""
+        return not self._settings.spares or (self._seated and (self.lease_left() or 0.0) > 0)
 
     def lease_left(self) -> float | None:
         """Seconds until this node takes itself for cut off, below 0 when it has; None before it has a lease."""
@@ -99,8 +111,8 @@ class Session:
     def open(self, record: NodeRecord) -> None:
         """Connect to etcd, have it ask who everybody is if it is ours, and take this node's place. Blocks.
 
-        Raises `NoContactError`, `RefusedError` when somebody else has been at our etcd, and `UsageError` when another
-        agent has this node rank.
+        Raises `NoContactError`, `RefusedError` when somebody else has been at our etcd, `UsageError` when another
+        agent has this node rank, and `MovedError` when a spare has been given it.
         """
         from gms_launch.control.link import ControlLink
 
@@ -116,6 +128,10 @@ class Session:
         else:
             self._compare(link, record)
         key = keys.node(layout.topology.node_rank)
+        if self._settings.spares:
+            seat = layout.seat
+            told = None if seat is None else seat.encode()
+            link.only_while(keys.seat(layout.topology.node_rank), told, self._member.moved)
         self._sent = time.monotonic()
         holder = link.claim(key, record.encode(), self._settings.lease_ttl)
         if holder is not None:
@@ -131,10 +147,12 @@ class Session:
 
     def _followed(self) -> list[Range]:
         """What this agent has to know."""
+        keys, spares = self.mirror.keys, self._settings.spares
         run, *groups = (
             Share(p.mirror.keys, p.layout.topology.is_leader, p.layout.settings.cohorts) for p in self._parts
         )
-        return followed(run, groups)
+        found = keys.everywhere() if self._layout.is_spare else followed(run, groups)
+        return [*found, prefix(keys.seats)] if spares and not run.leads else found
 
     def _compare(self, link: ControlLink, record: NodeRecord) -> None:
         """A run that goes on takes back only a node that it would have begun with. Raises `UsageError`.
@@ -149,7 +167,7 @@ class Session:
             if time.monotonic() > deadline:
                 raise NoContactError("the leader's own record is not in etcd, so this node cannot be compared with it")
             time.sleep(0.2)  # it has lost its lease, and takes a new one
-        found = membership.objections_to(record, NodeRecord.decode(leader), run.nnodes)
+        found = membership.objections_to(record, NodeRecord.decode(leader), run.nnodes + run.spares)
         if found:
             text = "; ".join(found)
             link.put_now(keys.refusal(f"{record.boot_id}-{record.agent_pid}"), text.encode())
@@ -165,10 +183,21 @@ class Session:
         except LaunchError as exc:
             self._post(self._member.give_up, exc)
 
-    def close(self) -> None:
-        """Write what is left and end. Blocks for a second at most."""
+    def close(self, leave: bool = False) -> None:
+        """Write what is left and end; `leave` this node's place to others. Blocks for a second at most."""
         if self._link is not None:
-            self._link.close(1.0)
+            self._link.close(1.0, leave)
+
+    def exchange(self, seats: Sequence[SeatRecord], lost: int) -> bool:
+        """Give node ranks to other agents, if the rank `lost` is without one; says whether. Blocks.
+
+        Raises `NoContactError`.
+        """
+        assert self._link is not None
+        keys, known = self.mirror.keys, self.mirror.seats
+        before = {keys.seat(s.node_rank): known[s.node_rank].encode() if s.node_rank in known else None for s in seats}
+        records = {keys.seat(s.node_rank): s.encode() for s in seats}
+        return self._link.write_if({**before, keys.node(lost): None}, records)
 
     def _post(self, call: Callable[..., None], *arguments: Any) -> None:
         """Run `call` on the loop; from any thread, also while the loop is closing."""
@@ -189,11 +218,16 @@ class Session:
         """Take over what is there. A leader's own memory is newer than a store that lost it."""
         mirror = part.mirror
         known, run, known_by_us = dict(mirror.desired), mirror.run, self.mirrored.is_set()
+        seats = dict(mirror.seats)
         mirror.replace(found)
         if not known_by_us or not part.layout.topology.is_leader:
             return
         if part is self._parts[0] and mirror.run is None and self._layout.own_etcd:
             self._loop.run_in_executor(None, self._establish_again)
+        for rank, seat in seats.items():
+            if rank not in mirror.seats:
+                mirror.seats[rank] = seat
+                part.report.put(mirror.keys.seat(rank), seat.encode())
         mirror.desired = {**mirror.desired, **known}
         for cohort_id, record in known.items():
             part.report.put(mirror.keys.cohort(cohort_id), record.encode())
@@ -229,12 +263,41 @@ class Session:
 
     def lease_granted(self, lease: int) -> None:
         self._report.lease = lease
-        if self.mirrored.is_set():
+        if self.mirrored.is_set() and self._settings.spares:
+            self._seated = False
+            self._loop.run_in_executor(None, self._sit_down, lease, self._report.record().encode())
+        elif self.mirrored.is_set():
             self._member.control_resynced()
 
+    def _sit_down(self, lease: int, record: bytes) -> None:
+        """Take this node's place again under a new lease, unless it is another's. Blocks."""
+        assert self._link is not None
+        try:
+            held = self._link.hold(self.mirror.keys.node(self._layout.topology.node_rank), record, lease)
+        except Exception as exc:
+            log.warning("this node's place could not be taken again: %s", exc)
+            time.sleep(0.5)
+            self._post(self._sit_down_again, lease)
+            return
+        self._post(self._sits if held else self._member.moved)
+
+    def _sit_down_again(self, lease: int) -> None:
+        if self._report.lease == lease and not self._seated:
+            self._loop.run_in_executor(None, self._sit_down, lease, self._report.record().encode())
+
+    def _sits(self) -> None:
+        self._seated = True
+        self._member.control_resynced()
+        self._member.control_changed()
+
     def lease_renewed(self, sent: float) -> None:
+        stale = not self.may_act
         self._sent = max(self._sent, sent)
         self._renewed.set()
+        if self._settings.spares:
+            self._member.lease_until(self._sent + terms.silence(self._settings.lease_ttl))
+            if stale and self.may_act:
+                self._member.control_changed()
         if self.is_cut_off:
             self.is_cut_off = False
             log.warning("the leader answers again")
@@ -242,6 +305,7 @@ class Session:
 
     def lease_lost(self, reason: str) -> None:
         log.warning("node lease lost: %s", reason)
+        self._seated = False
         self._report.emit("lease_lost", detail=reason)
 
     # -- is the leader still there -------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ class CohortStatus:
 class Snapshot:
     """A run at one moment. `records` is the redundancy that the records of its ranks amount to.
 
-    `alarms` are etcd's own, by name. In a run of groups the cohorts are those of `groups`, each a snapshot of its own
+    `alarms` are etcd's own, by name; `spares` the nodes that wait for another to be lost, of `wanted_spares`.
+    In a run of groups the cohorts are those of `groups`, each a snapshot of its own
     with its name in `group`, whose nodes have their place in it for a rank; `over` says why one has ended.
     `starting` until the run served for the first time: its redundancy is down, and nothing is wrong with that.
     `reported_ago`: seconds since the leader's agent was heard of, as far as was asked; `leader_silent` says it in words
@@ -68,6 +69,8 @@ class Snapshot:
     groups: tuple[Snapshot, ...] = ()
     over: str = ""
     alarms: tuple[str, ...] = ()
+    spares: tuple[NodeRecord, ...] = ()
+    wanted_spares: int = 0
     reported_ago: float = field(default=0.0, compare=False)
     leader_silent: str = field(default="", compare=False)
 
@@ -95,27 +98,31 @@ class Snapshot:
         """The documented layout (docs/reference.md)."""
         serving = self.primary
         groups = {"groups": [g.group_json() for g in self.groups]} if self.groups else {}
-        return groups | {
-            "schema": SCHEMA,
-            "run": self.run,
-            "redundancy": self.redundancy.value,
-            "starting": self.starting,
-            "primary": serving.cohort_id if serving else None,
-            "stopping": self.stopping,
-            "leader_reported_ago": self.reported_ago,
-            "leader_silent": bool(self.leader_silent),
-            "frontend_url": self.frontend_url,
-            "model": self.model_name,
-            "created": self.created,
-            "nnodes": self.nnodes,
-            "lost_nodes": list(self.lost),
-            "missing_nodes": self.missing,
-            "generation": self.generation,
-            "rolling": self.rolling,
-            "alarms": list(self.alarms),
-            "cohorts": [_cohort_json(c) for c in self.cohorts],
-            "nodes": [_node_json(n) for n in self.nodes],
-        }
+        return (
+            groups
+            | {
+                "schema": SCHEMA,
+                "run": self.run,
+                "redundancy": self.redundancy.value,
+                "starting": self.starting,
+                "primary": serving.cohort_id if serving else None,
+                "stopping": self.stopping,
+                "leader_reported_ago": self.reported_ago,
+                "leader_silent": bool(self.leader_silent),
+                "frontend_url": self.frontend_url,
+                "model": self.model_name,
+                "created": self.created,
+                "nnodes": self.nnodes,
+                "lost_nodes": list(self.lost),
+                "missing_nodes": self.missing,
+                "generation": self.generation,
+                "rolling": self.rolling,
+                "alarms": list(self.alarms),
+                "cohorts": [_cohort_json(c) for c in self.cohorts],
+                "nodes": [_node_json(n) for n in self.nodes],
+            }
+            | ({"spares": [_node_json(n) for n in self.spares]} if self.wanted_spares else {})
+        )
 
     def group_json(self) -> dict[str, Any]:
         """One of `groups`."""
@@ -147,9 +154,10 @@ def build(mirror: Mirror) -> Snapshot:
     """The snapshot that a mirror of the run's keys amounts to."""
     run = mirror.run
     nnodes, shadows = (run.nnodes, run.shadows) if run else (1, 0)
+    serving = nnodes if run and run.spares else max(mirror.nodes, default=0) + 1
     counting = set(range(nnodes)) - set(run.lost if run else ())
     cohorts = tuple(_cohort(d, mirror.ranks.values(), counting) for _, d in sorted(mirror.desired.items()))
-    nodes = tuple(n for _, n in sorted(mirror.nodes.items()))
+    nodes = tuple(n for r, n in sorted(mirror.nodes.items()) if r < serving)
     gms_ready = bool(nodes) and all(g.state != "DOWN" for n in nodes for g in n.gms)
     return Snapshot(
         run=run.run if run else "",
@@ -170,6 +178,8 @@ def build(mirror: Mirror) -> Snapshot:
         starting=run is None or not run.redundancy,
         group=mirror.group,
         over=run.failed if run and mirror.group else "",
+        spares=tuple(n for r, n in sorted(mirror.nodes.items()) if r >= serving),
+        wanted_spares=run.spares if run else 0,
         alarms=tuple(sorted({a for n in nodes for a in n.alarms})),
     )
 

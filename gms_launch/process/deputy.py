@@ -4,6 +4,7 @@ The agent tells its guard which ranks live here. When one of them exits, or anot
 the agent kills it and takes it off that list, within milliseconds. If it has not within `PATIENCE`, it is stopped or
 hangs, and the guard does both duties in its place: the kill, and the word to the other nodes. Nothing else: what comes
 next is for the agent and the controller, when they go on. To be late or twice does no harm, since that life is over.
+Where a spare may take this node's place, all that lives here is ended likewise when this node's lease is over.
 
 Socket and list are the agent's; the deputy costs nothing while nothing happens.
 """
@@ -35,21 +36,26 @@ Life = tuple[int, int]
 
 @dataclass(frozen=True)
 class Duty:
-    """What the agent tells: the living ranks of this node by life, the other nodes, and the key of their words."""
+    """What the agent tells: the living ranks of this node by life, the other nodes, and the key of their words.
+
+    `until`: this node's place is surely its own until then (monotonic seconds), and another may have it afterwards; 0
+    where nobody takes it.
+    """
 
     ranks: dict[Life, ProcessId]
     peers: tuple[Peer, ...] = ()
     key: bytes = b""
+    until: float = 0.0
 
     def encode(self) -> bytes:
         ranks = [[*life, who.pid, who.start] for life, who in self.ranks.items()]
-        return json.dumps({"ranks": ranks, "peers": self.peers, "key": self.key.hex()}).encode()
+        return json.dumps({"ranks": ranks, "peers": self.peers, "key": self.key.hex(), "until": self.until}).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Duty:
         found = json.loads(data)
         ranks = {(c, i): ProcessId(pid, start) for c, i, pid, start in found["ranks"]}
-        return cls(ranks, tuple((a, p) for a, p in found["peers"]), bytes.fromhex(found["key"]))
+        return cls(ranks, tuple((a, p) for a, p in found["peers"]), bytes.fromhex(found["key"]), found["until"])
 
 
 class Deputy:
@@ -70,7 +76,7 @@ class Deputy:
 
     def serve(self) -> None:
         while True:
-            wait = min(self._due.values(), default=None)
+            wait = min([*self._due.values(), *self._out_of_place()], default=None)
             ready = self._poller.poll(None if wait is None else max(0.0, wait - time.monotonic()) * 1000)
             for fd, _ in ready:
                 if fd == self._leash.fileno():
@@ -97,6 +103,14 @@ class Deputy:
                     self._listen()
                 else:
                     self._act(late)
+            if any(at <= now for at in self._out_of_place()):
+                for life in list(self._duty.ranks):
+                    self._act(life)
+
+    def _out_of_place(self) -> list[float]:
+        """When the agent has had its time to end what lives here, this node's place being another's."""
+        left = self._duty.until and not self._acted.issuperset(self._duty.ranks)
+        return [self._duty.until + PATIENCE] if left else []
 
     def _expect(self, life: Life) -> None:
         """That life has ended: the agent is to take it off its list."""

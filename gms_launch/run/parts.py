@@ -18,7 +18,7 @@ from gms_launch.urls import is_loopback
 def placed(layout: Layout) -> tuple[Placed, ...]:
     """Where all groups of a run lie, whose nodes have as many GPUs as this one. Raises `UsageError`."""
     settings, gpus = layout.settings, len(layout.devices())
-    return placement.place(groups.expand(settings, gpus), settings.nnodes, gpus)
+    return placement.place(groups.expand(settings, gpus), settings.serving_nodes, gpus)
 
 
 def check(layout: Layout) -> None:
@@ -27,7 +27,7 @@ def check(layout: Layout) -> None:
     reach.of(layout.home, any(p.leader for p in found))
     for p in found:
         _not_yet(p, layout)
-        if layout.home.node_rank in p.nodes:
+        if layout.is_spare or layout.home.node_rank in p.nodes:
             try:
                 model.check(p.group.settings)
                 problems = engines.get(p.group.settings.engine, p.group.settings.engine_file).problems(p.group.settings)

@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gms_launch import engines
+from gms_launch.cohort.records import SeatRecord
 from gms_launch.control.access import Access
 from gms_launch.engines import installed
 from gms_launch.engines.base import LOOPBACK, DynamoPlane, Engine, Nats, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms import devices, gpus
-from gms_launch.numbers import numbered
 from gms_launch.process import waiting
 from gms_launch.process.lifecycle import Command
-from gms_launch.run import model, nodedir, outside, reach
+from gms_launch.run import enough, nodedir, outside, reach
 from gms_launch.run.credentials import DYNAMO, ETCD, Credentials
 from gms_launch.run.front import LATER, Front
 from gms_launch.run.nodedir import NodeDir
@@ -47,6 +47,8 @@ class Layout:
     In a run of groups `parts` are this node's, each a layout with `group` (its name), whose settings, `topology` and
     ports are those of the group alone; `index` is its number in the run, `gpus` what it has of this node's, `place` the
     node's own. `number_of_groups` is 0 without groups. `wide`: its Dynamo processes are reached from other nodes too.
+    `origin` is the node rank that this agent was started with; with spares that of `topology` may be another by now,
+    and `seat` says so.
     """
 
     run: str
@@ -66,11 +68,18 @@ class Layout:
     parts: tuple[Layout, ...] = ()
     number_of_groups: int = 0
     wide: bool = False
+    origin: int = 0
+    seat: SeatRecord | None = None
 
     @property
     def groups(self) -> tuple[Layout, ...]:
         """This node's part of each group that it is in; the whole of a run without groups."""
-        return self.parts if self.number_of_groups else (self,)
+        return self.parts if self.number_of_groups or self.is_spare else (self,)
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether no engine runs here until another node is lost."""
+        return self.home.node_rank >= self.settings.serving_nodes and not self.group
 
     @property
     def home(self) -> Topology:
@@ -123,7 +132,7 @@ class Layout:
     def kind_of_start(self) -> str:
         """Which earlier starts this one is compared with."""
         s = self.settings
-        size = f"tp {s.tp} pp {s.pp} over {s.nnodes} nodes"
+        size = f"tp {s.tp} pp {s.pp} over {s.serving_nodes} nodes"
         return f"{self.topology.host}: {s.engine}, {os.path.abspath(s.model)}, {size}"
 
     @property
@@ -341,7 +350,7 @@ class Layout:
             )
         self.node_dir.check()
         if not self.settings.grouped:
-            self._check_engine()
+            enough.check(self.settings, self.engine, self.devices, self.gms_memory == "host")
         if self.topology.is_leader:
             if self.own_etcd:
                 self.etcd_service()
@@ -350,32 +359,10 @@ class Layout:
             self.front.check()
             outside.check(self.settings)
 
-    def _check_engine(self) -> None:
-        model.check(self.settings)
-        if self.settings.warm_slots and not self.engine.imports:
-            raise UsageError(f"--warm-slots: --engine {self.settings.engine} does not say what can be imported for it")
-        for problem in self.engine.problems(self.settings):
-            raise UsageError(problem)
-        local = self.settings.world // self.settings.nnodes
-        found = len(self.devices())
-        if not found:
-            raise UsageError(f"GMS in cuda memory needs a GPU, and {gpus.none_visible()}")
-        if local > found:
-            raise UsageError(
-                f"{self._size()} over {numbered(self.settings.nnodes, 'node')} is {numbered(local, 'GPU')} on each; "
-                f"this node has {found}" + ("; see --virtual-gpus" if self.gms_memory == "host" else "")
-            )
-        if self.gms_memory == "host":
-            model.check_memory(self.settings)
-
-    def _size(self) -> str:
-        """The wanted GPUs by the settings that say how many."""
-        names = [n for n in ("tp", "pp") if getattr(self.settings, n) > 1 or n == "tp"]
-        said = [f"{n} {getattr(self.settings, n)} (from {self.settings.sources.get(n, 'nnodes')})" for n in names]
-        return " times ".join(said)
-
     def processes(self) -> list[tuple[str, Command]]:
         """Every process of this node in the order of its start."""
+        if self.is_spare:
+            return []
         found = [(s.name, s.command) for s in self.gms_services()]
         if self.topology.is_leader:
             if self.own_etcd:

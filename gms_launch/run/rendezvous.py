@@ -6,11 +6,12 @@ A run.json may be that of an earlier run, so it counts only once the etcd that i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from gms_launch import __version__
-from gms_launch.cohort.records import RecordError, RunRecord, RunState
+from gms_launch.cohort import seats
+from gms_launch.cohort.records import RecordError, RunRecord, RunState, SeatRecord
 from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError, by_code
 from gms_launch.run import contact
@@ -23,11 +24,20 @@ POLL = 0.1
 
 @dataclass(frozen=True)
 class Found:
-    """The leader's run, and how this node differs: settings by name, and the clock (seconds ahead, 0 if not surely)."""
+    """The leader's run, and how this node differs: settings by name, and the clock (seconds ahead, 0 if not surely).
+
+    `seats` say whose node ranks are others' by now, where the run has spares.
+    """
 
     run: RunFile
     differences: tuple[str, ...]
     clock_skew: float
+    seats: Mapping[int, SeatRecord] = field(default_factory=dict)
+
+    def seat_of(self, origin: int) -> tuple[int, SeatRecord | None]:
+        """The node rank of the agent that was started with rank `origin`, and the record that gives it that."""
+        rank = seats.seat_of(self.seats, origin)
+        return rank, self.seats.get(rank)
 
 
 def find_leader(directory: RunDir, settings: Settings, progress: Callable[[str], None]) -> Found:
@@ -67,10 +77,13 @@ def find_leader(directory: RunDir, settings: Settings, progress: Callable[[str],
 def _ask(directory: RunDir, run: RunFile, settings: Settings) -> Found | None:
     door = contact.door(directory, run, timeout=2.0)
     try:
-        value = door.get_prefix(Keys(directory.run).run).get(Keys(directory.run).run)
+        keys = Keys(directory.run)
+        value = door.get_prefix(keys.run).get(keys.run)
         if value is None:
             return None
         record = RunRecord.decode(value)
+        taken = door.get_prefix(keys.seats) if settings.spares else {}
+        found = {seat.node_rank: seat for seat in map(SeatRecord.decode, taken.values())}
     except RecordError as exc:
         raise NoContactError(f"the leader's record cannot be read: {exc}") from None
     finally:
@@ -85,7 +98,7 @@ def _ask(directory: RunDir, run: RunFile, settings: Settings) -> Found | None:
         raise by_code(record.exit_code, record.failed)
     if record.state is RunState.STOPPING:
         raise LaunchError("the run is being stopped")
-    return Found(run, tuple(settings_differences(settings, run.settings)), door.clock_skew())
+    return Found(run, tuple(settings_differences(settings, run.settings)), door.clock_skew(), found)
 
 
 def refuse(directory: RunDir, run: RunFile, text: str) -> None:

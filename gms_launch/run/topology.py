@@ -23,7 +23,10 @@ from gms_launch.settings.rules import shortened
 
 @dataclass(frozen=True)
 class Topology:
-    """This node's place in the run. `address` is what other nodes reach it by; `host` is for people and `srun -w`."""
+    """This node's place in the run. `address` is what other nodes reach it by; `host` is for people and `srun -w`.
+
+    Spares do not count in `nnodes`: their node ranks come behind.
+    """
 
     node_rank: int
     nnodes: int
@@ -153,7 +156,7 @@ def discover(settings: Settings) -> Topology:
     leader = resolve(settings.leader_addr)
     if settings.node_rank == 0:
         address = chosen or _leader_address(settings, leader, own, host)
-        return Topology(0, settings.nnodes, host, address, address)
+        return Topology(0, settings.serving_nodes, host, address, address)
     if not settings.was_set("leader_addr"):
         raise UsageError(f"node {settings.node_rank} of {settings.nnodes} needs --leader-addr (or LEADER_ADDR)")
     # --interface lo says that all nodes of the run are on this machine.
@@ -163,7 +166,7 @@ def discover(settings: Settings) -> Topology:
             "give a name or an address by which every node reaches the leader"
         )
     address = chosen or route_to(leader)
-    return Topology(settings.node_rank, settings.nnodes, host, address, leader)
+    return Topology(settings.node_rank, settings.serving_nodes, host, address, leader)
 
 
 def at_leader(found: Topology, leader_address: str, chosen: bool) -> Topology:

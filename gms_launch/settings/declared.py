@@ -117,6 +117,13 @@ class Settings:
     min_groups: int = setting(
         1, "a run of groups ends when fewer than so many can still serve", "topology", minimum=1, maximum=1024
     )
+    spares: int = setting(
+        0,
+        "of the nodes, so many at the end run no engine and wait to take a lost node's place",
+        "topology",
+        minimum=0,
+        maximum=MOST_NODES,
+    )
     interface: str = setting("", "network interface that the nodes share, where a node has several", "topology")
     hosts: str = setting("", "start an agent on each of these hosts by SSH; the first leads", "topology", maximum=2**16)
     gms_server: str = setting(
@@ -233,6 +240,7 @@ class Settings:
     kill_wait: float = seconds(30.0, "time from SIGTERM to the end of the whole stop; Slurm's KillWait")
     lease_ttl: float = seconds(5.0, "how long a node may be cut off before it is taken for lost")
     node_wait: float = seconds(300.0, "how long to wait for a node that has not come yet, or was lost")
+    spare_wait: float = seconds(10.0, "how long a node is lost before a spare takes its place")
     dynamo_lease_ttl: float = seconds(20.0, "lease of Dynamo's processes in etcd")
     restart_backoff: float = seconds(1.0, "first delay before a cohort that failed early is started again; doubles")
     restart_backoff_max: float = seconds(60.0, "longest delay between two starts of a cohort")
@@ -262,6 +270,11 @@ class Settings:
     def world(self) -> int:
         """GPUs of one cohort, over all nodes."""
         return self.tp * self.pp
+
+    @property
+    def serving_nodes(self) -> int:
+        """Nodes that engines run on: those in front of the spares."""
+        return self.nnodes - self.spares
 
     @property
     def grouped(self) -> bool:

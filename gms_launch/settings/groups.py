@@ -127,13 +127,14 @@ def _equal(s: Settings, gpus: int) -> Mapping[str, Any]:
     said: dict[str, Any] = {"name": "g"}
     if _own_tp(s):
         return said  # its size follows
-    if s.nnodes % s.groups == 0:
-        return said | {"nodes": s.nnodes // s.groups}
-    on_each, left = divmod(s.groups, s.nnodes)
+    nodes = s.serving_nodes
+    if nodes % s.groups == 0:
+        return said | {"nodes": nodes // s.groups}
+    on_each, left = divmod(s.groups, nodes)
     if left or gpus % on_each:
         raise UsageError(
-            f"--groups {s.groups} on {numbered(s.nnodes, 'node')} with {numbered(gpus, 'GPU')} each: neither whole "
-            f"nodes ({s.nnodes} / {s.groups}) nor the GPUs of a node ({gpus} / ({s.groups} / {s.nnodes})) can be "
+            f"--groups {s.groups} on {numbered(nodes, 'node')} with {numbered(gpus, 'GPU')} each: neither whole "
+            f"nodes ({nodes} / {s.groups}) nor the GPUs of a node ({gpus} / ({s.groups} / {nodes})) can be "
             "shared out evenly; say how large a group is with --tp and --pp"
         )
     return said | {"gpus": gpus // on_each}
@@ -147,7 +148,12 @@ def _own_tp(s: Settings) -> int:
 def _group(said: Mapping[str, Any], s: Settings, gpus: int) -> Group:
     tp, pp, nodes, gpus_here, whole = _size(said, s, gpus)
     name = said["name"]
-    own = {key: said[key] for key in (*TAKEN, "engine_args") if key in said} | {"tp": tp, "pp": pp, "nnodes": nodes}
+    own = {key: said[key] for key in (*TAKEN, "engine_args") if key in said} | {
+        "tp": tp,
+        "pp": pp,
+        "nnodes": nodes,
+        "spares": 0,
+    }
     sources = {k: v for k, v in s.sources.items() if k not in ("groups", "node_rank")}
     mine = replace(s, **own, groups=1, tables=(), node_rank=0, hosts="", sources=sources | dict.fromkeys(own, "group"))
     try:

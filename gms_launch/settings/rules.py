@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}\Z")
 
 
+#: A node that is cut off, and its guard, have killed what runs there so long after its lease is over (seconds).
+LEAST_SPARE_WAIT = 3.0
 #: A part of the names by which Dynamo's processes find each other: dots and slashes separate parts.
 NAMESPACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\Z")
 #: A part of a host's name between two dots. No underscore is allowed there by the standard, and some sites have one.
@@ -77,9 +79,22 @@ def check(s: Settings) -> None:
         )
     if s.node_rank >= s.nnodes:
         raise UsageError(f"node_rank {s.node_rank} does not exist with nnodes {s.nnodes}: ranks count from 0")
-    if not s.grouped and s.world % s.nnodes:
+    if s.spares >= s.nnodes:
+        raise UsageError(f"spares {s.spares} of nnodes {s.nnodes} leave no node for an engine")
+    if s.spares and s.spare_wait < LEAST_SPARE_WAIT:
+        raise UsageError(
+            f"spare_wait {s.spare_wait:g} s is below {LEAST_SPARE_WAIT:g} s: a node that is cut off would not have "
+            "killed its ranks before a spare takes its place"
+        )
+    if s.spares and s.node_wait < s.lease_ttl + s.spare_wait:
+        raise UsageError(
+            f"node_wait {s.node_wait:g} s is shorter than lease_ttl + spare_wait ({s.lease_ttl + s.spare_wait:g} s): "
+            "the run would end before a spare takes a lost node's place"
+        )
+    if not s.grouped and s.world % s.serving_nodes:
         times = f" times pp {s.pp}" if s.pp > 1 else ""
-        raise UsageError(f"tp {s.tp}{times} cannot be spread evenly over {numbered(s.nnodes, 'node')}")
+        spare = f" that are no spares ({s.spares} of {s.nnodes} are)" if s.spares else ""
+        raise UsageError(f"tp {s.tp}{times} cannot be spread evenly over {numbered(s.serving_nodes, 'node')}{spare}")
     if not s.nats and s.event_plane == "nats":
         raise UsageError("--event-plane nats needs NATS, and --no-nats switches it off")
     if not s.nats and s.nats_server:

@@ -1,4 +1,4 @@
-"""Slurm's commands, as far as we use them: its KillWait, and `srun --overlap` into a running job."""
+"""Slurm's commands, as far as we use them: its KillWait, whether it has given a node up, `srun` into a running job."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def kill_wait(timeout: float = 5.0) -> float | None:
         return None
     found = re.search(r"^KillWait\s*=\s*([0-9]+)", done.stdout, re.MULTILINE)
     return float(found.group(1)) if found else None
+
+
+def is_down(host: str, timeout: float = 5.0) -> bool:
+    """Whether Slurm has given a node up (state DOWN or FAIL); False too when it does not say."""
+    try:
+        asked = ["scontrol", "--oneliner", "show", "node", host]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=timeout, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    found = re.search(r"\bState=([A-Z+*~#]+)", done.stdout)
+    return found is not None and not {"DOWN", "FAIL"}.isdisjoint(re.split(r"[+*~#]", found.group(1)))
 
 
 def run(job: str, host: str, argv: Sequence[str], timeout: float) -> Done:

@@ -29,7 +29,7 @@ ROOMS: Mapping[str, str] = {
     "control": "cohort",
     "engines": "cohort control gms process settings",  # what to show an etcd
     "services": "cohort control engines gms process spool",  # etcd's readiness is a read through our own door
-    "run": "cohort control engines gms process services settings spool",  # the leader is found by its etcd
+    "run": "cohort control engines gms process services settings spool transport",  # Slurm is asked of a lost node
     "observe": "cohort control process run spool",  # is an agent of this very machine
     "node": "cohort control engines gms observe process run services settings spool",
     "cli": "cohort control engines gms node observe process run services settings spool transport",

@@ -1,0 +1,59 @@
+"""A node is lost and a spare takes its place: the rest keeps its weights, and who comes back is the new spare."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.slurm.lab import Lab
+from tests.slurm.support import LabRun, since
+from tests.support import LONG, eventually
+
+#: Three nodes, of which the last is a spare.
+SPARE = ("--spares=1", "--lease-ttl=3", "--spare-wait=4", "--node-wait=300")
+
+
+def hosts(status: dict[str, Any]) -> list[str]:
+    return [n["host"] for n in status["nodes"]]
+
+
+def spares(run: LabRun) -> list[str]:
+    return [n["host"] for n in run.status()["spares"]]
+
+
+def gms_of(status: dict[str, Any], host: str) -> list[tuple[int, int]]:
+    """The GMS servers of a node, as they were started."""
+    (node,) = (n for n in status["nodes"] if n["host"] == host)
+    return [(s["pid"], s["starts"]) for s in node["services"] if s["name"].startswith("gms")]
+
+
+def test_a_spare_takes_the_place_of_a_node_that_is_switched_off(bare_lab: Lab, model: Path) -> None:
+    run = LabRun(bare_lab, model, *SPARE).hand()
+    with run:
+        begun = run.wait_full()
+        before = run.text()
+        assert (hosts(begun), spares(run)) == (["node1", "node2"], ["node3"])
+        assert not run.on_node(2, "gms-0") and not run.engines(2), "a spare has an agent and nothing else"
+        weights = gms_of(begun, "node1")
+        bare_lab.node("node2").power_off()
+        off = time.monotonic()
+        run.processes.pop(1).wait(60)
+        eventually(lambda: run.events("spare_takes_over"), LONG)
+        status = run.wait_full()
+        print(f"full on the spare after {since(off):.1f} s")
+        assert hosts(status) == ["node1", "node3"] and status["lost_nodes"] == []
+        assert run.text() == before
+        assert gms_of(status, "node1") == weights, "the same server as before"
+        eventually(lambda: run.loads() == {"node1": 1, "node3": 1}, what="the spare alone has read weights")
+        # Switched on again, it is the spare, though it is told its old rank; and takes over in its turn.
+        bare_lab.node("node2").start(daemons=False)
+        run.hand(1)
+        eventually(lambda: spares(run) == ["node2"], LONG)
+        assert hosts(run.wait_full()) == ["node1", "node3"]
+        bare_lab.node("node3").power_off()
+        eventually(lambda: len(run.events("spare_takes_over")) == 2, LONG)
+        assert hosts(run.wait_full()) == ["node1", "node2"]
+        assert run.text() == before
+        assert gms_of(run.status(), "node1") == weights
+        bare_lab.node("node3").start(daemons=False)
