@@ -16,7 +16,7 @@ from gms_launch.errors import UsageError
 
 Group = Annotated[
     Optional[str],  # noqa: UP045 - evaluated at run time
-    typer.Option("--group", help="which group, in a run of several"),
+    typer.Option("--group", autocompletion=complete.groups, help="which group, in a run of several"),
 ]
 Run = Annotated[
     Optional[str],  # noqa: UP045 - typer reads this at run time on Python 3.10 too

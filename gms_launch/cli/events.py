@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Iterable
 
+from gms_launch.cli import which
 from gms_launch.cli.timeline import directory as find_directory
+from gms_launch.cli.timeline import of_group
 from gms_launch.cohort.records import EventRecord
 from gms_launch.errors import NoContactError, UsageError, by_code
 from gms_launch.observe import history, words
@@ -23,31 +25,35 @@ BEFORE = 10
 AGAIN = 30.0
 
 
-def main(run: str | None, follow: bool, tail: int | None, since: str, as_json: bool) -> None:
+def main(run: str | None, group: str | None, follow: bool, tail: int | None, since: str, as_json: bool) -> None:
     try:
         earliest = moment(since, time.time()) if since else 0.0
     except ValueError as exc:
         raise UsageError(f"--since {shortened(since)}: {exc}") from None
     directory = find_directory(run)
     run_file = directory.read()
+    chosen = which.group(run_file, group)
     known = history.events(directory, run_file) if run_file is not None else history.written(directory)
     if tail is None and follow and not since:
         tail = BEFORE
-    wanted = [e for e in known if e.time >= earliest]
+    wanted = [e for e in of_group(known, chosen) if e.time >= earliest]
     _print(wanted[-tail:] if tail else wanted, as_json)
     if follow:
         seen = {e.encode() for e in known}
-        _follow(directory, seen, earliest, as_json)
+        _follow(directory, chosen, seen, earliest, as_json)
 
 
-def _follow(directory: RunDir, seen: set[bytes], earliest: float, as_json: bool) -> None:
-    """Print what comes, until the run has ended. Raises `LaunchError` when its agent is gone without a word."""
+def _follow(directory: RunDir, group: str, seen: set[bytes], earliest: float, as_json: bool) -> None:
+    """Print what comes, of one group or of all, until the run has ended.
+
+    Raises `LaunchError` when its agent is gone without a word.
+    """
     journal = Follower(directory.events)
     gone_since: float | None = None
     while True:
         found = directory.read()  # before the journal: what is in it when the run has ended is all there is
         events = [e for e in journal.new() if e.time >= earliest and not (seen and e.encode() in seen)]
-        _print(events, as_json)
+        _print(of_group(events, group), as_json)
         if found is not None and found.ended is not None:
             print(f"run {directory.run} has ended: {found.reason or 'stopped in order'}", file=sys.stderr)
             return
@@ -72,4 +78,6 @@ def _print(events: Iterable[EventRecord], as_json: bool) -> None:
             print(event.encode().decode(), flush=True)
         else:
             when, node, kind, cohort, detail = words.events([event])[0]
-            print(f"{when}  node {node:<3} {kind:<18} {cohort:<5} {detail}".rstrip(), flush=True)
+            print(
+                f"{when}  node {node:<3} {kind:<18} {cohort:<{11 if event.group else 5}} {detail}".rstrip(), flush=True
+            )

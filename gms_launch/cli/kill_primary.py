@@ -14,6 +14,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from gms_launch.cli import which
 from gms_launch.cohort.failover import Failover, fold
 from gms_launch.cohort.model import CohortView, Phase, primary
 from gms_launch.cohort.records import CommandRecord, CommandResult, EventRecord
@@ -45,20 +46,21 @@ def main(run: str | None, group: str | None, force: bool, scope: str, timeout: f
     if not re.fullmatch(r"group|leader|rank:[0-9]{1,9}", scope):
         raise UsageError(f"--scope {shortened(scope)}: expected group, leader or rank:N")
     directory, found = rundir.find(run)
-    if scope.startswith("rank:") and int(scope[5:]) >= found.nnodes:
-        raise UsageError(f"--scope {scope}: the run has {numbered(found.nnodes, 'node')}, ranks count from 0")
+    name = which.one_group(found, group)
+    whose, nnodes = (f"group {name}", len(found.groups[name]["nodes"])) if name else ("the run", found.nnodes)
+    if scope.startswith("rank:") and int(scope[5:]) >= nnodes:
+        raise UsageError(f"--scope {scope}: {whose} has {numbered(nnodes, 'node')}, ranks count from 0")
     news = journal.Tail(directory.events)
     killed: float | None = None
     with followed() as known:
         try:
             door = contact.door(directory, found)
-            name = look.the_group(look.read(directory, door)[1], group)
+            look.read(directory, door)
         except NoContactError as exc:
-            if not found.live or found.grouped:
+            if not found.live:
                 raise
             # Only before anything was asked for: a request that is still to be carried out would kill twice.
-            name = ""
-            victim, killed = kill_directly(directory, found, scope, force, str(exc), known)
+            victim, killed = kill_directly(directory, found, name, scope, force, str(exc), known)
         else:
             command = CommandRecord(uuid.uuid4().hex, "kill", time.time(), scope=scope, force=force)
             answer = ask(directory, door, command, timeout, known, name)
@@ -114,24 +116,24 @@ def answered(
 
 
 def kill_directly(
-    directory: RunDir, found: RunFile, scope: str, force: bool, why: str, known: Known
+    directory: RunDir, found: RunFile, group: str, scope: str, force: bool, why: str, known: Known
 ) -> tuple[tuple[int, int], float]:
-    """Kill the recorded groups of the primary; returns its life, and when (Unix seconds).
+    """Kill the recorded process groups of the primary of `group`; returns its life, and when (Unix seconds).
 
     Raises `RefusedError`, and `LaunchError` by host.
     """
     try:
-        listed = json.loads(directory.text(directory.ranks_json))
+        listed = json.loads(directory.text(directory.ranks_of(group)))
     except (OSError, ValueError) as exc:
-        raise NoContactError(f"{why}; and {directory.ranks_json} cannot be read: {exc}") from None
+        raise NoContactError(f"{why}; and {directory.ranks_of(group)} cannot be read: {exc}") from None
     leaders = [r for r in listed["ranks"] if r["node_rank"] == 0]
     views = [CohortView(r["cohort_id"], r["incarnation"], Phase(r["phase"])) for r in leaders]
     target = primary(views)
     if target is None:
-        raise RefusedError(f"{why}; and by {directory.ranks_json} no cohort is primary")
+        raise RefusedError(f"{why}; and by {directory.ranks_of(group)} no cohort is primary")
     if not force and not any(v.phase is Phase.PARKED for v in views):
         raise RefusedError(
-            f"{why}; and by {directory.ranks_json} no shadow is parked to take over: wait, or use --force"
+            f"{why}; and by {directory.ranks_of(group)} no shadow is parked to take over: wait, or use --force"
         )
     wanted = None if scope == "group" else 0 if scope == "leader" else int(scope[5:])
     ranks = [

@@ -6,35 +6,54 @@ import sys
 import time
 from pathlib import Path
 
+from gms_launch.cli import which
 from gms_launch.cli.timeline import directory as find_directory
 from gms_launch.errors import UsageError
 from gms_launch.numbers import count, numbered
 from gms_launch.services.base import plain
 
 
-def main(component: str | None, run: str | None, follow: bool, tail: int, node: int) -> None:
+def main(component: str | None, run: str | None, group: str | None, follow: bool, tail: int, node: int | None) -> None:
     directory = find_directory(run)
     run_file = directory.read()
-    if run_file is not None and node >= run_file.nnodes:
+    chosen = which.group(run_file, group)
+    if node is not None and run_file is not None and node >= run_file.nnodes:
         raise UsageError(
             f"--node {node}: run {directory.run} has {numbered(run_file.nnodes, 'node')}, ranks count from 0"
         )
-    logs = directory.logs / f"node{node}"
-    names = {log.stem: log for log in directory.logs.glob("*.log")} | {log.stem: log for log in logs.glob("*.log")}
+    found = of_group(directory.logs, chosen, node) if chosen else on_node(directory.logs, node or 0)
     if component is None:
-        for name in sorted(names):
-            print(f"{name}\t{names[name]}")
+        for name, path in sorted((name, path) for names in found.values() for name, path in names.items()):
+            print(f"{name}\t{path}")
         return
-    log = names.get(component) or newest(names, component)
+    logs = (names.get(component) or newest(names, component) for _, names in sorted(found.items()))
+    log = next((path for path in logs if path is not None), None)
     if log is None:
-        raise UsageError(
-            f"run {directory.run} has no log of {component!r} on node {node}; it has: {', '.join(sorted(names))}"
-        )
+        whose = f"group {chosen} of run {directory.run}" if chosen else f"run {directory.run}"
+        there = sorted({name for names in found.values() for name in names})
+        where = f" on node {node or 0}" if node is not None or not chosen else ""
+        raise UsageError(f"{whose} has no log of {component!r}{where}; it has: {', '.join(there) or 'none'}")
     text = log.read_text(errors="replace")
     lines = (text if sys.stdout.isatty() else plain(text)).splitlines()
     print(*(lines[-tail:] if tail else lines), sep="\n")
     if follow:
         _follow(log, len(text.encode()))
+
+
+def on_node(logs: Path, node: int) -> dict[int, dict[str, Path]]:
+    """The logs of the run as a whole and of one node, by name."""
+    places = (logs, logs / f"node{node}")
+    return {node: {log.stem: log for place in places for log in place.glob("*.log")}}
+
+
+def of_group(logs: Path, group: str, node: int | None) -> dict[int, dict[str, Path]]:
+    """The logs of a group by node rank and by their names in it, of one node or of all."""
+    found: dict[int, dict[str, Path]] = {}
+    for log in logs.glob(f"node*/{group}.*.log"):
+        rank = count(log.parent.name.removeprefix("node"))
+        if rank is not None and node in (None, rank):
+            found.setdefault(rank, {})[log.stem.removeprefix(f"{group}.")] = log
+    return found
 
 
 def newest(names: dict[str, Path], component: str) -> Path | None:

@@ -10,12 +10,11 @@ from typing import Annotated, Optional
 import typer
 
 from gms_launch import __version__
-from gms_launch.cli import complete
+from gms_launch.cli import complete, starting
 from gms_launch.cli.common import Group, Html, Json, Output, Run, typed_as_text
 from gms_launch.cli.layout import chosen
-from gms_launch.cli.options import WithEngineArgs, descriptor, duration, number, positive, tcp_port, with_settings
+from gms_launch.cli.options import WithEngineArgs, duration, number, positive, tcp_port
 from gms_launch.errors import LaunchError
-from gms_launch.settings.declared import Settings
 from gms_launch.urls import public
 
 app = typer.Typer(
@@ -34,104 +33,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="print the versi
         raise typer.Exit
 
 
-def _up(
-    *,
-    settings: Settings,
-    detach: Annotated[
-        bool, typer.Option("-d", "--detach", help="run in the background; return when redundancy is full")
-    ] = False,
-    notify_fd: Annotated[int, typer.Option(parser=descriptor, metavar="<int>", hidden=True)] = -1,
-    until_eof: Annotated[bool, typer.Option("--until-eof", hidden=True)] = False,
-) -> None:
-    """Run this node's agent, with all that it keeps alive.
-
-    GMS, services, the primary and its shadows.
-    """
-    from gms_launch.cli import up
-
-    up.main(settings, detach, notify_fd, until_eof)
-
-
-def _plan(
-    *,
-    settings: Settings,
-    gpu_gib: Annotated[
-        int,
-        typer.Option("--gpu-gib", parser=number, metavar="<int>", help="only say whether the engines fit on such GPUs"),
-    ] = 0,
-    json: Json = False,
-) -> None:
-    """Print what `up` would run; start nothing.
-
-    Every command, environment and port, of this node or of all, and whether the engines fit on the GPUs.
-    """
-    from gms_launch.cli import plan
-
-    plan.main(settings, gpu_gib, json)
-
-
-def _submit(
-    *,
-    settings: Settings,
-    nodes: Annotated[int, typer.Option("-N", "--nodes", parser=positive, metavar="<int>", help="nodes of the job")],
-    gpus_per_node: Annotated[
-        int, typer.Option(parser=number, metavar="<int>", help="GPUs of each; 0 asks for none")
-    ] = 0,
-    time: Annotated[str, typer.Option("-t", "--time", help="time limit, as sbatch takes it")] = "",
-    partition: Annotated[str, typer.Option("-p", "--partition", help="as of sbatch")] = "",
-    account: Annotated[str, typer.Option("-A", "--account", help="as of sbatch")] = "",
-    array: Annotated[str, typer.Option("-a", "--array", help="several runs, called RUN-<task>")] = "",
-    sbatch: Annotated[Optional[list[str]], typer.Option(help="any other option of sbatch; again for more")] = None,  # noqa: UP045
-    drain: Annotated[
-        int, typer.Option(parser=number, metavar="<int>", help="stop in order so long before --time ends (seconds)")
-    ] = 60,
-    requeue: Annotated[
-        int, typer.Option(parser=number, metavar="<int>", help="how often the job goes back to the queue at --time")
-    ] = 0,
-    successor: Annotated[
-        int,
-        typer.Option(parser=number, metavar="<int>", help="submit the next job so long before --time ends (minutes)"),
-    ] = 0,
-    container_image: Annotated[str, typer.Option(help="image for pyxis")] = "",
-    apptainer: Annotated[str, typer.Option(help="image for apptainer")] = "",
-    container_mounts: Annotated[str, typer.Option(help="SRC:DST[:FLAGS],... beside what gms-launch needs")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print script and settings; submit nothing")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="return when redundancy is full")] = False,
-    timeout: Annotated[float, duration("--timeout", "how long --wait waits (seconds)")] = 3600.0,
-) -> None:
-    """Run as a batch job: sbatch, with script and settings saved."""
-    from gms_launch.cli import submit
-    from gms_launch.transport.sbatch import Job
-
-    named = {"gpus-per-node": str(gpus_per_node or ""), "time": time, "partition": partition, "account": account}
-    job = Job(
-        run="",
-        nodes=nodes,
-        home=Path(),
-        program="",
-        options=(*(f"--{k}={v}" for k, v in named.items() if v), *(sbatch or ())),
-        array=array,
-        drain=drain,
-        requeues=requeue,
-        successor=successor,
-        pyxis=container_image,
-        apptainer=apptainer,
-        mounts=tuple(m for m in container_mounts.split(",") if m),
-    )
-    submit.main(settings, job, dry_run, wait, timeout)
-
-
-def _doctor(*, settings: Settings, json: Json = False) -> None:
-    """Check what would stop `up` on this node."""
-    from gms_launch.cli import doctor
-
-    doctor.main(settings, json)
-
-
-app.command("up", cls=WithEngineArgs)(with_settings(_up))
-app.command("plan", cls=WithEngineArgs)(with_settings(_plan))
-app.command("submit", cls=WithEngineArgs)(with_settings(_submit))
-app.command("doctor", cls=WithEngineArgs)(with_settings(_doctor))
+starting.register(app)
 
 
 @app.command("kill-primary")
@@ -180,6 +82,7 @@ def roll(
         typer.Argument(metavar="[-- ENGINE ARGS]", help="for every engine from now on; left out: as they are"),
     ] = None,
     run: Run = None,
+    group: Group = None,
     shadow_only: Annotated[bool, typer.Option("--shadow-only", help="do not switch over to them")] = False,
     timeout: Annotated[
         Optional[float],  # noqa: UP045
@@ -193,13 +96,14 @@ def roll(
     """
     from gms_launch.cli import roll as verb
 
-    verb.main(run, engine_args, shadow_only, timeout, json)
+    verb.main(run, group, engine_args, shadow_only, timeout, json)
 
 
 @app.command("status")
 def status(
     run: Run = None,
     group: Group = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="of a run of groups every rank too")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="keep showing it")] = False,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="0: full, 1: degraded or none, 2: down")] = False,
     output: Output = "",
@@ -209,12 +113,13 @@ def status(
     """Show roles, phases, processes, GMS, services and redundancy."""
     from gms_launch.cli import status as verb
 
-    verb.main(run, group, watch, chosen(output, json), exit_code, html)
+    verb.main(run, group, verbose, watch, chosen(output, json), exit_code, html)
 
 
 @app.command("web")
 def web(
     run: Run = None,
+    group: Group = None,
     port: Annotated[
         int, typer.Option("--port", parser=tcp_port, metavar="<int>", help="on 127.0.0.1; 0: one that is free")
     ] = 0,
@@ -225,7 +130,7 @@ def web(
     """
     from gms_launch.cli import web as verb
 
-    verb.main(run, port)
+    verb.main(run, group, port)
 
 
 @app.command("down")
@@ -287,13 +192,21 @@ def logs(
         ),
     ] = None,
     run: Run = None,
+    group: Group = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="keep printing what is added")] = False,
     tail: Annotated[
         int, typer.Option("-n", "--tail", parser=number, metavar="<int>", help="lines from the end; 0 for all")
     ] = 50,
     node: Annotated[
-        int, typer.Option("--node", autocompletion=complete.nodes, parser=number, metavar="<int>", help="node rank")
-    ] = 0,
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--node",
+            autocompletion=complete.nodes,
+            parser=number,
+            metavar="<int>",
+            help="node rank in the run (default: 0; with --group the first that has the log)",
+        ),
+    ] = None,
 ) -> None:
     """Print the log of a component.
 
@@ -301,12 +214,13 @@ def logs(
     """
     from gms_launch.cli import logs as verb
 
-    verb.main(component, run, follow, tail, node)
+    verb.main(component, run, group, follow, tail, node)
 
 
 @app.command("timeline")
 def timeline(
     run: Run = None,
+    group: Group = None,
     output: Output = "",
     json: Json = False,
     html: Html = None,
@@ -318,12 +232,13 @@ def timeline(
     """
     from gms_launch.cli import timeline as verb
 
-    verb.main(run, chosen(output, json), html, events)
+    verb.main(run, group, chosen(output, json), html, events)
 
 
 @app.command("events")
 def events(
     run: Run = None,
+    group: Group = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="keep printing them until the run has ended")] = False,
     tail: Annotated[
         Optional[int],  # noqa: UP045
@@ -342,7 +257,7 @@ def events(
     """
     from gms_launch.cli import events as verb
 
-    verb.main(run, follow, tail, since, json)
+    verb.main(run, group, follow, tail, since, json)
 
 
 @app.command("sweep")

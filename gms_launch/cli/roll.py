@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 
-from gms_launch.cli import kill_primary, switch_over
+from gms_launch.cli import kill_primary, switch_over, which
 from gms_launch.cohort.model import Phase, Redundancy
 from gms_launch.cohort.records import CommandRecord
 from gms_launch.control.door import Door
@@ -30,39 +30,44 @@ NOTED = 3.0
 
 
 def main(
-    run: str | None, engine_args: list[str] | None, shadow_only: bool, timeout: float | None, as_json: bool
+    run: str | None,
+    group: str | None,
+    engine_args: list[str] | None,
+    shadow_only: bool,
+    timeout: float | None,
+    as_json: bool,
 ) -> None:
     directory, found = rundir.find(run)
-    if found.settings.get("engine") != "command" and (problem := arguments.problem(engine_args or ())):
+    name = which.one_group(found, group)
+    engine = (found.groups[name] if name else found.settings).get("engine")
+    if engine != "command" and (problem := arguments.problem(engine_args or ())):
         raise UsageError(problem)
-    if found.grouped:
-        raise UsageError("a run of groups cannot be rolled so far: start it again with the other arguments")
     patience = timeout if timeout is not None else float(found.settings.get("start_timeout", 1800.0))
     door = contact.door(directory, found)
     begun = time.time()
     args = tuple(engine_args) if engine_args else None
     command = CommandRecord(uuid.uuid4().hex, "roll", begun, engine_args=args)
     with followed() as known:
-        kill_primary.ask(directory, door, command, patience, known)
-        shot = _until_restarted(directory, door, patience, as_json, known)
+        kill_primary.ask(directory, door, command, patience, known, name)
+        shot = _until_restarted(directory, door, name, patience, as_json, known)
         if shadow_only:
             if as_json:
                 print(json.dumps({"generation": shot.generation, "switched": False}))
             return
-        failover = switch_over.hand_over(directory, found, -1, patience, known, "roll")
+        failover = switch_over.hand_over(directory, found, -1, patience, known, "roll", name)
         known.text = f"done: generation {shot.generation} serves; the old primary's slot is started again with it"
         kill_primary.show(failover, as_json)
-        _until_full(directory, door, patience)
+        _until_full(directory, door, name, patience)
 
 
-def _until_restarted(directory: RunDir, door: Door, patience: float, quiet: bool, known: Known) -> Snapshot:
+def _until_restarted(directory: RunDir, door: Door, group: str, patience: float, quiet: bool, known: Known) -> Snapshot:
     """Wait until every shadow is parked with the new arguments; `patience` is for each of them.
 
     Raises `LaunchError` when the run went back to the old ones, and `DeadlineError`.
     """
     wanted, done, last = 0, -1, time.monotonic()
     while True:
-        _, shot = look.read(directory, door)
+        shot = look.of(look.read(directory, door)[1], group)
         if not wanted:
             wanted = shot.generation
             known.text = (
@@ -72,7 +77,7 @@ def _until_restarted(directory: RunDir, door: Door, patience: float, quiet: bool
                 "see `gms-launch status`"
             )
         if shot.generation < wanted:
-            raise LaunchError(_why_back(directory))
+            raise LaunchError(_why_back(directory, group))
         shadows = [c for c in shot.cohorts if c.phase is not Phase.ACTIVE]
         new = [c for c in shadows if c.generation >= wanted and c.phase is Phase.PARKED]
         if len(new) != done:
@@ -93,10 +98,10 @@ def _until_restarted(directory: RunDir, door: Door, patience: float, quiet: bool
         time.sleep(POLL)
 
 
-def _why_back(directory: RunDir) -> str:
+def _why_back(directory: RunDir, group: str) -> str:
     """What the leader's agent noted when it went back."""
     deadline = time.monotonic() + NOTED
-    while not (backs := [e for e in history.written(directory) if e.kind == "rolled_back"]):
+    while not (backs := [e for e in history.written(directory) if (e.kind, e.group) == ("rolled_back", group)]):
         if time.monotonic() > deadline:
             return (
                 "the engine did not start with the new arguments; the run went back to the old ones; "
@@ -104,17 +109,18 @@ def _why_back(directory: RunDir) -> str:
             )
         time.sleep(POLL)
     last = backs[-1]
-    log = f"gms-launch logs --run {directory.run} cohort-{last.cohort_id}.{last.incarnation}"
+    whose = f"--group {group} " if group else ""
+    log = f"gms-launch logs --run {directory.run} {whose}cohort-{last.cohort_id}.{last.incarnation}"
     return (
         f"cohort {last.cohort_id} did not start with the new arguments ({last.detail}); the run went back to the old "
         f"ones and nobody was disturbed; `{log}` says why"
     )
 
 
-def _until_full(directory: RunDir, door: Door, patience: float) -> None:
+def _until_full(directory: RunDir, door: Door, group: str, patience: float) -> None:
     """Wait until the old primary's slot is parked again, with the new arguments."""
     deadline = time.monotonic() + patience
-    while look.read(directory, door)[1].redundancy is not Redundancy.FULL:
+    while look.of(look.read(directory, door)[1], group).redundancy is not Redundancy.FULL:
         if time.monotonic() > deadline:
             raise DeadlineError(
                 f"the new arguments serve, and redundancy was not full again within {patience:g} s; "

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from gms_launch.cli import timeline
+from gms_launch.cli import timeline, which
 from gms_launch.cli.layout import document
 from gms_launch.cohort.model import Redundancy
-from gms_launch.control.door import Door
 from gms_launch.errors import NoContactError, UsageError
 from gms_launch.observe import look
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.observe.stamp import stamp
 from gms_launch.run import contact, rundir
-from gms_launch.run.rundir import RunDir, RunFile
+from gms_launch.run.rundir import RunDir
 
 #: Between two looks of --watch (seconds).
 PAUSE = 0.5
@@ -27,7 +26,15 @@ PAUSE = 0.5
 CODES = {Redundancy.FULL: 0, Redundancy.DEGRADED: 1, Redundancy.NONE: 1, Redundancy.DOWN: 2}
 
 
-def main(run: str | None, group: str | None, watch: bool, form: str, exit_code: bool, html: Path | None) -> None:
+def main(
+    run: str | None,
+    group: str | None,
+    verbose: bool,
+    watch: bool,
+    form: str,
+    exit_code: bool,
+    html: Path | None,
+) -> None:
     if watch and (exit_code or form == "yaml"):
         raise UsageError(f"--watch never ends: it goes with no {'--exit-code' if exit_code else '-o yaml'}")
     if html is not None and exit_code:
@@ -35,14 +42,16 @@ def main(run: str | None, group: str | None, watch: bool, form: str, exit_code: 
     if html is not None and (form or watch):
         raise UsageError("--html writes one page; give it without --json and --watch (`gms-launch web` keeps one up)")
     directory, found = rundir.find(run)
+    name = which.group(found, group)
     if html is not None:
-        timeline.save(html, page(directory))
+        timeline.save(html, page(directory, group=name))
         return
     door = contact.door(directory, found)
-    if group is not None:
-        _show_group(look.now(directory, found, door), group, form)
-        return
-    shot = look.now(directory, found, door)
+
+    def look_again() -> Snapshot:
+        return look.of(look.now(directory, found, door), name)
+
+    shot = look_again()
     as_json = form == "json"
     if not watch:
         if form in ("json", "yaml"):
@@ -50,36 +59,25 @@ def main(run: str | None, group: str | None, watch: bool, form: str, exit_code: 
         else:
             from gms_launch.observe import views
 
-            views.console(cut=form != "wide").print(views.status(shot))
+            views.console(cut=form != "wide").print(views.status(shot, verbose=verbose))
         if exit_code:
             sys.exit(CODES[shot.redundancy])
         return
     from gms_launch.observe import views
 
     if sys.stdout.isatty() and not form:
-        _live(directory, found, door, shot)
-    for now in _follow(directory, found, door, shot):
+        _live(look_again, shot, verbose)
+    for now in _follow(look_again, shot):
         if as_json:
             print(json.dumps(now.to_json()), flush=True)
         else:
-            views.console(cut=form != "wide").print(stamp(time.time()), views.status(now), sep="\n")
+            shown = views.status(now, verbose=verbose)
+            views.console(cut=form != "wide").print(stamp(time.time()), shown, sep="\n")
             sys.stdout.flush()
 
 
-def _show_group(shot: Snapshot, name: str, form: str) -> None:
-    """One group of a run, with its ranks. Raises `UsageError`."""
-    wanted = look.the_group(shot, name)
-    group = next(g for g in shot.groups if g.group == wanted)
-    if form in ("json", "yaml"):
-        print(document(group.group_json(), form))
-        return
-    from gms_launch.observe import views
-
-    views.console(cut=form != "wide").print(views.status(group))
-
-
-def page(directory: RunDir, links: Sequence[tuple[str, str]] = ()) -> str:
-    """The page of how a run is now. Raises `NoContactError`, also for one that is over."""
+def page(directory: RunDir, links: Sequence[tuple[str, str]] = (), group: str = "") -> str:
+    """The page of how a run is now, or one group of it. Raises `NoContactError`, also for one that is over."""
     from gms_launch.observe import pages, words
 
     run = directory.read()
@@ -89,30 +87,29 @@ def page(directory: RunDir, links: Sequence[tuple[str, str]] = ()) -> str:
         raise NoContactError(f"run {directory.run} is not up; it ended{ended}{why}")
     door = contact.door(directory, run)
     try:
-        shot = look.now(directory, run, door)
+        shot = look.of(look.now(directory, run, door), group)
     finally:
         door.close()
     return pages.status(shot, words.now(shot), time.time(), links)
 
 
-def _follow(directory: RunDir, found: RunFile, door: Door, first: Snapshot) -> Iterator[Snapshot]:
+def _follow(look_again: Callable[[], Snapshot], first: Snapshot) -> Iterator[Snapshot]:
     """The state, and again whenever it has changed."""
     yield first
     while True:
         time.sleep(PAUSE)  # a watch is not worth its set-up here
-        shot = look.now(directory, found, door)
+        shot = look_again()
         if shot != first or bool(shot.leader_silent) != bool(first.leader_silent):
             yield (first := shot)
 
 
-def _live(directory: RunDir, found: RunFile, door: Door, shot: Snapshot) -> None:
+def _live(look_again: Callable[[], Snapshot], shot: Snapshot, verbose: bool) -> None:
     """A view for people, whose ages move on."""
     from rich.live import Live
 
     from gms_launch.observe import views
 
-    with Live(views.status(shot), refresh_per_second=4) as live:
+    with Live(views.status(shot, verbose=verbose), refresh_per_second=4) as live:
         while True:
             time.sleep(PAUSE)
-            shot = look.now(directory, found, door)
-            live.update(views.status(shot))
+            live.update(views.status(look_again(), verbose=verbose))

@@ -7,9 +7,12 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
+from gms_launch.cli import which
 from gms_launch.cli.layout import document
-from gms_launch.cohort.failover import fold
+from gms_launch.cohort.failover import Failover, fold
+from gms_launch.cohort.records import EventRecord
 from gms_launch.errors import NoContactError, UsageError
 from gms_launch.observe import history
 from gms_launch.observe.stamp import stamp
@@ -18,16 +21,18 @@ from gms_launch.run.rundir import RunDir
 from gms_launch.settings.rules import shortened
 
 
-def main(run: str | None, form: str, html: Path | None, all_events: bool) -> None:
+def main(run: str | None, group: str | None, form: str, html: Path | None, all_events: bool) -> None:
     if form and html is not None:
         raise UsageError("--json and --html are two ways to print the same; give one of them")
     found = directory(run)
-    if html is not None:
-        save(html, page(found, all_events))
-        return
     run_file = found.read()
+    chosen = which.group(run_file, group)
+    if html is not None:
+        save(html, page(found, all_events, group=chosen))
+        return
     events = history.events(found, run_file) if run_file is not None else history.written(found)
-    failovers = fold(events, run_file.nnodes if run_file is not None else 1)
+    failovers = of_group(fold(events, run_file.nnodes if run_file is not None else 1), chosen)
+    events = of_group(events, chosen)
     if form in ("json", "yaml"):
         data = [dataclasses.asdict(e) for e in events] if all_events else [f.to_json() for f in failovers]
         print(document({"schema": 1, "run": found.run, ("events" if all_events else "failovers"): data}, form))
@@ -38,14 +43,23 @@ def main(run: str | None, form: str, html: Path | None, all_events: bool) -> Non
     if all_events:
         console.print(views.events(events))
     elif not failovers:
-        console.print(f"run {found.run} has had no failover")
+        whose = f"group {chosen} of run {found.run}" if chosen else f"run {found.run}"
+        console.print(f"{whose} has had no failover")
     for each in [] if all_events else failovers:
         console.print(views.failover(each))
         console.print()
 
 
-def page(found: RunDir, all_events: bool, links: Sequence[tuple[str, str]] = ()) -> str:
-    """The page of a run's failovers, or of everything that happened, as it is known now."""
+T = TypeVar("T", EventRecord, Failover)
+
+
+def of_group(found: Sequence[T], group: str) -> list[T]:
+    """What is of that group, or all of it without one."""
+    return [one for one in found if not group or one.group == group]
+
+
+def page(found: RunDir, all_events: bool, links: Sequence[tuple[str, str]] = (), group: str = "") -> str:
+    """The page of a run's failovers, or of everything that happened, as it is known now; of one `group`, or of all."""
     from gms_launch.observe import pages
 
     run = found.read()
@@ -58,7 +72,18 @@ def page(found: RunDir, all_events: bool, links: Sequence[tuple[str, str]] = ())
         last, over = run.ended, f"It ended at {stamp(run.ended)}{f': {run.reason}' if run.reason else ''}."
     elif run is not None and run.live:
         last, over = max(last, now), ""
-    story = pages.Story(found.run, nnodes, begin, last, over, events, fold(events, nnodes), links)
+    story = pages.Story(
+        run=found.run,
+        nnodes=nnodes,
+        begin=begin,
+        end=last,
+        over=over,
+        events=of_group(events, group),
+        failovers=of_group(fold(events, nnodes), group),
+        links=links,
+        group=group,
+        groups=run.groups if run is not None else {},
+    )
     return pages.events(story, now) if all_events else pages.timeline(story, now)
 
 

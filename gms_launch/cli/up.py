@@ -311,4 +311,5 @@ def run_file(layout: Layout) -> RunFile:
         leader_address=layout.topology.leader_address,
         slurm=rundir.slurm_step(os.environ),
         ports=asdict(layout.ports),
+        groups={p.group.name: p.recorded() for p in parts.placed(layout)} if layout.settings.grouped else {},
     )

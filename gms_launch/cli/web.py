@@ -16,7 +16,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from gms_launch.cli import status, timeline
+from gms_launch.cli import status, timeline, which
 from gms_launch.errors import LaunchError, UsageError
 from gms_launch.observe import pages
 from gms_launch.run.rundir import RunDir
@@ -31,11 +31,12 @@ OUR_NAMES = frozenset(("127.0.0.1", "localhost"))
 STILL = "?still"
 
 
-def main(run: str | None, port: int) -> None:
+def main(run: str | None, group: str | None, port: int) -> None:
     directory = timeline.directory(run)
+    name = which.group(directory.read(), group)
     secret = secrets.token_urlsafe(32)
     try:
-        server = Server(port, secret, directory)
+        server = Server(port, secret, directory, name)
     except OSError as exc:
         raise UsageError(f"--port {port}: 127.0.0.1 port {port} cannot be listened on: {exc.strerror}") from None
     with server:
@@ -46,13 +47,16 @@ def main(run: str | None, port: int) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the pages of one run below `/<secret>/`, on loopback. Raises `OSError` when the port is taken."""
+    """Serves the pages of one run, or of one group of it, below `/<secret>/`, on loopback.
+
+    Raises `OSError` when the port is taken.
+    """
 
     daemon_threads = True
     request_queue_size = 16
 
-    def __init__(self, port: int, secret: str, directory: RunDir) -> None:
-        self.secret, self._run = secret, directory
+    def __init__(self, port: int, secret: str, directory: RunDir, group: str = "") -> None:
+        self.secret, self._run, self._group = secret, directory, group
         self._places = threading.BoundedSemaphore(MOST)
         self._making = threading.Lock()
         self._made: dict[str, tuple[float, bytes]] = {}
@@ -65,9 +69,9 @@ class Server(ThreadingHTTPServer):
     def page(self, name: str, still: bool) -> bytes | None:
         """A page; None for one that there is not."""
         makers: dict[str, Callable[[list[tuple[str, str]]], str]] = {
-            "": lambda links: status.page(self._run, links),
-            "timeline": lambda links: timeline.page(self._run, False, links),
-            "events": lambda links: timeline.page(self._run, True, links),
+            "": lambda links: status.page(self._run, links, self._group),
+            "timeline": lambda links: timeline.page(self._run, False, links, self._group),
+            "events": lambda links: timeline.page(self._run, True, links, self._group),
         }
         if name not in makers:
             return None

@@ -252,11 +252,12 @@ class Reporter:
             self.put(self._keys.node(self._node_rank), record.encode(), self.lease)
 
     def ranks(self) -> None:
-        """Keep the list of all nodes and ranks in the run directory, for whoever must act while etcd is away."""
+        """Keep the list of all nodes and ranks in the run directory, for whoever must act while etcd is away.
+
+        Of a group its leader keeps one.
+        """
         for node in self._mirror.nodes.values():
             self.seen[node.node_rank] = node
-        if self._above is not None:
-            return
         ranks = [
             {
                 "cohort_id": r.cohort_id,
@@ -273,8 +274,10 @@ class Reporter:
         if listed != self._listed:
             self._listed = listed
             text = json.dumps(listed, indent=1)
-            self._writer.replace(self._layout.run_dir.ranks_json, text)
-            self._writer.here(self._layout.node_dir.ranks_json, text)
+            place = self._layout.run_dir.ranks_of(self._layout.group)
+            self._writer.replace(place, text)
+            node_dir = self._layout.node_dir if self._above is None else self._above._layout.node_dir
+            self._writer.here(node_dir.path / place.name, text)
 
     def targets(self, ended: bool = False) -> None:
         """Say beside the run directory where nodes serve their metrics, as Prometheus reads it; nowhere once `ended`.

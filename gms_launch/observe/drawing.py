@@ -114,6 +114,8 @@ def told(failover: Failover, events: Sequence[EventRecord]) -> list[tuple[float,
         after = e.time - failover.time
         if after > end + 0.001:
             break
+        if e.group != failover.group:
+            continue
         kinds = later.get((e.cohort_id, e.incarnation), frozenset())
         if e.cohort_id == slot and e.incarnation > life:
             kinds = _OF_THE_NEW
@@ -129,8 +131,8 @@ _OF_THE_NEXT = frozenset(("activated", "lock", "awake", "registered", "first_tok
 _OF_THE_NEW = frozenset(("started", "parked", "exit"))
 
 
-def failover(found: Failover, events: Sequence[EventRecord], nnodes: int, label: str) -> Element:
-    """One failover. `events` are the run's; `label` names the drawing."""
+def failover(found: Failover, events: Sequence[EventRecord], nodes: Sequence[int], label: str) -> Element:
+    """One failover. `events` are the run's, `nodes` the node ranks that it is drawn for; `label` names the drawing."""
     marks = told(found, events)
     last = max((at for at, _ in marks), default=0.0)
     scale = Scale.of(found, last)
@@ -140,10 +142,12 @@ def failover(found: Failover, events: Sequence[EventRecord], nnodes: int, label:
     top = LEVEL * (max(levels, default=0) + 1) + 10
     parts: list[Element] = []
     lines: list[tuple[str, list[tuple[str, Element]]]] = [("clients", [("", _clients(found, scale))])]
-    for node in range(nnodes):
+    # Whose rank takes the lock.
+    leads = next((e.node_rank for _, e in marks if e.kind in ("lock", "awake", "registered")), min(nodes, default=0))
+    for node in nodes:
         own = [(at, e) for at, e in marks if e.node_rank == node]
         lanes = [(f"cohort {found.victim[0]}", _dead_slot(found, own, scale))]
-        if found.promoted is not None and node == 0:
+        if found.promoted is not None and node == leads:
             lanes.append((f"cohort {found.promoted[0]}", _next(found, own, scale)))
         lines.append((f"node {node}", lanes))
     y = top
@@ -280,15 +284,21 @@ class Span:
     level: str
 
 
-def spans(events: Iterable[EventRecord], begin: float, end: float) -> list[Span]:
-    """The run's redundancy over time, as its leader told it; before the first word of it the run begins."""
+def spans(events: Iterable[EventRecord], begin: float, end: float, groups: Sequence[str] = ()) -> list[Span]:
+    """The run's redundancy over time, as its leader told it; before the first word of it the run begins.
+
+    That of `groups` is the worst of theirs, once each has said something.
+    """
     words = sorted((e for e in events if e.kind == "redundancy" and e.detail in LEVELS), key=lambda e: e.time)
     found, at, level = [], begin, "begins"
+    said: dict[str, str] = {}
     for e in words:
-        if e.detail != level:
+        said[e.group] = e.detail
+        now = level if set(groups) - said.keys() else max((said[g] for g in groups or ("",)), key=list(LEVELS).index)
+        if now != level:
             if e.time > at:
                 found.append(Span(at, e.time, level))
-            at, level = max(at, e.time), e.detail
+            at, level = max(at, e.time), now
     return [*found, Span(at, max(at, end), level)]
 
 

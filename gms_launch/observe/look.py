@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from gms_launch.control import terms
 from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys
 from gms_launch.control.mirror import Mirror
-from gms_launch.errors import NoContactError, UsageError
+from gms_launch.errors import NoContactError
 from gms_launch.observe import snapshot
 from gms_launch.run.rundir import RunDir, RunFile
 
@@ -17,8 +19,10 @@ from gms_launch.run.rundir import RunDir, RunFile
 SILENT = 3
 
 
-def read(directory: RunDir, door: Door) -> tuple[Mirror, snapshot.Snapshot]:
-    """The run's keys and what they amount to. Raises `NoContactError`."""
+def read(
+    directory: RunDir, door: Door, groups: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[Mirror, snapshot.Snapshot]:
+    """The run's keys and what they amount to. `groups` is what run.json says of them. Raises `NoContactError`."""
     mirror = Mirror(directory.run)
     events = Keys(directory.run).events
     found = door.get_prefix(mirror.keys.prefix)
@@ -29,14 +33,19 @@ def read(directory: RunDir, door: Door) -> tuple[Mirror, snapshot.Snapshot]:
             f"run {directory.run} has not written anything yet; its agent's log: {directory.agent_log}"
         )
     shot = snapshot.build(mirror)
-    groups = tuple(_group(directory.run, name, found) for name in sorted(mirror.groups, key=_natural))
-    return mirror, snapshot.with_groups(shot, groups) if groups else shot
+    known = {name: {} for name in sorted(mirror.groups, key=_natural)} if groups is None else groups
+    return mirror, snapshot.with_groups(shot, tuple(_group(shot, name, said, found) for name, said in known.items()))
 
 
-def _group(run: str, name: str, found: dict[str, bytes]) -> snapshot.Snapshot:
-    mirror = Mirror(run, name)
+def _group(run: snapshot.Snapshot, name: str, said: Mapping[str, Any], found: dict[str, bytes]) -> snapshot.Snapshot:
+    mirror = Mirror(run.run, name)
     mirror.replace(found)
-    return snapshot.build(mirror)
+    shot = snapshot.build(mirror)
+    if mirror.run is not None or not said:
+        return shot
+    # Its leader has not come yet.
+    nodes, shadows = said["nodes"], said["shadows"]
+    return replace(shot, run=run.run, created=run.created, nnodes=len(nodes), leader=nodes[0], shadows=shadows)
 
 
 def _natural(name: str) -> tuple[str, int]:
@@ -45,31 +54,43 @@ def _natural(name: str) -> tuple[str, int]:
     return front, int(name[len(front) :] or 0)
 
 
-def the_group(shot: snapshot.Snapshot, name: str | None) -> str:
-    """The group that is meant: empty in a run without any. Raises `UsageError`."""
-    names = [g.group for g in shot.groups]
-    if name is None and len(names) < 2:
-        return "".join(names)
-    if name not in names:
-        there = f"the run has groups {', '.join(names)}" if names else "the run has no groups"
-        raise UsageError(f"--group {name}: {there}" if name is not None else f"say which with --group: {there}")
-    return name
+def of(shot: snapshot.Snapshot, group: str) -> snapshot.Snapshot:
+    """One group of a run with what is the run's and concerns it, or the run without a name.
+
+    Raises `NoContactError` while nothing is known of the group.
+    """
+    if not group:
+        return shot
+    found = next((g for g in shot.groups if g.group == group), None)
+    if found is None:
+        raise NoContactError(f"group {group} of run {shot.run} has not written anything yet")
+    return replace(found, alarms=shot.alarms, frontend_url=shot.frontend_url, stopping=found.stopping or shot.stopping)
 
 
 def now(directory: RunDir, run: RunFile, door: Door) -> snapshot.Snapshot:
-    """The run at this moment, and whether its leader's agent still reports. Raises `NoContactError`."""
-    mirror, shot = read(directory, door)
+    """The run at this moment, and whether the agents that lead still report. Raises `NoContactError`."""
+    mirror, shot = read(directory, door, run.groups)
     with contextlib.suppress(NoContactError):  # who may not ask that of an etcd of their own is told of the rest
         # Asked for itself: while there is an alarm no agent can write down that there is.
         shot = replace(shot, alarms=door.alarms())
     if shot.stopping:
         return shot
-    heard = door.silence(mirror.keys.node(0))
-    if heard is None:
-        ago, silent = terms.granted(float(run.settings.get("lease_ttl", 5.0))), True
-    else:
-        ago, granted = heard
-        silent = ago >= max(SILENT, granted / 2)
-    who = f"the leader's agent (pid {run.agent_pid}, {run.leader_host})"
-    told = f"{who} has not reported for {'more than ' if heard is None else ''}{ago} s" if silent else ""
-    return replace(shot, reported_ago=ago, leader_silent=told)
+
+    def silence(node_rank: int, who: str) -> tuple[float, str]:
+        heard = door.silence(mirror.keys.node(node_rank))
+        if heard is None:
+            ago, silent = terms.granted(float(run.settings.get("lease_ttl", 5.0))), True
+        else:
+            ago, granted = heard
+            silent = ago >= max(SILENT, granted / 2)
+        return ago, f"{who} has not reported for {'more than ' if heard is None else ''}{ago} s" if silent else ""
+
+    ago, silent = silence(0, f"the leader's agent (pid {run.agent_pid}, {run.leader_host})")
+    said = {0: (ago, silent)} | {k: silence(k, _agent(mirror, k)) for k in {g.leader for g in shot.groups} - {0}}
+    groups = tuple(replace(g, reported_ago=said[g.leader][0], leader_silent=said[g.leader][1]) for g in shot.groups)
+    return snapshot.with_groups(replace(shot, reported_ago=ago, leader_silent=silent), groups)
+
+
+def _agent(mirror: Mirror, node_rank: int) -> str:
+    node = mirror.nodes.get(node_rank)
+    return f"the agent of node {node_rank}" + (f" (pid {node.agent_pid}, {node.host})" if node is not None else "")

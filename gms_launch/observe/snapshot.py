@@ -11,7 +11,7 @@ from gms_launch.cohort.records import DesiredCohort, NodeRecord, RankRecord, Run
 from gms_launch.control.mirror import Mirror
 
 #: Version of the --json layout: raised when a field changes its meaning or goes away.
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Snapshot:
     """A run at one moment. `records` is the redundancy that the records of its ranks amount to.
 
     `alarms` are etcd's own, by name; `spares` the nodes that wait for another to be lost, of `wanted_spares`.
-    In a run of groups the cohorts are those of `groups`, each a snapshot of its own
-    with its name in `group`, whose nodes have their place in it for a rank; `over` says why one has ended.
+    In a run of groups the cohorts are those of `groups`, each a snapshot of its own with its name in `group`, whose
+    nodes have their place in it for a rank; `leader` is the node rank in the run of the one that leads it, and `over`
+    says why one has ended.
     `starting` until the run served for the first time: its redundancy is down, and nothing is wrong with that.
     `reported_ago`: seconds since the leader's agent was heard of, as far as was asked; `leader_silent` says it in words
     when that is so long that the rest may be out of date.
@@ -66,6 +67,7 @@ class Snapshot:
     rolling: bool = False
     starting: bool = False
     group: str = ""
+    leader: int = 0
     groups: tuple[Snapshot, ...] = ()
     over: str = ""
     alarms: tuple[str, ...] = ()
@@ -97,35 +99,34 @@ class Snapshot:
     def to_json(self) -> dict[str, Any]:
         """The documented layout (docs/reference.md)."""
         serving = self.primary
-        groups = {"groups": [g.group_json() for g in self.groups]} if self.groups else {}
-        return (
-            groups
-            | {
-                "schema": SCHEMA,
-                "run": self.run,
-                "redundancy": self.redundancy.value,
-                "starting": self.starting,
-                "primary": serving.cohort_id if serving else None,
-                "stopping": self.stopping,
-                "leader_reported_ago": self.reported_ago,
-                "leader_silent": bool(self.leader_silent),
-                "frontend_url": self.frontend_url,
-                "model": self.model_name,
-                "created": self.created,
-                "nnodes": self.nnodes,
-                "lost_nodes": list(self.lost),
-                "missing_nodes": self.missing,
-                "generation": self.generation,
-                "rolling": self.rolling,
-                "alarms": list(self.alarms),
-                "cohorts": [_cohort_json(c) for c in self.cohorts],
-                "nodes": [_node_json(n) for n in self.nodes],
-            }
-            | ({"spares": [_node_json(n) for n in self.spares]} if self.wanted_spares else {})
-        )
+        if self.group:
+            return {"schema": SCHEMA, "run": self.run, **self.group_json()}
+        told = {
+            "schema": SCHEMA,
+            "run": self.run,
+            "redundancy": self.redundancy.value,
+            "starting": self.starting,
+            "primary": serving.cohort_id if serving else None,
+            "stopping": self.stopping,
+            "leader_reported_ago": self.reported_ago,
+            "leader_silent": bool(self.leader_silent),
+            "frontend_url": self.frontend_url,
+            "model": self.model_name,
+            "created": self.created,
+            "nnodes": self.nnodes,
+            "lost_nodes": list(self.lost),
+            "missing_nodes": self.missing,
+            "generation": self.generation,
+            "rolling": self.rolling,
+            "alarms": list(self.alarms),
+            "groups": [g.group_json() for g in self.groups or (self,)],
+            "cohorts": [_cohort_json(c) for c in self.cohorts],
+            "nodes": [_node_json(n) for n in self.nodes],
+        }
+        return told | ({"spares": [_node_json(n) for n in self.spares]} if self.wanted_spares else {})
 
     def group_json(self) -> dict[str, Any]:
-        """One of `groups`."""
+        """One of `groups`; of a run without any the one that it is."""
         serving = self.primary
         return {
             "name": self.group,
@@ -133,20 +134,26 @@ class Snapshot:
             "starting": self.starting,
             "over": self.over or None,
             "primary": serving.cohort_id if serving else None,
+            "leader": self.leader,
+            "leader_reported_ago": self.reported_ago,
+            "leader_silent": bool(self.leader_silent),
             "model": self.model_name,
             "nnodes": self.nnodes,
             "lost_nodes": list(self.lost),
             "missing_nodes": self.missing,
+            "generation": self.generation,
+            "rolling": self.rolling,
             "cohorts": [_cohort_json(c) for c in self.cohorts],
             "nodes": [_node_json(n) for n in self.nodes],
         }
 
 
 def with_groups(shot: Snapshot, groups: tuple[Snapshot, ...]) -> Snapshot:
-    """A run of groups has the redundancy of the worst, by their records and by what their leaders announce."""
+    """A run of groups has the redundancy of the worst, as it is shown and by what their leaders announce."""
     rank = list(Redundancy).index
-    worst = max((g.records for g in groups), key=rank, default=shot.records)
-    announced = max((g.announced for g in groups), key=rank, default=shot.announced)
+    if not groups:
+        return shot
+    worst, announced = max((g.redundancy for g in groups), key=rank), max((g.announced for g in groups), key=rank)
     return replace(shot, groups=groups, records=worst, announced=announced)
 
 
@@ -177,6 +184,7 @@ def build(mirror: Mirror) -> Snapshot:
         rolling=run.rolling if run else False,
         starting=run is None or not run.redundancy,
         group=mirror.group,
+        leader=run.leader if run else 0,
         over=run.failed if run and mirror.group else "",
         spares=tuple(n for r, n in sorted(mirror.nodes.items()) if r >= serving),
         wanted_spares=run.spares if run else 0,
@@ -245,6 +253,7 @@ def _cohort_json(c: CohortStatus) -> dict[str, Any]:
 def _node_json(n: NodeRecord) -> dict[str, Any]:
     return {
         "node_rank": n.node_rank,
+        "number": n.node_rank if n.number < 0 else n.number,
         "host": n.host,
         "address": n.address,
         "agent_pid": n.agent_pid,

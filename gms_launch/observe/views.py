@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
@@ -41,12 +41,13 @@ def console(stream: TextIO | None = None, cut: bool = True) -> Console:
     return Console(file=out, width=None if edge else PIPE_WIDTH)
 
 
-def status(shot: Snapshot, now: float | None = None) -> RenderableType:
-    """The whole state of a run."""
+def status(shot: Snapshot, now: float | None = None, verbose: bool = False) -> RenderableType:
+    """The whole state of a run, or of one group of it. `verbose`: of each group its ranks and its part of the nodes."""
     moment = words.now(shot) if now is None else now
     head = Text.assemble(
         ("run ", "dim"),
         (shot.run, "bold"),
+        *((("   group ", "dim"), (shot.group, "bold")) if shot.group else ()),
         ("   redundancy ", "dim"),
         ("starting", "yellow") if shot.starting else (shot.redundancy.value, _COLOURS[shot.redundancy]),
         ("   up ", "dim"),
@@ -55,40 +56,51 @@ def status(shot: Snapshot, now: float | None = None) -> RenderableType:
         words.frontend(shot),
         ("   stopping" if shot.stopping else "", "yellow"),
     )
-    cohorts = Table(box=None, pad_edge=False, header_style="dim")
-    for name in words.COHORTS:
-        cohorts.add_column(name)
-    for row in words.cohorts(shot, moment):
-        cohorts.add_row(*row)
-    parts: list[RenderableType] = [head, groups(shot) if shot.groups else cohorts]
+    if shot.over:
+        head.append(f"   over: {shot.over}", "bold red")
+    of_cohorts = _table(words.COHORTS, words.cohorts(shot, moment))
+    parts: list[RenderableType] = [head, groups(shot) if shot.groups else of_cohorts]
     if shot.leader_silent:
         parts.insert(0, Text(f"as of {shot.reported_ago:.0f} s ago: {shot.leader_silent}", "bold red"))
     for alarm in shot.alarms:
         parts.insert(0, Text(f"etcd has raised the alarm {alarm}: {ALARMS.get(alarm, 'see its manual')}", "bold red"))
-    rest = Table(box=None, pad_edge=False, header_style="dim")
-    for name in words.PARTS:
-        rest.add_column(name)
-    for node, name, state, *more in words.parts(shot):
-        rest.add_row(node, name, Text(state, "bold red") if state == words.SILENT else state, *more)
-    parts.append(rest)
+    for group in shot.groups if verbose else ():
+        parts.append(Text.assemble(("\ngroup ", "dim"), (group.group, "bold")))
+        parts.append(_table(words.COHORTS, words.cohorts(group, moment)))
+        parts.append(_parts(group))
+    parts += ["", _parts(shot)] if verbose and shot.groups else [_parts(shot)]
     return Group(*parts)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[RenderableType]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in head:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _parts(shot: Snapshot) -> Table:
+    rows: list[Sequence[RenderableType]] = []
+    for node, name, state, *more in words.parts(shot):
+        rows.append((node, name, Text(state, "bold red") if state == words.SILENT else state, *more))
+    return _table(words.PARTS, rows)
 
 
 def groups(shot: Snapshot) -> Table:
     """A line a group."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in words.GROUPS:
-        table.add_column(name)
-    colours = {r.value: colour for r, colour in _COLOURS.items()}
+    colours = {r.value: colour for r, colour in _COLOURS.items()} | {"over": "bold red"}
+    rows: list[Sequence[RenderableType]] = []
     for name, state, *more in words.groups(shot):
-        table.add_row(name, Text(state, colours.get(state, "yellow")), *more)
-    return table
+        rows.append((name, Text(state, colours.get(state, "yellow")), *more))
+    return _table(words.GROUPS, rows)
 
 
 def failover(found: Failover) -> RenderableType:
     """One failover, step by step."""
 
-    victim, promoted = words.life(found.victim), words.life(found.promoted)
+    victim, promoted = words.life(found.victim, found.group), words.life(found.promoted)
     head = Text.assemble(
         (stamp(found.time), "bold"), f"  {victim} -> {promoted}", ("  cause: ", "dim"), found.cause or "unknown"
     )
@@ -105,9 +117,4 @@ def failover(found: Failover) -> RenderableType:
 
 def events(found: Sequence[EventRecord]) -> RenderableType:
     """Every event, one a line."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in words.EVENTS:
-        table.add_column(name)
-    for row in words.events(found):
-        table.add_row(*row)
-    return table
+    return _table(words.EVENTS, words.events(found))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
 from gms_launch.cohort.failover import STEPS, Failover
 from gms_launch.cohort.model import Phase
-from gms_launch.cohort.records import EventRecord
+from gms_launch.cohort.records import EventRecord, NodeRecord
 from gms_launch.numbers import numbered
 from gms_launch.observe import progress
 from gms_launch.observe.snapshot import CohortStatus, Snapshot
@@ -45,11 +45,24 @@ def now(shot: Snapshot) -> float:
     return time.time() if own is None else time.monotonic() + own
 
 
+def number(node: NodeRecord) -> int:
+    """The node rank in the run."""
+    return node.node_rank if node.number < 0 else node.number
+
+
+def place(shot: Snapshot, node_rank: int) -> str:
+    """A node by its node rank in the run; of a group also its rank there, where that is another."""
+    node = next((n for n in shot.nodes if n.node_rank == node_rank), None)
+    if not shot.group or (node is not None and number(node) == node_rank):
+        return str(node_rank)
+    return f"rank {node_rank}" if node is None else f"{number(node)} (rank {node_rank})"
+
+
 def frontend(shot: Snapshot) -> str:
     """Where clients come in; of a loopback address also whose, since it may be read on another machine."""
     if not is_loopback(urlsplit(shot.frontend_url).hostname or ""):
         return shot.frontend_url
-    leader = next((n.host for n in shot.nodes if n.node_rank == 0), "the leader's node")
+    leader = next((n.host for n in shot.nodes if number(n) == 0), "the leader's node")
     return f"{shot.frontend_url} (only on {leader})"
 
 
@@ -71,7 +84,7 @@ def cohorts(shot: Snapshot, moment: float) -> list[Row]:
                     rank.phase.value + asked,
                     age(rank.since, moment),
                     str(c.incarnation),
-                    str(rank.node_rank),
+                    place(shot, rank.node_rank),
                     str(rank.pid),
                     left or "; ".join(filter(None, (heard, doing if rank.node_rank == 0 else "", note))) or rank.exit,
                 )
@@ -88,11 +101,23 @@ def groups(shot: Snapshot) -> list[Row]:
         serving = g.primary
         parked = sum(c.phase is Phase.PARKED for c in g.cohorts)
         state = "over" if g.over else "starting" if g.starting else g.redundancy.value
-        nodes = ",".join(str(n.number) for n in g.nodes)
-        note = g.over.partition("\n")[0] or (f"{len(g.missing)} of {g.nnodes} nodes are not here" if g.missing else "")
+        nodes = ranges(n.number for n in g.nodes)
+        note = g.over.partition("\n")[0] or g.leader_silent
+        note = note or (f"{len(g.missing)} of {numbered(g.nnodes, 'node')} not here" if g.missing else "")
         who = f"cohort {serving.cohort_id}.{serving.incarnation}" if serving else ""
         found.append((g.group, state, who, f"{parked} of {g.shadows}", nodes, g.model_name, note))
     return found
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers in few letters: 0-3,7."""
+    spans: list[list[int]] = []
+    for n in sorted(numbers):
+        if spans and spans[-1][1] == n - 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def parts(shot: Snapshot) -> list[Row]:
@@ -105,18 +130,19 @@ def parts(shot: Snapshot) -> list[Row]:
             why = "has not come yet"
         else:
             why = "its lease has run out: stopped (SIGSTOP), cut off or gone"
-        found.append((str(node_rank), "agent", SILENT, "", "", why))
+        found.append((place(shot, node_rank), "agent", SILENT, "", "", why))
     for node in shot.nodes:
-        found.append((str(node.node_rank), f"agent on {node.host}", "running", str(node.agent_pid), "", node.address))
+        where = place(shot, node.node_rank)
+        found.append((where, f"agent on {node.host}", "running", str(node.agent_pid), "", node.address))
         for stray in node.strays:
-            found.append((str(node.node_rank), "stray", "cannot be killed", stray.partition(" ")[0], "", stray))
+            found.append((where, "stray", "cannot be killed", stray.partition(" ")[0], "", stray))
         if node.lock_holder.startswith("process"):
-            found.append((str(node.node_rank), "failover lock", "kept by a stray", "", "", node.lock_holder))
+            found.append((where, "failover lock", "kept by a stray", "", "", node.lock_holder))
         for p in node.writing:
             lost = f", {p.dropped} entries and {p.dropped_bytes} bytes of logs dropped"
             found.append(
                 (
-                    str(node.node_rank),
+                    where,
                     p.name,
                     p.state or "well again",
                     "",
@@ -125,23 +151,21 @@ def parts(shot: Snapshot) -> list[Row]:
                 )
             )
         if node.internal_errors:
-            found.append(
-                (str(node.node_rank), "internal errors", str(node.internal_errors), "", "", "see the agent's log")
-            )
+            found.append((where, "internal errors", str(node.internal_errors), "", "", "see the agent's log"))
         for s in node.services:
-            found.append((str(node.node_rank), s.name, s.state, str(s.pid or ""), str(s.starts), s.detail))
+            found.append((where, s.name, s.state, str(s.pid or ""), str(s.starts), s.detail))
         for g in node.gms:
             size = "" if g.allocated_bytes is None else f"{g.allocated_bytes / 2**30:.2f} GiB in "
             held = f"{size}{g.allocations} allocations"
             note = f"{held}, {numbered(g.ro_sessions, 'reader')}, written {numbered(g.loads, 'time')}"
             note += f"; has not answered the last {numbered(g.missed, 'look')}" if g.missed else ""
-            found.append((str(node.node_rank), f"gpu {g.device} {g.tag}", g.state.lower(), "", "", note))
+            found.append((where, f"gpu {g.device} {g.tag}", g.state.lower(), "", "", note))
         for gpu in node.gpu_memory:
             note = f"{gpu.used / 2**30:.1f} of {gpu.total / 2**30:.1f} GiB used"
-            found.append((str(node.node_rank), gpu.name, "", "", "", f"{note}, {gpu.uuid}"))
+            found.append((where, gpu.name, "", "", "", f"{note}, {gpu.uuid}"))
             for h in gpu.holders:
                 size = f"{h.used / 2**30:.2f} GiB" if h.used >= 0 else "size not told"
-                found.append((str(node.node_rank), f"  {h.who}", "", str(h.pid), "", size))
+                found.append((where, f"  {h.who}", "", str(h.pid), "", size))
     return found
 
 
@@ -157,9 +181,10 @@ def tries(cohort: CohortStatus, now: float) -> str:
     return text
 
 
-def life(value: tuple[int, int] | None) -> str:
-    """A life of a cohort, or nobody."""
-    return "nobody" if value is None else f"cohort {value[0]} (life {value[1]})"
+def life(value: tuple[int, int] | None, group: str = "") -> str:
+    """A life of a cohort, of a group's where there are several, or nobody."""
+    whose = f"{group} " if group else ""
+    return "nobody" if value is None else f"{whose}cohort {value[0]} (life {value[1]})"
 
 
 def steps(found: Failover) -> list[Row]:
@@ -206,6 +231,12 @@ def in_a_line(text: str) -> str:
     return f"{line[:LINE_MAX]} ..." if more or len(line) > LINE_MAX else line
 
 
+def whom(event: EventRecord) -> str:
+    """What an event is of: a life of a cohort, before it its group, or that alone."""
+    life = f"{event.cohort_id}.{event.incarnation}" if event.cohort_id >= 0 else ""
+    return "/".join(filter(None, (event.group, life)))
+
+
 def events(found: Sequence[EventRecord]) -> list[Row]:
     """Every event, one a row, under `EVENTS`."""
     return [
@@ -213,7 +244,7 @@ def events(found: Sequence[EventRecord]) -> list[Row]:
             stamp(e.time),
             str(e.node_rank),
             e.kind,
-            f"{e.cohort_id}.{e.incarnation}" if e.cohort_id >= 0 else "",
+            whom(e),
             in_a_line(e.detail),
         )
         for e in found

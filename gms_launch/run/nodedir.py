@@ -49,7 +49,6 @@ class NodeDir:
         self.gms = gms_dir or path
         self.lock = self.gms / "failover.lock"
         self.etcd_data = path / "etcd"
-        self.ranks_json = path / "ranks.json"
         self._agent_lock: int | None = None
 
     @classmethod

@@ -28,6 +28,10 @@ class Placed:
         """The node rank that holds the group's lock and decides for it."""
         return self.nodes[0]
 
+    def recorded(self) -> dict[str, Any]:
+        """What run.json says of it, for verbs."""
+        return {"nodes": list(self.nodes), "shadows": self.group.settings.shadows, "engine": self.group.settings.engine}
+
     def to_json(self) -> dict[str, Any]:
         group, s = self.group, self.group.settings
         return {

@@ -98,7 +98,7 @@ class RunFile:
     `attempt` tells this run from an earlier one of the same name. `slurm` is "job.restart.step" under Slurm.
     `unwritten` counts events and lines of the agent's log that had not come to the home when the run ended. `etcd_ca`
     is the certificate, as PEM text, that its etcd's follows from; empty for one without TLS. In `pid_namespace` the
-    agent has its number.
+    agent has its number. `groups`, by name: `nodes` (ranks, as at first), `shadows` and `engine` of each.
     """
 
     run: str
@@ -126,6 +126,7 @@ class RunFile:
     unwritten: int = 0
     etcd_ca: str = ""
     pid_namespace: str = ""
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -182,7 +183,7 @@ class RunDir:
         self.logs = path / "logs"
         self.events = path / "events.jsonl"
         self.agent_log = path / "logs" / "agent.log"
-        self.ranks_json = path / "ranks.json"
+        self.ranks_json = self.ranks_of("")
         # Beside the runs: Prometheus takes a pattern for the name of a file, and none for a directory's.
         self.targets_json = path.parent / TARGETS / f"{path.name}.json"
 
@@ -193,6 +194,10 @@ class RunDir:
     @property
     def run(self) -> str:
         return self.path.name
+
+    def ranks_of(self, group: str) -> Path:
+        """Where the leader of a group lists its nodes and ranks; that of the run without a name."""
+        return self.path / (f"ranks.{group}.json" if group else "ranks.json")
 
     def keep(self, place: NodeDir, run: RunFile, credentials: Credentials) -> None:
         """Copies on this node, the leader's: there a live run is found without the shared home. Raises `OSError`."""

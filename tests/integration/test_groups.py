@@ -15,7 +15,7 @@ import pytest
 
 from gms_launch.control.keys import Keys
 from tests.load import Load
-from tests.support import LONG, Deployment, eventually, free_port, gms_launch, kill
+from tests.support import GMS_LAUNCH, LONG, Deployment, eventually, free_port, gms_launch, kill
 
 KILLS = 6
 
@@ -79,6 +79,14 @@ def one_node(tmp_path: Path, model: Path) -> Iterator[Grouped]:
 
 
 @pytest.fixture
+def patient(tmp_path: Path, model: Path) -> Iterator[Grouped]:
+    """The agent would restart a frozen etcd sooner than a person notices."""
+    flags = ["--virtual-gpus", "2", "--groups", "2", "--service-liveness", "60", "--dynamo-lease-ttl", "200"]
+    with Grouped(tmp_path, model, *flags) as run:
+        yield run
+
+
+@pytest.fixture
 def pairs(tmp_path: Path, model: Path) -> Iterator[Four]:
     ports = ["--frontend-port", str(free_port())]
     with Four(tmp_path, model, "--virtual-gpus", "1", "--groups", "2", "--node-wait", "25", *ports) as run:
@@ -109,20 +117,90 @@ def test_four_groups_on_one_node(one_node: Grouped) -> None:
 
 def test_verbs_name_a_group(one_node: Grouped) -> None:
     run = one_node
-    run.full("g0", "g1", "g2", "g3")
-    assert "g3" in run.cli("status").stdout
+    names = ["g0", "g1", "g2", "g3"]
+    run.full(*names)
+    shown = run.cli("status").stdout
+    assert [line.split()[:2] for line in shown.splitlines() if line[:2] in names] == [[n, "full"] for n in names]
+    assert "cohort-0" not in shown and run.cli("status", "-v").stdout.count("primary  ") == 4
+    told = json.loads(run.cli("status", "--json").stdout)
+    assert told["schema"] == 2 and [g["name"] for g in told["groups"]] == names and told["cohorts"] == []
     shown = json.loads(run.cli("status", "--group", "g3", "--json").stdout)
-    assert (shown["name"], shown["redundancy"]) == ("g3", "full")
-    for verb in ("kill-primary", "switch-over"):
+    assert (shown["schema"], shown["name"], shown["redundancy"]) == (2, "g3", "full")
+    assert run.cli("status", "--group", "g3", "--exit-code").returncode == 0
+    for verb in ("kill-primary", "switch-over", "roll"):
         refused = run.cli(verb)
         assert refused.returncode == 2 and "--group: the run has groups g0, g1, g2, g3" in refused.stderr
         done = run.cli(verb, "--group", "g1", "--json")
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["group"] == "g1"
+        failover = json.loads(done.stdout)
+        assert (failover["group"], failover["kind"]) == ("g1", verb)
         run.full("g1")
-    assert run.cli("status", "--group", "g9").returncode == 2
-    assert run.cli("roll").returncode == 2
+    assert run.groups()["g1"]["generation"] == 1 and run.groups()["g0"]["generation"] == 0
     assert {e["group"] for e in run.events("exit")} == {"g1"}
+    assert run.cli("switch-over", "--group", "g1", "--to", "9").returncode == 2
+    for verb in ("status", "kill-primary", "switch-over", "roll", "logs", "timeline", "events", "web"):
+        refused = run.cli(verb, "--group", "g9")
+        assert refused.returncode == 2 and "--group 'g9': the run has groups g0, g1, g2, g3" in refused.stderr, refused
+
+    assert "g1 cohort" in run.cli("timeline").stdout
+    assert "has had no failover" in run.cli("timeline", "--group", "g0").stdout
+    folded = json.loads(run.cli("timeline", "--group", "g1", "--json").stdout)["failovers"]
+    assert [f["kind"] for f in folded] == ["kill-primary", "switch-over", "roll"]
+    told_of = [json.loads(line) for line in run.cli("events", "--group", "g1", "--json", "-n0").stdout.splitlines()]
+    assert {e["group"] for e in told_of} == {"g1"} and {"kill", "exit"} <= {e["kind"] for e in told_of}
+    logs = run.cli("logs", "--group", "g2").stdout
+    assert sorted(line.split()[0] for line in logs.splitlines()) == ["cohort-0.1", "cohort-1.1", "gms-0.1"]
+    own = run.cli("logs", "--group", "g2", "cohort-0")
+    assert own.returncode == 0 and own.stdout == run.cli("logs", "g2.cohort-0").stdout
+    missing = run.cli("logs", "--group", "g2", "etcd")
+    assert missing.returncode == 2 and "group g2 of run" in missing.stderr and "gms-0" in missing.stderr
+
+
+def test_pages_show_every_group_and_one_of_them(one_node: Grouped, tmp_path: Path) -> None:
+    run = one_node
+    run.full("g0", "g1", "g2", "g3")
+    assert run.cli("kill-primary", "--group", "g2").returncode == 0
+    run.full("g2")
+
+    def page(verb: str, *flags: str) -> str:
+        file = tmp_path / "page.html"
+        done = run.cli(verb, "--html", str(file), *flags)
+        assert done.returncode == 0, done.stderr
+        return file.read_text()
+
+    whole = page("status")
+    assert all(f'id="group-g{k}"' in whole and f'href="#group-g{k}"' in whole for k in range(4))
+    assert "in 4 of 4 groups" in whole
+    one = page("status", "--group", "g2")
+    assert "group g2: full" in one and "g1" not in one
+    failovers = page("timeline")
+    assert "Failover 1: g2 cohort" in failovers and "full: a shadow is parked" in failovers
+    assert "There has been none." in page("timeline", "--group", "g0")
+    assert "group g2: failovers" in page("timeline", "--group", "g2")
+
+
+def test_one_group_is_killed_while_etcd_is_away(patient: Grouped) -> None:
+    run = patient
+    found = run.full("g0", "g1")
+    listed = json.loads((run.home / run.run / "ranks.g1.json").read_text())
+    assert {r["pid"] for r in listed["ranks"]} == {pid for *_, pid in run.lives("g1")}
+    other = run.lives("g0")
+    etcd = next(s["pid"] for n in run.status()["nodes"] for s in n["services"] if s["name"] == "etcd")
+    pid = next(pid for cohort, _, pid in run.lives("g1") if cohort == found["g1"]["primary"])
+    kill(etcd, signal.SIGSTOP)
+    try:
+        assert run.cli("kill-primary").returncode == 2
+        argv = [*GMS_LAUNCH, "kill-primary", "--run", run.run, "--group", "g1", "--timeout", str(LONG), "--json"]
+        command = subprocess.Popen(argv, env=run.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        eventually(lambda: not Path(f"/proc/{pid}").exists(), LONG, "dead without etcd")
+    finally:
+        kill(etcd, signal.SIGCONT)
+    out, err = command.communicate(timeout=LONG)
+    assert command.returncode == 0 and "killing the recorded groups of cohort" in err, out + err
+    failover = json.loads(out)
+    assert (failover["group"], failover["victim"]["cohort_id"]) == ("g1", found["g1"]["primary"])
+    run.full("g1")
+    assert run.lives("g0") == other, "nobody else was touched"
 
 
 def test_every_rank_of_one_group_dies_and_the_other_serves_on(pairs: Four) -> None:

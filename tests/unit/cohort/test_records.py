@@ -115,13 +115,15 @@ def test_one_bad_record_does_not_hide_the_others() -> None:
 
 def test_status_json_layout() -> None:
     data = snapshot.build(filled()).to_json()
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert set(data) == {
         *("schema", "run", "redundancy", "primary", "stopping", "frontend_url", "model", "created", "cohorts", "nodes"),
-        *("nnodes", "lost_nodes", "missing_nodes", "starting", "generation", "rolling", "alarms"),
+        *("nnodes", "lost_nodes", "missing_nodes", "starting", "generation", "rolling", "alarms", "groups"),
         *("leader_reported_ago", "leader_silent"),
     }
     assert data["cohorts"][0]["role"] == "primary" and data["cohorts"][1]["role"] == "shadow"
+    (whole,) = data["groups"]
+    assert whole["name"] == "" and whole["cohorts"] == data["cohorts"] and whole["nodes"] == data["nodes"]
 
 
 def test_a_size_that_a_gms_server_does_not_tell_is_null_and_not_shown() -> None:
