@@ -53,6 +53,10 @@ class Grouped(Deployment):
 
         return eventually(all_full, LONG, f"{names} full")
 
+    def starts(self, group: str) -> int:
+        """How many lives a group has had."""
+        return sum(c["incarnation"] for c in self.groups()[group]["cohorts"])
+
     def primary_ranks(self, group: str) -> list[int]:
         """The process groups of a group's primary, by their place in it."""
         found = self.full(group)[group]
@@ -211,7 +215,9 @@ def test_every_rank_of_one_group_dies_and_the_other_serves_on(pairs: Four) -> No
         for k in range(KILLS):
             load.wait_busy(0.5)
             os.killpg(run.primary_ranks("g1")[k % 2], signal.SIGKILL)
-            eventually(lambda k=k: len(run.of("g1", "first_token")) == k + 2, LONG, "promoted")  # type: ignore[misc]
+            eventually(lambda k=k: run.starts("g1") == 2 + k + 1, LONG, "the killed cohort is started again")  # type: ignore[misc]
+            run.full("g1")
+    assert len(run.of("g1", "first_token")) == 1 + KILLS, "each time the other took over, and nobody else"
     assert load.lost == [] and load.wrong == [], load.said()
     assert run.lives("g0") == untouched and run.of("g0", "kill") == []
 
