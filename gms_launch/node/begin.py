@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from gms_launch.cohort import membership
+from gms_launch.cohort.model import Redundancy
 from gms_launch.cohort.records import RunState
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
 from gms_launch.node import upkeep
@@ -94,11 +95,10 @@ async def _join(group: Group) -> None:
         group.report.lease_known()
         group.report.node(force=True)
         if group.is_leader:
+            # It may go on where another agent in its place was lost, and all of its cohorts with that.
             began = group.mirror.run is not None and bool(group.mirror.run.redundancy)
-            group.memory = replace(
-                group.memory, initial=not began
-            )  # it goes on where another agent of this node was lost
-            group.report.run(state=RunState.ADMITTED)
+            group.memory = replace(group.memory, initial=not began)
+            group.report.run(state=RunState.ADMITTED, redundancy=Redundancy.DOWN.value if began else "")
     group.gms_epoch = group.mirror.run.gms_epoch if group.mirror.run else 0
 
 

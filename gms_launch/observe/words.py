@@ -131,9 +131,15 @@ def parts(shot: Snapshot) -> list[Row]:
         else:
             why = "its lease has run out: stopped (SIGSTOP), cut off or gone"
         found.append((place(shot, node_rank), "agent", SILENT, "", "", why))
-    for node in shot.nodes:
+    for rank in range(shot.nnodes, shot.nnodes + shot.wanted_spares):
+        if rank not in {n.node_rank for n in shot.spares}:
+            found.append(
+                (str(rank), "agent", SILENT, "", "", "no spare is here: not come yet, stopped, cut off or gone")
+            )
+    for node in (*shot.nodes, *shot.spares):
         where = place(shot, node.node_rank)
-        found.append((where, f"agent on {node.host}", "running", str(node.agent_pid), "", node.address))
+        note = f"{node.address}, a spare" if node in shot.spares else node.address
+        found.append((where, f"agent on {node.host}", "running", str(node.agent_pid), "", note))
         for stray in node.strays:
             found.append((where, "stray", "cannot be killed", stray.partition(" ")[0], "", stray))
         if node.lock_holder.startswith("process"):

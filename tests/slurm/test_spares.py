@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
+from gms_launch.process import proc
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun, since
 from tests.support import LONG, eventually
@@ -57,3 +60,54 @@ def test_a_spare_takes_the_place_of_a_node_that_is_switched_off(bare_lab: Lab, m
         assert run.text() == before
         assert gms_of(run.status(), "node1") == weights
         bare_lab.node("node3").start(daemons=False)
+
+
+def test_an_agent_that_stood_still_finds_its_place_taken_and_does_no_harm(bare_lab: Lab, model: Path) -> None:
+    """Stopped for longer than its lease: its guard ends what runs there, and awake it is the spare."""
+    run = LabRun(bare_lab, model, *SPARE).hand()
+    with run:
+        before = run.text()
+        old = run.engines(1)
+        agent = run.agents()[1]
+        os.kill(agent, signal.SIGSTOP)
+        try:
+            eventually(lambda: not any(proc.alive(i.identity) for i in old), what="they are dead")
+            assert not run.events("spare_takes_over"), "before anybody else is in their place"
+            eventually(lambda: run.events("spare_takes_over"), LONG)
+            status = run.wait_full()
+            assert hosts(status) == ["node1", "node3"]
+            lives = [(c["incarnation"], [r["pid"] for r in c["ranks"]]) for c in status["cohorts"]]
+        finally:
+            os.kill(agent, signal.SIGCONT)
+        eventually(lambda: spares(run) == ["node2"], LONG)
+        assert run.agents()[1] == agent, "the same process"
+        assert not run.lab.node("node2").pids("gms"), "and nothing of its old place is left"
+        status = run.wait_full()
+        assert hosts(status) == ["node1", "node3"]
+        assert [(c["incarnation"], [r["pid"] for r in c["ranks"]]) for c in status["cohorts"]] == lives, (
+            "nobody noticed"
+        )
+        assert run.text() == before
+
+
+def test_a_stopped_agent_on_a_node_that_is_cut_off_has_no_ranks_when_the_spare_starts(
+    bare_lab: Lab, model: Path
+) -> None:
+    """Nobody's word reaches its guard, which knows until when the node has its place."""
+    run = LabRun(bare_lab, model, *SPARE).hand()
+    with run:
+        before, old = run.text(), run.engines(1)
+        agent = run.agents()[1]
+        os.kill(agent, signal.SIGSTOP)
+        bare_lab.node("node2").cut()
+        try:
+            eventually(lambda: not any(proc.alive(i.identity) for i in old), what="they are dead")
+            assert not run.events("spare_takes_over"), "before anybody else is in their place"
+            eventually(lambda: run.events("spare_takes_over"), LONG)
+            assert hosts(run.wait_full()) == ["node1", "node3"]
+        finally:
+            bare_lab.node("node2").join()
+            os.kill(agent, signal.SIGCONT)
+        eventually(lambda: spares(run) == ["node2"], LONG)
+        assert hosts(run.wait_full()) == ["node1", "node3"]
+        assert run.text() == before
