@@ -148,7 +148,7 @@ def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[s
     from gms_launch.run import rendezvous
 
     settings = layout.settings
-    found = rendezvous.find_leader(layout.run_dir, settings, progress)
+    found = rendezvous.find_leader(layout.run_dir, settings, layout.topology, progress)
     place = topology.at_leader(layout.topology, found.run.leader_address, chosen=bool(settings.interface))
     rank, seat = found.seat_of(layout.origin)
     return replace(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from gms_launch.cohort import membership
+from gms_launch.cohort import arrival, membership
 from gms_launch.cohort.records import EventRecord, NodeRecord, RunRecord, RunState, SeatRecord
 from gms_launch.control import terms
 from gms_launch.control.keys import DYNAMO_ROOT, Range, Share, followed, prefix
@@ -120,7 +120,8 @@ class Session:
         link = ControlLink(layout.etcd_access, self._post)
         self._link = self._report.link = link
         # A leader's etcd is young; the others have just heard from it.
-        link.connect(keys, self._settings.service_timeout if layout.topology.is_leader else 2.0)
+        long = self._settings.service_timeout
+        link.connect(keys, long if layout.topology.is_leader else arrival.patience(layout.topology.nnodes, long))
         if layout.topology.is_leader:
             if layout.own_etcd:
                 link.establish(roles())

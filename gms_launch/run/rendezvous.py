@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from gms_launch import __version__
-from gms_launch.cohort import seats
+from gms_launch.cohort import arrival, seats
 from gms_launch.cohort.records import RecordError, RunRecord, RunState, SeatRecord
 from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError, by_code
 from gms_launch.run import contact
 from gms_launch.run.agreement import settings_differences
 from gms_launch.run.rundir import RunDir, RunFile
+from gms_launch.run.topology import Topology
 from gms_launch.settings.declared import Settings
 
 POLL = 0.1
@@ -40,15 +41,15 @@ class Found:
         return rank, self.seats.get(rank)
 
 
-def find_leader(directory: RunDir, settings: Settings, progress: Callable[[str], None]) -> Found:
-    """Wait until the leader of this run answers, for at most node_wait seconds.
+def find_leader(directory: RunDir, settings: Settings, place: Topology, progress: Callable[[str], None]) -> Found:
+    """Wait until the leader of this run answers, for at most node_wait seconds; of a large run not all ask at once.
 
     Raises `UsageError` when the leader has another version, what the run failed with if it ended meanwhile, and
     `DeadlineError`.
     """
     begun = time.time()
     deadline = time.monotonic() + settings.node_wait
-    told = ""
+    told, pause = "", arrival.pause(place.node_rank, place.nnodes)
     while True:
         reason = "there is no run.json yet; is the run directory on a file system that the nodes share?"
         try:
@@ -59,6 +60,8 @@ def find_leader(directory: RunDir, settings: Settings, progress: Callable[[str],
                     )
                 reason = "run.json is of a run that has ended"
                 if run.ended is None:
+                    time.sleep(pause)
+                    pause = 0.0
                     if (found := _ask(directory, run, settings)) is not None:
                         return found
                     reason = "its etcd does not know this run yet"
