@@ -13,6 +13,7 @@ from gms_launch.errors import by_code
 from gms_launch.interpreter import module
 from gms_launch.run.rundir import RunDir
 from gms_launch.settings.declared import SETTINGS, Settings
+from gms_launch.settings.resolve import TABLES_ENV
 
 
 def start(settings: Settings) -> None:
@@ -64,8 +65,9 @@ def _wait_ready(reader: int, agent: subprocess.Popen[bytes], directory: RunDir) 
 
 
 def as_environment(settings: Settings) -> dict[str, str]:
-    """The settings that nobody else may see, by name in the environment."""
-    return {s.env: getattr(settings, s.name) for s in SETTINGS if s.secret and settings.was_set(s.name)}
+    """What no flag may or can hold, by name in the environment: secrets, and the tables of groups."""
+    found = {s.env: getattr(settings, s.name) for s in SETTINGS if s.secret and settings.was_set(s.name)}
+    return found | ({TABLES_ENV: json.dumps(settings.tables)} if settings.tables else {})
 
 
 def as_flags(settings: Settings) -> list[str]:

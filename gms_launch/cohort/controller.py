@@ -9,6 +9,7 @@ and carries out what users ask for. Who serves is decided by the lock, or in `ac
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import replace
 
@@ -140,8 +141,13 @@ def next_look(view: View, memory: Memory, policy: Policy, now: float) -> float |
         if slot.phase is Phase.STARTING:
             times.append(slot.since + policy.start_timeout)
         elif slot.phase in (Phase.WAKING, Phase.ACTIVE) and view.confirmed != (slot.cohort_id, slot.incarnation):
-            times.append(slot.since + policy.promotion_timeout)
-    return min((t for t in times if t > now), default=None)
+            times.append(_asked(slot, view) + policy.promotion_timeout)
+    return min((t for t in times if now < t < math.inf), default=None)
+
+
+def _asked(slot: Slot, view: View) -> float:
+    """Since when a token of a slot's is waited for: it was asked for one, where that takes another engine too."""
+    return max(slot.since, view.asked_since) if slot.phase is Phase.ACTIVE else slot.since
 
 
 def _remember(view: View, memory: Memory, now: float) -> Memory:
@@ -172,7 +178,7 @@ def _too_late(slot: Slot, view: View, policy: Policy, now: float) -> str:
     if slot.phase is Phase.STARTING and now - slot.since >= policy.start_timeout:
         return f"not parked within {policy.start_timeout:g} s (start_timeout)"
     waking = slot.phase in (Phase.WAKING, Phase.ACTIVE) and view.confirmed != (slot.cohort_id, slot.incarnation)
-    if waking and now - slot.since >= policy.promotion_timeout:
+    if waking and now - _asked(slot, view) >= policy.promotion_timeout:
         why = f": {view.no_token}" if view.no_token and slot.phase is Phase.ACTIVE else ""
         if slot.phase is Phase.WAKING:
             why = ": it has not registered in discovery, so nothing serves its model"

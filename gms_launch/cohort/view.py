@@ -98,7 +98,7 @@ class View:
     `gms_down` names the nodes with a dead GMS; `gms_restarting` until every node has the new ones that were wanted.
     `lock_keeper` is a process that keeps the lock and is of no living cohort. `hung` are lives that serve no tokens
     although their processes live, with the reason. `no_token` says why the life that has registered last has given none
-    yet, as far as the frontend tells.
+    yet, as far as the frontend tells; `asked_since`: that is held against it from then on (infinite: not yet).
     """
 
     slots: Mapping[int, Slot]
@@ -113,6 +113,7 @@ class View:
     generation: int = 0
     rolling: bool = False
     no_token: str = ""
+    asked_since: float = 0.0
 
 
 @dataclass(frozen=True)

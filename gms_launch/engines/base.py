@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 #: Where everything listens that only the leader node uses: its frontend, its engines' leader ranks and its agent.
 LOOPBACK = "127.0.0.1"
 
+#: Under which component an engine of each role registers, unless it is told another: upstream's own names.
+COMPONENTS = {"agg": "backend", "prefill": "prefill", "decode": "backend"}
+
 #: In every rank's environment: what it can prove by that it belongs to its life, where its ranks meet on a network.
 MEETING_SECRET = "GMS_LAUNCH_MEETING_SECRET"
 
@@ -109,6 +112,7 @@ class DynamoPlane:
 @dataclass(frozen=True)
 class RankSpec:
     """One rank of one life of a cohort. `device_view`: the environment in which it sees its devices alone.
+    `role`: agg, or the half of a request's way that it goes; `component`: under which it registers, empty for its own.
     `meeting_secret`: hexadecimal, known to the ranks of this life alone."""
 
     cohort_id: int
@@ -136,6 +140,8 @@ class RankSpec:
     interface: str = ""
     extra_ports: Mapping[str, int] = field(default_factory=dict)
     device_view: Mapping[str, str] = field(default_factory=dict)
+    role: str = "agg"
+    component: str = ""
 
 
 class Engine(Protocol):

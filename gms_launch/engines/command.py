@@ -22,7 +22,7 @@ import msgspec
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.steps import Step
 from gms_launch.engines import installed
-from gms_launch.engines.base import LOOPBACK, MEETING_SECRET, RankSpec
+from gms_launch.engines.base import COMPONENTS, LOOPBACK, MEETING_SECRET, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.process.lifecycle import Command
@@ -33,6 +33,7 @@ from gms_launch.settings.resolve import read_toml
 PLACEHOLDERS = (
     *("python", "model", "served_model_name", "tp", "pp", "local_ranks", "nnodes", "node_rank", "cohort_id"),
     *("incarnation", "leader_address", "address", "namespace", "master_port", "system_port", "nixl_port", "vllm_port"),
+    *("role", "component"),
     *("gms_dir", "lock_path", "gms_memory", "cache_dir", "scratch_dir"),
 )
 #: Names of variables and of ports: what a shell and a placeholder can hold.
@@ -118,6 +119,7 @@ def _values(spec: RankSpec) -> dict[str, Any]:
     values: dict[str, Any] = {n: getattr(spec, n) for n in PLACEHOLDERS if hasattr(spec, n)}
     values |= {"local_ranks": spec.tp * spec.pp // spec.nnodes, "address": spec.plane.address}
     values |= {"namespace": spec.plane.namespace, "served_model_name": spec.served_model_name or spec.model}
+    values |= {"component": spec.component or COMPONENTS[spec.role]}
     return values | {f"port_{name}": port for name, port in spec.extra_ports.items()}
 
 

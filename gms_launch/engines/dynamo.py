@@ -65,6 +65,10 @@ def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:
     argv += ["--tensor-parallel-size", str(spec.tp)]
     if spec.pp > 1:
         argv += ["--pipeline-parallel-size", str(spec.pp)]
+    if spec.role != "agg":
+        argv += ["--disaggregation-mode", spec.role]
+    if spec.component:
+        argv += ["--endpoint", f"dyn://{spec.plane.namespace}.{spec.component}.generate"]
     if spec.nnodes > 1:
         argv += ["--distributed-executor-backend", "mp", "--nnodes", str(spec.nnodes)]
         argv += ["--node-rank", str(spec.node_rank), "--master-addr", spec.leader_address]

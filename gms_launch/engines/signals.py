@@ -16,6 +16,10 @@ from gms_launch.cohort.model import Phase
 #: States of the failover metrics, upstream's words (failover_metrics.py, 1.4 and later).
 STATES = {"init": Phase.STARTING, "standby": Phase.PARKED, "waking": Phase.WAKING, "active": Phase.ACTIVE}
 _STATE = re.compile(r'^dynamo_component_engine_failover_state\{[^}]*\bstate="(\w+)"[^}]*\} (\S+)', re.MULTILINE)
+_WORK = re.compile(
+    r'^dynamo_component_(requests_total|response_bytes_total)\{[^}]*\bdynamo_endpoint="generate"[^}]*\} (\S+)',
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,14 @@ class Signals:
     health: Health = Health()
     holds_lock: bool = False
     registered: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine has done in its life, by its own count: requests that reached it, and bytes that it answered."""
+
+    asked: float
+    answered: float
 
 
 def phase(signals: Signals) -> Phase | None:
@@ -88,6 +100,26 @@ def _state(connection: http.client.HTTPConnection) -> str:
         return failover_state(connection.getresponse().read().decode(errors="replace"))
     except (OSError, http.client.HTTPException):
         return ""
+
+
+def work(address: str, port: int, timeout: float) -> Work | None:
+    """What the engine counts of its endpoint `generate`, under names as in Dynamo 1.1 to 1.6; None: no answer."""
+    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+    try:
+        connection.request("GET", "/metrics")
+        return counted(connection.getresponse().read().decode(errors="replace"))
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def counted(metrics: str) -> Work:
+    """The same from Prometheus text."""
+    found = dict.fromkeys(("requests_total", "response_bytes_total"), 0.0)
+    for name, value in _WORK.findall(metrics):
+        found[name] += float(value)
+    return Work(found["requests_total"], found["response_bytes_total"])
 
 
 def failover_state(metrics: str) -> str:

@@ -11,7 +11,9 @@ import asyncio
 import itertools
 import time
 from dataclasses import dataclass
+from functools import partial
 
+from gms_launch.node.half import Half
 from gms_launch.run.plan import Layout
 from gms_launch.services import frontend
 from gms_launch.services.base import NotReadyError
@@ -69,15 +71,19 @@ class Canary:
         self.hung: dict[tuple[int, int], str] = {}
         self.token_after: float | None = None
 
-    async def watch(self, life: tuple[int, int]) -> None:
-        """Return when the life hangs, having said so in `hung`. Cancelled when it ends or another serves."""
+    async def watch(self, life: tuple[int, int], half: Half | None = None) -> None:
+        """Return when the life hangs, having said so in `hung`. Cancelled when it ends or another serves.
+
+        `half`: it is one of two halves, and its own counters tell what the frontend's cannot.
+        """
+        count = partial(frontend.traffic, self._where) if half is None else half.count
         loop = asyncio.get_running_loop()
         clock = TokenClock(self._interval, self._timeout, time.monotonic())
         asking: asyncio.Future[str] | None = None
         reason = ""
         while True:
             try:
-                counted = await loop.run_in_executor(None, frontend.traffic, self._where)
+                counted = await loop.run_in_executor(None, count)
             except NotReadyError:
                 clock.token(time.monotonic())  # the frontend is away: that says nothing of the engine
             else:
@@ -93,14 +99,16 @@ class Canary:
                 self.hung = {life: f"hung: no token for {self._timeout:g} s (canary_timeout): {reason}"}
                 return
             if asking is None and clock.due(time.monotonic()):
-                asking = loop.run_in_executor(None, self._ask)
+                asking = loop.run_in_executor(None, self._ask, half)
             await asyncio.sleep(min(LOOK_EVERY, self._interval / 2))  # the frontend announces nothing
 
-    def _ask(self) -> str:
+    def _ask(self, half: Half | None) -> str:
         """Ask for one token; why none came, or nothing."""
         try:
             # Half of what is left after the interval: two requests fail before the engine is taken for dead.
             patience = max(1.0, (self._timeout - self._interval) / 2)
+            if half is not None:
+                return half.silent(patience, next(self._names))
             frontend.one_token(self._where, self._model, patience, next(self._names))
         except NotReadyError as exc:
             return str(exc)

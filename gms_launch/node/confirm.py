@@ -27,6 +27,8 @@ class TokenWatch:
         self._listed_at: float | None = None
         self._quiet_since = 0.0
         self.why = ""
+        #: Since when it can be held against the engine that no token comes (monotonic seconds): from the first.
+        self.asked_since = 0.0
 
     def a_token_came(self) -> bool:
         """True once one did. Sends a request for one if the model is there and nobody else asks."""

@@ -89,6 +89,7 @@ class Group:
         self.redundancy = Redundancy.DOWN
         self.confirmed: tuple[int, int] | None = None
         self.no_token = ""
+        self.asked_since = 0.0
         self.canary = Canary(layout) if self.is_leader and self.settings.canary else None
         self._alone_since: float | None = None
         self.formed = not layout.group

@@ -25,6 +25,7 @@ from gms_launch.node import consent, herald
 from gms_launch.node.confirm import TokenWatch
 from gms_launch.node.gms_watch import DOWN
 from gms_launch.node.group import Group
+from gms_launch.node.half import Half
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
 from gms_launch.observe import snapshot
@@ -89,6 +90,7 @@ def view(me: Group, now: float) -> View:
         confirmed=me.confirmed,
         requests=tuple(_request(c) for c in waiting),
         no_token=me.no_token,
+        asked_since=me.asked_since,
         absent={
             r: node_name(me, r)
             for r in [*membership.missing(me.mirror.nodes, nnodes), *membership.unfit(me.mirror.nodes, nnodes)]
@@ -330,11 +332,12 @@ async def confirm(me: Group, rank: Rank) -> None:
     Ours costs a prefill, and users wait at that very moment.
     """
     begun = time.monotonic()
-    seen = TokenWatch(me.layout)
-    me.no_token = ""
+    half = Half(me.layout, rank.port) if me.layout.role != "agg" else None
+    seen = half or TokenWatch(me.layout)
+    me.no_token, me.asked_since = "", seen.asked_since
     while rank.phase is Phase.ACTIVE and not me.stopping.is_set():
         if not await me.loop.run_in_executor(None, seen.a_token_came):
-            me.no_token = seen.why
+            me.no_token, me.asked_since = seen.why, seen.asked_since
             # Quickly while it is about to come, then without getting in anybody's way.
             await asyncio.sleep(CONFIRM_PAUSE if time.monotonic() - begun < 2.0 else 0.2)
             continue
@@ -345,14 +348,14 @@ async def confirm(me: Group, rank: Rank) -> None:
             me.report.emit("first_token", rank.cohort_id, rank.incarnation, **data)
             me.wake.set()
             if me.canary is not None and me.settings.group_kill:
-                me.spawn(_watch_tokens(me, rank))
+                me.spawn(_watch_tokens(me, rank, half))
         return
 
 
-async def _watch_tokens(me: Group, rank: Rank) -> None:
+async def _watch_tokens(me: Group, rank: Rank, half: Half | None) -> None:
     """For as long as a rank serves, see that tokens come."""
     assert me.canary is not None
-    watching = me.loop.create_task(me.canary.watch(rank.life))
+    watching = me.loop.create_task(me.canary.watch(rank.life, half))
     ended = me.loop.create_task(rank.ended.wait())
     try:
         await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)

@@ -33,7 +33,8 @@ FENCE_TIMEOUT = 30.0
 class Rank:
     """One life of a cohort's rank on this node. Times are Unix seconds.
 
-    `began` is when it was started; `pids` and `segments` are processes and shared memory that were seen of it.
+    `began` is when it was started, `port` its system port; `pids` and `segments` are processes and shared memory that
+    were seen of it.
     `last` is how long each step took at the last start like this one (seconds). `stopping`: its end is wanted, so its
     exit is no news. `on_event(rank, kind, time, detail)` gets: step, parked, lock, awake, registered, hung, exit, dead,
     fenced, unfenced.
@@ -58,6 +59,7 @@ class Rank:
     stopping: bool = False
     awake: bool = False
     began: float = 0.0
+    port: int = 0
     pids: frozenset[int] = frozenset()
     segments: frozenset[scratch.Segment] = frozenset()
     step: Step = Step.IMPORTS

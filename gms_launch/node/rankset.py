@@ -126,7 +126,7 @@ class RankSet:
             last=self.starts.of(cohort_id, incarnation),
         )
         try:
-            port = self._system_port(rank)
+            rank.port = port = self._system_port(rank)
             command = self._layout.rank_command(
                 cohort_id, incarnation, desire.master_port, desire.engine_args, port, desire.master_addr
             )

@@ -49,10 +49,6 @@ def _not_yet(p: Placed, layout: Layout) -> None:
             f"group {p.group.name} is led by node {p.leader}, and the run's own NATS is on the first node's loopback: "
             "leave --event-plane as it is, or name a NATS of your own (--nats-server)"
         )
-    if p.group.role != "agg" or p.group.component:
-        raise UsageError(
-            f"group {p.group.name}: role and component can be planned, and are not passed on to an engine yet"
-        )
 
 
 def with_groups(layout: Layout, free: Callable[[int], bool]) -> Layout:
@@ -82,6 +78,8 @@ def with_groups(layout: Layout, free: Callable[[int], bool]) -> Layout:
                 index=k,
                 gpus=p.gpus,
                 wide=bool(p.leader),
+                role=p.group.role,
+                component=p.group.component,
             )
         )
     return replace(layout, parts=tuple(made), number_of_groups=len(found), wide=any(p.leader for p in found))

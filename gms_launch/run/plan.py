@@ -64,6 +64,8 @@ class Layout:
     group: str = ""
     index: int = 0
     gpus: range | None = None
+    role: str = "agg"
+    component: str = ""
     place: Topology | None = None
     parts: tuple[Layout, ...] = ()
     number_of_groups: int = 0
@@ -321,6 +323,8 @@ class Layout:
                 cache_dir=self.cache_dir,
                 scratch_dir=self.node_dir.scratch(cohort_id, incarnation),
                 device_view=self.device_view,
+                role=self.role,
+                component=self.component,
                 extra_ports={name: numbers[cohort_id] for name, numbers in self.ports.extra.items()},
             )
         )

@@ -30,7 +30,7 @@ REFUSED: Mapping[str, str] = {
     "--enable-sleep-mode": "it is always on",
     "--no-enable-sleep-mode": "a shadow parks by sleeping",
     "--namespace": _MINE.format("--namespace"),
-    "--endpoint": "gms-launch watches the engines' registration under <namespace>/backend/generate",
+    "--endpoint": "gms-launch watches the engines' registration; a [[group]] may say its component",
     "--event-plane": _MINE.format("--event-plane"),
     "--discovery-backend": "gms-launch runs the engines on etcd, which it watches and whose leases it revokes",
     "--request-plane": "gms-launch sets it up for TCP on the nodes' own network",
@@ -41,7 +41,10 @@ REFUSED: Mapping[str, str] = {
 FIXED: Mapping[str, tuple[str, str]] = {
     "--load-format": ("gms", "the engines share one copy of the weights, which only the gms loader maps"),
     "--distributed-executor-backend": ("mp", "shadow mode works with the mp executor only, not with Ray"),
-    "--disaggregation-mode": ("agg", "a promotion is confirmed by a token, which a prefill or decode half cannot give"),
+    "--disaggregation-mode": (
+        "agg",
+        "no half answers anything alone; give a [[group]] the role prefill or decode",
+    ),
     "--data-parallel-size": ("1", "GMS has been seen to put the ranks of several replicas on one GPU"),
     "-dp": ("1", "GMS has been seen to put the ranks of several replicas on one GPU"),
     "--embedding-worker-processes": ("1", "several front processes share one engine core and its ports"),
@@ -57,6 +60,11 @@ def walk(args: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not equals and k + 1 < len(args) and not args[k + 1].startswith("-"):
             value = args[k + 1]
         yield (name.replace("_", "-") if name.startswith("--") else name), value
+
+
+def has(args: Sequence[str], flag: str) -> bool:
+    """Whether a flag is among the arguments."""
+    return any(name == flag for name, _ in walk(args))
 
 
 def _owned_by(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from gms_launch.errors import UsageError
 from gms_launch.numbers import numbered
-from gms_launch.settings import rules
+from gms_launch.settings import arguments, rules
 from gms_launch.settings.declared import BY_NAME, MOST_NODES, Setting, Settings
 
 #: Groups of a run. A name is part of paths and keys, and a count adds a number to it.
@@ -33,6 +33,8 @@ OWN = (
 #: Settings that a table may say for its groups. What it does not say comes from the top.
 TAKEN = ("model", "served_model_name", "engine", "engine_file", "tp", "pp", "shadows")
 KEYS: Mapping[str, Setting] = {s.name: s for s in (*OWN, *(BY_NAME[name] for name in TAKEN))}
+#: Upstream's own example of a way for the KV cache.
+_CONNECTOR = """engine_args = ["--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}']"""
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,17 @@ def _group(said: Mapping[str, Any], s: Settings, gpus: int) -> Group:
     }
     sources = {k: v for k, v in s.sources.items() if k not in ("groups", "node_rank")}
     mine = replace(s, **own, groups=1, tables=(), node_rank=0, hosts="", sources=sources | dict.fromkeys(own, "group"))
+    role = said.get("role", "agg")
+    if role != "agg" and mine.engine == "vllm" and not arguments.has(mine.engine_args, "--kv-transfer-config"):
+        raise UsageError(
+            f"group {name}: role {role} needs engine_args with --kv-transfer-config, which says how the KV cache goes "
+            f"from one half to the other, as in {_CONNECTOR}"
+        )
     try:
         rules.check(mine)
     except UsageError as exc:
         raise UsageError(f"group {name}: {exc}") from None
-    return Group(name, nodes, gpus_here, whole, said.get("role", "agg"), said.get("component", ""), mine)
+    return Group(name, nodes, gpus_here, whole, role, said.get("component", ""), mine)
 
 
 def _size(said: Mapping[str, Any], s: Settings, gpus: int) -> tuple[int, int, int, int, bool]:

@@ -8,6 +8,7 @@ looks like. What it does not do: find out who this node is (`topology`) or hand 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from gms_launch.settings import groups, rules
 from gms_launch.settings.declared import BY_NAME, ENV_PREFIX, LONGEST_TEXT, SETTINGS, Setting, Settings
 from gms_launch.urls import HIDDEN
 
+#: The [[group]] tables for an agent that another process starts, as JSON: no flag holds them.
+TABLES_ENV = "GMS_LAUNCH_GROUP_TABLES"
 #: Names with our prefix that are not settings: the process tag, and where runs are recorded.
-RESERVED_ENV = frozenset({"GMS_LAUNCH_TAG", "GMS_LAUNCH_HOME", "GMS_LAUNCH_CONFIG"})
+RESERVED_ENV = frozenset({"GMS_LAUNCH_TAG", "GMS_LAUNCH_HOME", "GMS_LAUNCH_CONFIG", TABLES_ENV})
 
 #: A settings file or an engine file is smaller than this (bytes); a device that never ends is read no further.
 LARGEST_FILE = 2**20
@@ -139,6 +142,8 @@ def resolve(
     tables: Sequence[Mapping[str, Any]] = ()
     if toml and "group" in toml:
         tables = groups.tables(toml["group"], toml_path, parse)
+    elif environ.get(TABLES_ENV):
+        tables = groups.tables(_json(environ[TABLES_ENV]), TABLES_ENV, parse)
     for key in toml or {}:
         if key != "group" and key not in BY_NAME:
             raise UsageError(f"{toml_path}: unknown setting {_short(key)}{_suggest(key, list(BY_NAME))}")
@@ -182,6 +187,13 @@ def resolve(
         if name not in sources:
             values[name] = min(values[name], most)
     return checked(Settings(**values, engine_args=tuple(engine_args), tables=tuple(tables), sources=sources))
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None  # which is no list of tables
 
 
 def checked(settings: Settings) -> Settings:

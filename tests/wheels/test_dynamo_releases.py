@@ -11,7 +11,7 @@ import pytest
 
 from gms_launch.cohort.model import Phase
 from gms_launch.engines import signals, vllm
-from gms_launch.engines.base import MEETING_SECRET
+from gms_launch.engines.base import COMPONENTS, MEETING_SECRET
 from gms_launch.engines.vllm import LINES, Line
 from gms_launch.settings.resolve import resolve
 from tests.unit.engines.test_engines import plan_of
@@ -60,6 +60,22 @@ def test_flags_and_variables_of_the_engine(line: Line) -> None:
     assert default == line.event_plane
     read = found.environ("dynamo/vllm/")
     assert {"ENGINE_ID", "FAILOVER_LOCK_PATH"} <= read
+
+
+@each_line
+def test_halves_are_told_apart_as_we_do(line: Line) -> None:
+    found = wheel(line.release)
+    assert "--disaggregation-mode" in found.flags("dynamo/vllm/")
+    _, args = found.function("dynamo/vllm/args.py", "update_dynamo_config_with_engine")
+    for role, component in (("PREFILL", COMPONENTS["prefill"]), ("ENCODE", "encode")):
+        assert re.search(rf'DisaggregationMode.{role}:\s+dynamo_config.component = "{component}"', args)
+    assert f'dynamo_config.component = "{COMPONENTS["decode"]}"' in args
+    assert "parse_endpoint(user_endpoint)" in args, "--endpoint counts for more"
+    assert re.search(r"PREFILL\s+and not has_kv_transfer_config", args), "refused there without a way for the KV cache"
+    both = found.sources["dynamo/vllm/worker_factory.py"]
+    waits = both.count("self._maybe_wait_for_failover_lock(")
+    assert waits == 2, "prefill engines park and wait for the lock as the others do"
+    assert "ModelType.Prefill" in both
 
 
 @each_line

@@ -22,11 +22,18 @@ FIRST_WORD = 300
 ENDING = 32
 
 
+def read(state: int, tokens: Sequence[int]) -> int:
+    """The state of a text after these tokens of it; at its beginning it is the weights' digest."""
+    for token in tokens:
+        state = mix(state ^ token)
+    return state
+
+
 class Answer:
-    """One choice of an answer, while it grows. `request` is Dynamo's preprocessed request."""
+    """One choice of an answer, while it grows. `request` is Dynamo's preprocessed one, `state` that of its prompt."""
 
     def __init__(
-        self, request: Mapping[str, Any], digest: int, vocabulary: int, context: int, choice: int = 0, salt: int = 0
+        self, request: Mapping[str, Any], state: int, vocabulary: int, context: int, choice: int = 0, salt: int = 0
     ) -> None:
         stop, sampling = request.get("stop_conditions") or {}, request.get("sampling_options") or {}
         output = request.get("output_options") or {}
@@ -39,21 +46,16 @@ class Answer:
         self._least = stop.get("min_tokens") or 0
         self._stops = frozenset([*(stop.get("stop_token_ids") or []), *(stop.get("stop_token_ids_hidden") or [])])
         self._logprobs = output.get("logprobs")
-        self.state, self.position, self.count = digest, 0, 0
-        for token in request["token_ids"]:
-            self._append(token)
+        self.state, self.position, self.count = state, len(request["token_ids"]), 0
         #: Why it ended, in vLLM's words; None while it goes on.
         self.finished: str | None = None if self._limit else "length"
-
-    def _append(self, token: int) -> None:
-        self.state = mix(self.state ^ token)
-        self.position += 1
 
     def take(self, share: int) -> dict[str, Any]:
         """One more token, from what the weights have to say about the state. Returns a chunk as dynamo.vllm's."""
         drawn = mix(mix(self.state + share) ^ self._salt)
         token = self._word(drawn)
-        self._append(token)
+        self.state = read(self.state, [token])
+        self.position += 1
         self.count += 1
         if self.count >= self._least and (token in self._stops or (self._ends_by_itself and mix(drawn) % ENDING == 0)):
             self.finished = "stop"
@@ -85,11 +87,11 @@ def _salt(sampling: Mapping[str, Any], choice: int, salt: int) -> int:
     return mix((salt if seed is None else int(seed)) + (choice << 32))
 
 
-def answers(request: Mapping[str, Any], digest: int, vocabulary: int, context: int) -> list[Answer]:
+def answers(request: Mapping[str, Any], state: int, vocabulary: int, context: int) -> list[Answer]:
     """The choices that were asked for, `n` of them. Sampled without a seed they are others each time."""
     count = (request.get("sampling_options") or {}).get("n") or 1
     salt = int.from_bytes(os.urandom(8), "big")
-    return [Answer(request, digest, vocabulary, context, choice, salt) for choice in range(count)]
+    return [Answer(request, state, vocabulary, context, choice, salt) for choice in range(count)]
 
 
 def usage(request: Mapping[str, Any], found: Sequence[Answer]) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gms_launch.engines.base import MEETING_SECRET
+from gms_launch.engines.base import COMPONENTS, MEETING_SECRET
 from gms_launch.engines.reference import meeting
 
 #: Points at which an engine can be made to fail, in the order it passes them, and the ways to fail.
@@ -124,6 +125,8 @@ class EngineConfig:
     knobs: Knobs
     tag: str
     device: str = "host"
+    mode: str = "agg"
+    component: str = "backend"
     meeting_secret: bytes = field(default=b"", repr=False)
 
     @property
@@ -151,12 +154,17 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--enable-sleep-mode", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="taken as vLLM takes it; nothing here is drawn by chance")
+    parser.add_argument("--disaggregation-mode", choices=["agg", "prefill", "decode"], default="agg")
+    parser.add_argument("--endpoint", default="", help="dyn://NAMESPACE.COMPONENT.generate")
     # The same command line is to do for both engines; this one has no use for these.
     parser.add_argument("--max-model-len", help=argparse.SUPPRESS)
     parser.add_argument("--gpu-memory-utilization", help=argparse.SUPPRESS)
+    parser.add_argument("--kv-transfer-config", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.tensor_parallel_size % options.nnodes:
         parser.error("--tensor-parallel-size must be a multiple of --nnodes")
+    if options.endpoint and not re.fullmatch(r"dyn://[^.]+\.[^.]+\.generate", options.endpoint):
+        parser.error("--endpoint: expected dyn://NAMESPACE.COMPONENT.generate")
     if options.headless != (options.node_rank > 0):
         parser.error("--headless goes with --node-rank above 0, and only with that")
     if environ.get("DYN_VLLM_GMS_SHADOW_MODE", "").lower() not in ("1", "true"):
@@ -188,5 +196,7 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
         knobs=knobs,
         tag=environ.get("GMS_LAUNCH_TAG", ""),
         device=environ.get("REFERENCE_DEVICE", "host"),
+        mode=options.disaggregation_mode,
+        component=options.endpoint.split(".")[1] if options.endpoint else COMPONENTS[options.disaggregation_mode],
         meeting_secret=secret,
     )

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from gms_launch.engines.reference import answer, litter, lock
+from gms_launch.engines.reference import answer, handover, litter, lock
 from gms_launch.engines.reference.args import EngineConfig, InjectedError
 from gms_launch.engines.reference.batch import Batch
 from gms_launch.engines.reference.group import Leader
@@ -72,8 +72,13 @@ class Engine:
             raise InjectedError("error at tokens")
         if kind == "hang" or os.path.exists(self.wedge):
             await asyncio.Event().wait()  # a collective that never ends, with everybody alive
-        digest = await self.batch.digest()
-        found = answer.answers(request, digest, self.vocabulary, self.context)
+        state = handover.take(request) if self.config.mode == "decode" else None
+        if state is None:
+            state = answer.read(await self.batch.digest(), request["token_ids"])
+        found = answer.answers(request, state, self.vocabulary, self.context)
+        if self.config.mode == "prefill":
+            yield await self._prefilled(request, state, found)
+            return
         if all(a.finished for a in found):
             yield {"token_ids": [], "finish_reason": "length", "completion_usage": answer.usage(request, found)}
         while going := [a for a in found if not a.finished]:
@@ -85,6 +90,13 @@ class Engine:
             for one, share in zip(going, shares, strict=True):
                 chunk = one.take(share)
                 yield chunk | ({"completion_usage": answer.usage(request, found)} if one.finished else {})
+
+    async def _prefilled(self, request: dict[str, Any], state: int, found: list[answer.Answer]) -> dict[str, Any]:
+        """A prefill half's whole answer: one token, which nobody keeps, and the handle for who goes on."""
+        first = found[0].take(await self.batch.step(state, found[0].position))
+        handle = handover.give(request, state, self.config.tag)
+        usage = answer.usage(request, found[:1])
+        return {"token_ids": first["token_ids"], "disaggregated_params": handle, "completion_usage": usage}
 
 
 def _sizes(model: Path) -> tuple[int, int]:
@@ -107,8 +119,10 @@ async def run(config: EngineConfig) -> None:
     )
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, runtime.shutdown)
-    endpoint = runtime.endpoint(f"{config.namespace}.backend.generate")
-    metrics = FailoverMetrics(config.engine_id, config.served_model_name, Path(config.lock_path).parent)
+    endpoint = runtime.endpoint(f"{config.namespace}.{config.component}.generate")
+    metrics = FailoverMetrics(
+        config.engine_id, config.served_model_name, Path(config.lock_path).parent, config.component
+    )
     if config.knobs.metrics:
         endpoint.metrics.register_prometheus_expfmt_callback(metrics.text)
     metrics.enter("init")
@@ -149,11 +163,10 @@ async def run(config: EngineConfig) -> None:
     limits = llm.ModelRuntimeConfig()
     limits.max_num_seqs = 64
     limits.total_kv_blocks = 1024
-    # Named from 1.3 on.
-    kind = {"worker_type": llm.WorkerType.Aggregated} if hasattr(llm, "WorkerType") else {}
+    surface, kind = _registered_as(config.mode)
     await llm.register_model(
         llm.ModelInput.Tokens,
-        llm.ModelType.Chat | llm.ModelType.Completions,
+        surface,
         endpoint,
         str(config.model),
         config.served_model_name,
@@ -166,7 +179,12 @@ async def run(config: EngineConfig) -> None:
         metrics.count("success")
     config.knobs.fail_here("serving", config.tag)
     await endpoint.serve_endpoint(
-        engine.generate, health_check_payload={"token_ids": [1], "stop_conditions": {"max_tokens": 1}}
+        engine.generate,
+        health_check_payload={
+            "token_ids": [1],
+            "stop_conditions": {"max_tokens": 1},
+            "annotations": [handover.ALONE],
+        },
     )
     log.info("Last endpoint completed")
     config.knobs.fail_here("unregistered", config.tag)
@@ -177,6 +195,21 @@ async def run(config: EngineConfig) -> None:
     else:
         os.close(lock_fd)
     del kept
+
+
+def _registered_as(mode: str) -> tuple[Any, dict[str, Any]]:
+    """What the model is offered for, and as which part of a request's way: as dynamo.vllm says it."""
+    from dynamo import llm
+
+    surface = llm.ModelType.Prefill if mode == "prefill" else llm.ModelType.Chat | llm.ModelType.Completions
+    if not hasattr(llm, "WorkerType"):  # named from 1.3 on
+        return surface, {}
+    if mode == "agg":
+        return surface, {"worker_type": llm.WorkerType.Aggregated}
+    one, other = llm.WorkerType.Prefill, llm.WorkerType.Decode
+    return surface, dict(
+        zip(("worker_type", "needs"), (one, [[other]]) if mode == "prefill" else (other, [[one]]), strict=True)
+    )
 
 
 async def _watch(workers: Workers, monitor_seconds: float) -> None:

@@ -17,11 +17,11 @@ STATES = ("init", "standby", "waking", "active")
 class FailoverMetrics:
     """State, transitions and promotions of one engine. Promotions survive restarts in a file beside the lock."""
 
-    def __init__(self, engine_id: int, model: str, directory: Path) -> None:
+    def __init__(self, engine_id: int, model: str, directory: Path, component: str = "backend") -> None:
         self.engine_id = engine_id
         self._file = directory / f"failover_metrics_engine-{engine_id}.json"
         self._registry = CollectorRegistry()
-        labels = {"engine_id": str(engine_id), "model": model, "dynamo_component": "backend"}
+        labels = {"engine_id": str(engine_id), "model": model, "dynamo_component": component}
         names = list(labels)
 
         def gauge(name: str, text: str, *more: str) -> Gauge:

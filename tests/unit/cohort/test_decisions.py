@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -359,6 +360,15 @@ def test_a_promotion_that_does_not_end_is_killed() -> None:
     listed = replace(view(slot(1, Phase.ACTIVE, since=5.0), confirmed=(0, 1)), no_token="nothing serves tiny")
     actions, _ = controller.decide(listed, RUNNING, POLICY, 25.0)
     assert Kill(1, 1, late + "nothing serves tiny") in actions
+
+
+def test_an_engine_that_nobody_can_ask_is_not_killed_for_giving_no_token() -> None:
+    serving = view(slot(1, Phase.ACTIVE, since=5.0), confirmed=(0, 1))
+    for since, now, dead in ((math.inf, 1e9, False), (100.0, 119.0, False), (100.0, 120.0, True)):
+        actions, _ = controller.decide(replace(serving, asked_since=since), RUNNING, POLICY, now)
+        assert any(isinstance(a, Kill) for a in actions) == dead
+    assert controller.next_look(replace(serving, asked_since=100.0), RUNNING, POLICY, 110.0) == 120.0
+    assert controller.next_look(replace(serving, asked_since=math.inf), RUNNING, POLICY, 110.0) is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from gms_launch.engines.reference.answer import Answer, answers, usage
+from gms_launch.engines.reference import handover
+from gms_launch.engines.reference.answer import Answer, answers, read, usage
 from gms_launch.engines.reference.batch import Batch
 from gms_launch.engines.reference.weights import mix
 
@@ -27,7 +28,7 @@ def request(tokens: list[int] = PROMPT, sampling: dict[str, Any] | None = None, 
 
 def told(asked: dict[str, Any], digest: int = DIGEST, choice: int = 0) -> list[dict[str, Any]]:
     """All chunks of an answer."""
-    one = Answer(asked, digest, VOCABULARY, CONTEXT, choice)
+    one = Answer(asked, read(digest, asked["token_ids"]), VOCABULARY, CONTEXT, choice)
     chunks = []
     while not one.finished:
         chunks.append(one.take(mix(one.state ^ 0xABCDEF)))  # the weights' part: any function of the state
@@ -151,3 +152,24 @@ def test_what_waits_while_the_group_works_is_one_step() -> None:
         assert group.asked[2]["states"] == [6, 7, 8] and group.asked[2]["positions"] == [6, 7, 8]
 
     asyncio.run(scene())
+
+
+def test_a_decode_engine_goes_on_from_the_handle_and_refuses_any_other() -> None:
+    asked, state = request(), read(DIGEST, PROMPT)
+    given = asked | {"prefill_result": {"disaggregated_params": handover.give(asked, state, "engine")}}
+    assert handover.take(given) == state
+    assert handover.take(asked | {"annotations": [handover.ALONE]}) is None, "it may be asked to do both parts"
+    for wrong, says in (
+        (asked, "without a handle"),
+        (asked | {"prefill_result": {"disaggregated_params": None}}, "without a handle"),
+        (given | {"token_ids": [*PROMPT, 9]}, "not of this prompt"),
+        (with_params(given, state="1"), "not of this prompt"),
+        (with_params(given, seal="none"), "no handle that can be read"),
+    ):
+        with pytest.raises(handover.HandoverError, match=says):
+            handover.take(wrong)
+
+
+def with_params(given: dict[str, Any], **other: str) -> dict[str, Any]:
+    params = given["prefill_result"]["disaggregated_params"]["kv_transfer_params"] | other
+    return given | {"prefill_result": {"disaggregated_params": {"kv_transfer_params": params}}}

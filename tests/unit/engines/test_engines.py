@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,6 @@ def test_plans_are_as_recorded(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_ranks_of_two_nodes_differ_as_upstream_wants() -> None:
-    from dataclasses import replace
-
     settings = resolve({"engine": "vllm", "model": "/m", "tp": "2"}, {})
     plan = layout(settings)
     place = topology.Topology(1, 2, "node1", "10.0.0.2", "10.0.0.1")
@@ -172,6 +171,35 @@ dynamo_component_engine_failover_state{dynamo_component="backend",engine_id="1",
 dynamo_component_engine_failover_state{dynamo_component="backend",engine_id="1",model="m",state="standby"} 1
 dynamo_component_engine_failover_transitions_total{from_state="init",to_state="standby"} 1
 """
+
+
+def test_what_an_engine_has_done_is_read_from_its_own_counters() -> None:
+    label = 'dynamo_component="prefill",dynamo_endpoint="{}",dynamo_namespace="dynamo"'
+    lines = [
+        f"dynamo_component_{name}{{{label.format(endpoint)}}} {value}"
+        for name, endpoint, value in (
+            ("requests_total", "generate", 3),
+            ("response_bytes_total", "generate", 729),
+            ("requests_total", "clear_kv_blocks", 5),
+            ("request_bytes_total", "generate", 11),
+        )
+    ]
+    assert signals.counted("\n".join(lines)) == signals.Work(3.0, 729.0)
+    assert signals.counted(METRICS) == signals.Work(0.0, 0.0)
+
+
+def test_a_half_is_told_its_part_and_a_component(tmp_path: Path) -> None:
+    plan = layout(resolve({"engine": "vllm", "model": "/m"}, {}))
+    command = replace(plan, role="prefill", component="late").rank_command(0, 1, 29600)
+    assert command.argv[command.argv.index("--disaggregation-mode") + 1] == "prefill"
+    assert command.argv[command.argv.index("--endpoint") + 1] == "dyn://dynamo.late.generate"
+    alone = plan.rank_command(0, 1, 29600).argv
+    assert not {"--disaggregation-mode", "--endpoint"} & set(alone)
+    file = tmp_path / "e.toml"
+    file.write_text('command = ["e", "{role}", "{component}"]\n[phase]\nparked = "x"\n')
+    own = layout(resolve({"engine": "command", "engine_file": str(file), "model": "/m"}, {}))
+    assert replace(own, role="prefill").rank_command(0, 1, 1).argv == ("e", "prefill", "prefill")
+    assert replace(own, role="decode", component="c").rank_command(0, 1, 1).argv == ("e", "decode", "c")
 
 
 def test_phase_by_the_strongest_sign() -> None:

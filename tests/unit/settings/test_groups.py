@@ -67,6 +67,12 @@ def test_a_table_takes_the_rest_from_the_top(tmp_path: Path) -> None:
         ([{"name": "a", "tp": "two"}], {}, r"tp \(from settings file, \[\[group\]\] 1\): 'two' is not"),
         ([{"name": "a", "role": "both"}], {}, "'both' is not one of agg, prefill, decode"),
         ([{"name": "a", "role": "prefill"}], {}, "none has role decode"),
+        ([{"name": "a", "role": "prefill"}, {"name": "b", "role": "decode"}], {}, "says neither nodes"),
+        (
+            [{"name": "a", "role": "prefill", "gpus": 1}, {"name": "b", "role": "decode", "gpus": 1}],
+            {},
+            "group a: role prefill needs engine_args with --kv-transfer-config",
+        ),
         ([{"name": "a", "component": "x.y"}], {}, "component 'x.y'"),
         ([{"name": "a", "engine_args": "--x"}], {}, "no list of words"),
         ([{"name": "a", "engine_args": ["\n"]}], {}, "control character"),

@@ -121,7 +121,7 @@ def test_what_is_refused(
         (["--data-parallel-size", "2"], "only 1 works here"),
         (["--data-parallel-backend=ray"], "data parallelism does not work"),
         (["-dpl", "2"], "data parallelism does not work"),
-        (["--disaggregation-mode", "prefill"], "only agg works here"),
+        (["--disaggregation-mode", "prefill"], "give a [[group]] the role"),
         (["--kv-events-config", "nothing"], "expected a JSON object"),
         (["--kv_events_config=[]"], "expected a JSON object"),
         (["--no-enable-sleep-mode"], "parks by sleeping"),
