@@ -127,8 +127,11 @@ class Failover:
         }
 
 
-def fold(events: Iterable[EventRecord], nnodes: int = 1) -> list[Failover]:
-    """Every failover in `events`, oldest first. A group says itself how many nodes it has; else it has `nnodes`."""
+def fold(events: Iterable[EventRecord], nnodes: int = 1, sizes: Mapping[str, int] | None = None) -> list[Failover]:
+    """Every failover in `events`, oldest first.
+
+    A group says itself how many nodes it has; where that is not among the events, `sizes` tells, and else `nnodes`.
+    """
     told: dict[str, list[EventRecord]] = {}
     for event in sorted(events, key=lambda e: e.time):
         told.setdefault(event.group, []).append(event)
@@ -136,7 +139,10 @@ def fold(events: Iterable[EventRecord], nnodes: int = 1) -> list[Failover]:
     found = [
         replace(failover, group=group)
         for group, own in told.items()
-        for failover in _fold(sorted([*own, *of_all], key=lambda e: e.time) if group else own, _size(own, nnodes))
+        for failover in _fold(
+            sorted([*own, *of_all], key=lambda e: e.time) if group else own,
+            _size(own, (sizes or {}).get(group, nnodes)),
+        )
     ]
     return sorted(found, key=lambda f: f.time)
 

@@ -259,8 +259,9 @@ class Agent:
     def _show(self) -> None:
         """Work out the redundancy and tell whoever looks on."""
         self.node.publish_node()
+        shots = []
         for group in self.node.groups:
-            shot = snapshot.build(group.mirror)
+            shots.append(shot := snapshot.build(group.mirror))
             if group.is_leader:
                 self._show_group(group, shot)
             self._follow_redundancy(group)
@@ -271,6 +272,8 @@ class Agent:
             self.node.report.targets()
         self._announce()
         shot = snapshot.build(self.node.mirror)
+        if self.node.layout.number_of_groups:
+            shot = snapshot.as_known_here(shot, shots, self.node.mirror.groups if self.node.is_leader else {})
         self.node.exporter.look(shot)
         self._on_change(shot)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from gms_launch.node.reporter import Reporter
 from gms_launch.node.session import Session
+from gms_launch.run import parts
 from gms_launch.run.plan import Layout
 
 if TYPE_CHECKING:
@@ -46,7 +47,12 @@ class Exporter:
             )
             return
         self.metrics = made = metrics.Metrics(
-            place.node_rank, place.nnodes, settings.engine, session.lease_left, lambda: server.soon(made.settle)
+            place.node_rank,
+            place.nnodes,
+            settings.engine,
+            {p.group.name: len(p.nodes) for p in parts.placed(self._layout)} if settings.grouped else {},
+            session.lease_left,
+            lambda: server.soon(made.settle),
         )
         self._server = server = scrape.Server(listening, made.page, metrics.CONTENT_TYPE)
         self._report.listeners.append(made.take)

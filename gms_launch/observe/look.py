@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from gms_launch.cohort.model import Redundancy
 from gms_launch.control import terms
 from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys
@@ -33,7 +34,7 @@ def read(
             f"run {directory.run} has not written anything yet; its agent's log: {directory.agent_log}"
         )
     shot = snapshot.build(mirror)
-    known = {name: {} for name in sorted(mirror.groups, key=_natural)} if groups is None else groups
+    known = {name: {} for name in sorted(mirror.groups, key=snapshot.natural)} if groups is None else groups
     return mirror, snapshot.with_groups(shot, tuple(_group(shot, name, said, found) for name, said in known.items()))
 
 
@@ -41,17 +42,13 @@ def _group(run: snapshot.Snapshot, name: str, said: Mapping[str, Any], found: di
     mirror = Mirror(run.run, name)
     mirror.replace(found)
     shot = snapshot.build(mirror)
+    if mirror.run is not None and 0 not in mirror.nodes:
+        return replace(shot, records=Redundancy.DOWN)  # nobody serves in a group whose leader's lease is over
     if mirror.run is not None or not said:
         return shot
     # Its leader has not come yet.
     nodes, shadows = said["nodes"], said["shadows"]
     return replace(shot, run=run.run, created=run.created, nnodes=len(nodes), leader=nodes[0], shadows=shadows)
-
-
-def _natural(name: str) -> tuple[str, int]:
-    """g2 comes before g10."""
-    front = name.rstrip("0123456789")
-    return front, int(name[len(front) :] or 0)
 
 
 def of(shot: snapshot.Snapshot, group: str) -> snapshot.Snapshot:

@@ -4,15 +4,17 @@
 when somebody asks, in the thread that serves it. So metrics that nobody scrapes cost next to nothing.
 
 Each agent serves what it knows at first hand. What is of its own node (services, GMS, starts, events) is summed over
-nodes; what is of the run (redundancy, failovers, requests) only the leader serves, so that no sum counts it twice.
-Counts begin with the agent. Which run and node it is, is for the scraper's labels (`Reporter.targets`).
+nodes; what is of the run (redundancy, failovers, requests) only the leader serves, so that no sum counts it twice. In a
+run of groups what is of one has the label `group`. Counts begin with the agent. Which run and node it is, is for the
+scraper's labels (`Reporter.targets`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -36,6 +38,8 @@ FAILOVERS = frozenset(
 SETTLED = 2.0
 #: A failover that is not complete by then never will be (seconds).
 GIVEN_UP = 3600.0
+#: Of more groups those metrics appear with their first count of which each group has many.
+MANY = 64
 #: Failovers that are remembered as counted.
 REMEMBERED = 1000
 #: So many events of failovers that nobody has asked about are worked through unasked.
@@ -44,9 +48,11 @@ UNASKED = 500
 STEP_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 REARM_SECONDS = (1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 300.0, 600.0, 1800.0)
 
+M = TypeVar("M", Counter, Histogram)
+
 
 class Metrics:
-    """The metrics of one agent, of node `node_rank` of `nnodes`.
+    """The metrics of one agent, of node `node_rank` of `nnodes`. `groups`: how many nodes each has; empty without any.
 
     `lease_left` says for how many seconds this node's lease is still good, None before there is one. `unasked` is
     called when `settle` should be, soon and off the loop.
@@ -57,6 +63,7 @@ class Metrics:
         node_rank: int,
         nnodes: int,
         engine: str,
+        groups: Mapping[str, int] | None = None,
         lease_left: Callable[[], float | None] = lambda: None,
         unasked: Callable[[], None] = lambda: None,
     ) -> None:
@@ -66,11 +73,13 @@ class Metrics:
         self._lock = threading.Lock()
         self._events: deque[EventRecord] = deque()
         self._taken = 0
-        self._counted: dict[tuple[int, int], set[str]] = {}
+        self._counted: dict[tuple[str, tuple[int, int]], set[str]] = {}
+        self._sizes = groups or {}
+        self._group = ("group",) if groups else ()
         self._shot: Snapshot | None = None
         self.registry = CollectorRegistry()
         self._events_total = self._counter("events", "Events that this agent has told, by kind.", "kind")
-        self._starts = self._counter("rank_starts", "Ranks started on this node.", "cohort")
+        self._starts = self._counter("rank_starts", "Ranks started on this node.", *self._group, "cohort")
         if node_rank == 0:
             self._of_the_run()
         ProcessCollector(registry=self.registry)
@@ -80,32 +89,40 @@ class Metrics:
         return Counter(f"gms_launch_{name}", meaning, labels, registry=self.registry)
 
     def _of_the_run(self) -> None:
-        counter, own = self._counter, self.registry
-        self._failovers = counter("failovers", "Primaries that died, by what was first seen of it.", "cause")
-        for cause in CAUSES:
-            self._failovers.labels(cause)  # a counter that appears with its first count has no increase
+        counter, own, group = self._counter, self.registry, self._group
+        self._failovers = counter("failovers", "Primaries that died, by what was first seen of it.", *group, "cause")
         self._steps = Histogram(
             "gms_launch_failover_duration_seconds",
             "From the first sign of a primary's death to each step of the failover.",
-            ["step"],
+            [*group, "step"],
             registry=own,
             buckets=STEP_SECONDS,
         )
-        for step in STEPS:
-            if step != "rearmed":
-                self._steps.labels(step)
         self._rearm = Histogram(
             "gms_launch_rearm_seconds",
             "From the first sign of a primary's death to a fresh shadow parked in its slot.",
+            group,
             registry=own,
             buckets=REARM_SECONDS,
         )
-        self._held = counter("requests_held", "Connections that waited for a successor of a dead primary.")
-        self._moved = counter("requests_moved", "Moves of requests to a successor, as far as the frontend counts them.")
-        self._lost = counter("requests_lost", "Requests that failed meanwhile, as far as the frontend counts them.")
-        self._unknown = counter(
-            "holds_uncounted", "Failovers with held requests of which the frontend could not tell what became of them."
-        )
+        self._held = counter("requests_held", "Connections that waited for a successor of a dead primary.", *group)
+        moves = "Moves of requests to a successor, as far as the frontend counts them."
+        self._moved = counter("requests_moved", moves, *group)
+        lost = "Requests that failed meanwhile, as far as the frontend counts them."
+        self._lost = counter("requests_lost", lost, *group)
+        unknown = "Failovers with held requests of which the frontend could not tell what became of them."
+        self._unknown = counter("holds_uncounted", unknown, *group)
+        # A counter that appears with its first count has no increase.
+        for of in [(name,) for name in self._sizes] if self._group else [()]:
+            for cause in CAUSES:
+                self._failovers.labels(*of, cause)
+            if len(self._sizes) > MANY:
+                continue
+            for step in STEPS:
+                if step != "rearmed":
+                    self._steps.labels(*of, step)
+            for each in (self._rearm, self._held, self._moved, self._lost, self._unknown) if of else ():
+                each.labels(*of)
 
     # -- on the agent's loop ----------------------------------------------------------------------------------------
 
@@ -114,7 +131,7 @@ class Metrics:
         if event.node_rank == self._node_rank:
             self._events_total.labels(event.kind).inc()
             if event.kind == "started":
-                self._starts.labels(str(event.cohort_id)).inc()
+                self._starts.labels(*self._of(event.group), str(event.cohort_id)).inc()
         if self._node_rank == 0 and event.kind in FAILOVERS:
             with self._lock:
                 self._events.append(event)
@@ -124,8 +141,12 @@ class Metrics:
                 self._unasked()
 
     def look(self, shot: Snapshot) -> None:
-        """The state of the run as this node sees it now."""
+        """The state of the run as this node sees it now; of groups as far as it knows them."""
         self._shot = shot
+
+    def _of(self, group: str) -> tuple[str, ...]:
+        """The value of the label `group`, where there is one."""
+        return (group,) if self._group else ()
 
     # -- in the thread that serves ----------------------------------------------------------------------------------
 
@@ -146,7 +167,7 @@ class Metrics:
         with self._lock:
             events = list(self._events)
         keep = moment - GIVEN_UP
-        found = fold(events, self._nnodes)
+        found = fold(events, self._nnodes, self._sizes)
         over = [self._count(failover, moment) for failover in found]
         if all(over):
             keep = moment - SETTLED
@@ -160,21 +181,25 @@ class Metrics:
 
     def _count(self, found: Failover, now: float) -> bool:
         """Count what is new of a failover; True when there is no more to come."""
-        counted = self._counted.setdefault(found.victim, set())
+        counted, group = self._counted.setdefault((found.group, found.victim), set()), self._of(found.group)
+
+        def of(metric: M) -> M:
+            return metric.labels(*group) if group else metric
+
         if now - found.time >= SETTLED and "failover" not in counted:
             counted.add("failover")
-            self._failovers.labels(found.kind).inc()
+            self._failovers.labels(*group, found.kind).inc()
         for step, after in found.steps.items():
             if step not in counted and now - (found.time + after) >= SETTLED:
                 counted.add(step)
-                (self._rearm if step == "rearmed" else self._steps.labels(step)).observe(after)
+                (of(self._rearm) if step == "rearmed" else self._steps.labels(*group, step)).observe(after)
         if found.held is not None and "requests" not in counted:
             counted.add("requests")
-            self._held.inc(found.held)
-            self._moved.inc(found.moved or 0)
-            self._lost.inc(found.lost or 0)
+            of(self._held).inc(found.held)
+            of(self._moved).inc(found.moved or 0)
+            of(self._lost).inc(found.lost or 0)
             if found.moved is None or found.lost is None:
-                self._unknown.inc()
+                of(self._unknown).inc()
         whole = found.complete and found.over and "fenced" in found.steps and set(found.steps) <= counted
         return whole or now - found.time >= GIVEN_UP
 
@@ -189,16 +214,22 @@ class Metrics:
             return
         if self._node_rank == 0:
             yield from self._run(shot)
+        led = [g for g in shot.groups if g.leader == self._node_rank] if self._group else [shot] * (not self._node_rank)
+        given_up = self._gauges("slots_given_up", "Cohorts that are not started again for now.")
+        for one in led:
+            given_up.add_metric(self._of(one.group), float(sum(c.given_up for c in one.cohorts)))
+        if led:
+            yield given_up
         own = next((n for n in shot.nodes if n.node_rank == self._node_rank), None)
         if own is not None:
-            yield from self._node(own)
+            parts = [(g.group, n) for g in shot.groups for n in g.nodes if n.number == self._node_rank]
+            yield from self._node(own, parts or [("", own)])
 
     def _run(self, shot: Snapshot) -> Iterator[Metric]:
-        states = GaugeMetricFamily(
-            "gms_launch_redundancy", "How much can fail before nobody serves: 1 for the state.", labels=["state"]
-        )
-        for state in Redundancy:
-            states.add_metric([state.value], float(state is shot.redundancy))
+        states = self._gauges("redundancy", "How much can fail before nobody serves: 1 for the state.", "state")
+        for one in shot.groups if self._group else (shot,):
+            for state in Redundancy:
+                states.add_metric([*self._of(one.group), state.value], float(state is one.redundancy))
         yield states
         yield _gauge("starting", "1 until the run has served for the first time.", {}, float(shot.starting))
         yield _gauge("nodes", "Nodes of the run.", {}, float(shot.nnodes))
@@ -209,27 +240,27 @@ class Metrics:
         for alarm in sorted({"NOSPACE", "CORRUPT", *shot.alarms}):
             alarms.add_metric([alarm], float(alarm in shot.alarms))
         yield alarms
-        given_up = sum(c.given_up for c in shot.cohorts)
-        yield _gauge("slots_given_up", "Cohorts that are not started again for now.", {}, float(given_up))
 
-    def _node(self, node: NodeRecord) -> Iterator[Metric]:
+    def _gauges(self, name: str, meaning: str, *labels: str) -> GaugeMetricFamily:
+        """A family of what is of a group, where there are some."""
+        return GaugeMetricFamily(f"gms_launch_{name}", meaning, labels=[*self._group, *labels])
+
+    def _node(self, node: NodeRecord, parts: Sequence[tuple[str, NodeRecord]]) -> Iterator[Metric]:
+        """`parts` are the groups that this node is in, each with its record there."""
         up = GaugeMetricFamily("gms_launch_service_up", "1 while a service is ready.", labels=["service"])
         for service in (s for s in node.services if not s.name.startswith("warm-")):  # nobody's page if it is not
             up.add_metric([service.name], float(service.state == "ready"))
         yield up
-        gms = GaugeMetricFamily(
-            "gms_launch_gms_bytes", "Memory that GMS owns, at the last look.", labels=["device", "tag"]
-        )
-        for g in node.gms:
-            if g.allocated_bytes is not None:
-                gms.add_metric([str(g.device), g.tag], float(g.allocated_bytes))
+        gms = self._gauges("gms_bytes", "Memory that GMS owns, at the last look.", "device", "tag")
+        gpu = self._gauges("gpu_memory_bytes", "Memory of a GPU by NVML, at the last look.", "gpu", "state")
+        for group, part in parts:
+            for g in part.gms:
+                if g.allocated_bytes is not None:
+                    gms.add_metric([*self._of(group), str(g.device), g.tag], float(g.allocated_bytes))
+            for card in part.gpu_memory:
+                gpu.add_metric([*self._of(group), card.uuid, "used"], float(card.used))
+                gpu.add_metric([*self._of(group), card.uuid, "free"], float(card.total - card.used))
         yield gms
-        gpu = GaugeMetricFamily(
-            "gms_launch_gpu_memory_bytes", "Memory of a GPU by NVML, at the last look.", labels=["gpu", "state"]
-        )
-        for card in node.gpu_memory:
-            gpu.add_metric([card.uuid, "used"], float(card.used))
-            gpu.add_metric([card.uuid, "free"], float(card.total - card.used))
         yield gpu
         dropped = GaugeMetricFamily(
             "gms_launch_writing_troubled", "1 while a directory does not take what is written.", labels=["place"]

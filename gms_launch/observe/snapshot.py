@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gms_launch.cohort.model import CohortView, Phase, Redundancy, cohort_phase, primary, redundancy
-from gms_launch.cohort.records import DesiredCohort, NodeRecord, RankRecord, RunState
+from gms_launch.cohort.records import DesiredCohort, NodeRecord, RankRecord, RunRecord, RunState
 from gms_launch.control.mirror import Mirror
 
 #: Version of the --json layout: raised when a field changes its meaning or goes away.
@@ -155,6 +155,33 @@ def with_groups(shot: Snapshot, groups: tuple[Snapshot, ...]) -> Snapshot:
         return shot
     worst, announced = max((g.redundancy for g in groups), key=rank), max((g.announced for g in groups), key=rank)
     return replace(shot, groups=groups, records=worst, announced=announced)
+
+
+def as_known_here(shot: Snapshot, own: Iterable[Snapshot], groups: Mapping[str, RunRecord]) -> Snapshot:
+    """A run of groups as one of its agents knows it: its `own` groups, and of others what their leaders say of them.
+
+    Where nothing is heard of the node that leads one, nobody serves in it.
+    """
+    found = {g.group: g for g in own}
+    here = {n.node_rank for n in shot.nodes}
+    for name in sorted(groups, key=natural):
+        record = groups[name]
+        known = found.pop(name, None) or _as_announced(name, record)
+        found[name] = known if record.leader in here else replace(known, records=Redundancy.DOWN)
+    return with_groups(shot, tuple(found.values()))
+
+
+def _as_announced(name: str, record: RunRecord) -> Snapshot:
+    announced = Redundancy(record.redundancy) if record.redundancy and not record.failed else Redundancy.DOWN
+    mirror = Mirror(record.run, name)
+    mirror.run = record
+    return replace(build(mirror), records=announced)
+
+
+def natural(name: str) -> tuple[str, int]:
+    """Sorts names: g2 comes before g10."""
+    front = name.rstrip("0123456789")
+    return front, int(name[len(front) :] or 0)
 
 
 def build(mirror: Mirror) -> Snapshot:

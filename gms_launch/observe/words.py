@@ -105,7 +105,8 @@ def groups(shot: Snapshot) -> list[Row]:
         note = g.over.partition("\n")[0] or g.leader_silent
         note = note or (f"{len(g.missing)} of {numbered(g.nnodes, 'node')} not here" if g.missing else "")
         who = f"cohort {serving.cohort_id}.{serving.incarnation}" if serving else ""
-        found.append((g.group, state, who, f"{parked} of {g.shadows}", nodes, g.model_name, note))
+        shadows = f"{parked} of {g.shadows}" if g.cohorts else ""  # another node's agent knows no cohorts of it
+        found.append((g.group, state, who, shadows, nodes, g.model_name, note))
     return found
 
 

@@ -23,10 +23,12 @@ def env(tmp_path: Path) -> dict[str, str]:
     home = tmp_path / "home"
     for run, nnodes, created in (("one", 3, 2.0), ("two", 1, 1.0)):
         (home / run / "logs/node0").mkdir(parents=True, mode=0o700)
+        (home / run / "logs/node1").mkdir(mode=0o700)
         (home / run).chmod(0o700)
-        for log in ("agent", "node0/etcd", "node0/cohort-0.1", "node0/cohort-0.2"):
+        for log in ("agent", "node0/etcd", "node0/cohort-0.1", "node0/cohort-0.2", "node1/b2.cohort-1.4"):
             (home / run / f"logs/{log}.log").touch()
         record = {"run": run, "version": "1", "created": created, "leader_host": "h", "leader_boot_id": proc.boot_id()}
+        record["groups"] = {"a1": {"nodes": [0]}, "b2": {"nodes": [1]}} if run == "one" else {}
         record |= {"agent_pid": 1, "agent_start": 1, "node_dir": "/none", "nnodes": nnodes, "ended": 3.0}
         (home / run / "run.json").write_text(json.dumps(record | {"etcd_endpoints": [], "settings": {"shadows": 2}}))
     home.chmod(0o700)
@@ -52,6 +54,10 @@ def test_runs_cohorts_nodes_components_and_choices_are_offered(env: dict[str, st
     assert offered(env, "gms-launch", "switch-over", "--run", "one", "--to", "") == ["0", "1", "2"]
     cohort = ["cohort-0", "cohort-0.1", "cohort-0.2"]
     assert offered(env, "gms-launch", "logs", "--run", "one", "coh") == cohort
+    for verb in ("status", "kill-primary", "roll", "timeline", "web"):
+        assert offered(env, "gms-launch", verb, "--run", "one", "--group", "") == ["a1", "b2"]
+    assert offered(env, "gms-launch", "logs", "--run", "one", "--group", "b") == ["b2"]
+    assert offered(env, "gms-launch", "logs", "--run", "one", "--group", "b2", "") == ["cohort-1", "cohort-1.4"]
     assert offered(env, "gms-launch", "logs", "a") == ["agent"], "the newest run's, as the verb does"
     assert offered(env, "gms-launch", "up", "--engine", "r") == ["reference"]
     assert offered(env, "gms-launch", "status", "-o", "") == ["wide", "json", "yaml"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gms_launch.cohort.failover import CAUSES, fold
-from gms_launch.cohort.records import EventRecord
+from gms_launch.cohort.records import EventRecord, GmsStatus, NodeRecord, RunRecord
+from gms_launch.control.mirror import Mirror
 from gms_launch.observe.metrics import GIVEN_UP, SETTLED, UNASKED, Metrics
+from gms_launch.observe.snapshot import as_known_here, build
 
 T = 1000.0
 
@@ -92,6 +96,40 @@ def test_only_the_leader_counts_failovers_and_every_node_its_own_starts() -> Non
     assert value(other, "rank_starts_total", cohort="1") == 1
     assert other.registry.get_sample_value("gms_launch_events_total", {"kind": "exit"}) is None, "those are node 0's"
     assert b"gms_launch_build_info" in other.page()
+
+
+def test_what_is_of_a_group_has_its_name_and_nothing_is_counted_for_another() -> None:
+    metrics = Metrics(0, 4, "reference", {"a": 1, "b": 1})
+    for event in failover():
+        metrics.take(replace(event, group="a"))
+    metrics.take(EventRecord(T, 0, "hold_over", 0, 1, "", {"connections": 3, "moves": 1, "lost": 2}, "a"))
+    metrics.take(replace(failover()[0], kind="started", group="b"))
+    metrics.settle(T + 60)
+    for group, count in (("a", 1), ("b", 0)):
+        assert value(metrics, "failovers_total", group=group, cause="exit") == count
+        assert value(metrics, "failover_duration_seconds_count", group=group, step="fenced") == count
+        assert value(metrics, "rearm_seconds_count", group=group) == count
+        assert value(metrics, "requests_lost_total", group=group) == 2 * count
+    assert value(metrics, "rank_starts_total", group="b", cohort="0") == 1
+
+    def part(name: str, redundancy: str, leader: int) -> RunRecord:
+        return RunRecord("r", "", "", "", 1.0, redundancy=redundancy, leader=leader, nnodes=1)
+
+    run = Mirror("r")
+    run.nodes = {0: NodeRecord(0, "h", "", "b", 1, 1), 1: NodeRecord(1, "i", "", "c", 1, 1)}
+    own = Mirror("r", "a")
+    gms = (GmsStatus(0, "GPU-0", "weights", "READY", allocated_bytes=7),)
+    own.run, own.nodes = part("a", "none", 0), {0: NodeRecord(0, "h", "", "b", 1, 1, gms=gms, number=0)}
+    said = {"a": own.run, "b": part("b", "full", 1)}
+    metrics.look(as_known_here(build(run), [build(own)], said))
+    assert value(metrics, "redundancy", group="b", state="full") == 1
+    assert value(metrics, "redundancy", group="a", state="full") == 0
+    assert value(metrics, "gms_bytes", group="a", device="0", tag="weights") == 7
+    assert value(metrics, "slots_given_up", group="a") == 0
+    assert metrics.registry.get_sample_value("gms_launch_slots_given_up", {"group": "b"}) is None, "another node's"
+    del run.nodes[1]
+    metrics.look(as_known_here(build(run), [build(own)], said))
+    assert value(metrics, "redundancy", group="b", state="down") == 1, "its leader is lost, whatever it said last"
 
 
 def test_every_cause_is_one_of_those_that_are_documented() -> None:

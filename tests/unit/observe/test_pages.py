@@ -113,6 +113,42 @@ def test_the_keyboard_reaches_what_scrolls_and_every_failover() -> None:
     assert page.of("html")[0]["lang"] == "en" and len(page.of("h1")) == 1
 
 
+def test_groups_are_told_apart() -> None:
+    """Twice the same failovers, in another group 100 s later, whose nodes are others."""
+    shift = 100.0
+    a = [replace(e, group="a") for e in EVENTS]
+    b = [replace(e, group="b", time=e.time + shift, node_rank=e.node_rank + 3) for e in EVENTS]
+    both = sorted([*a, *b], key=lambda e: e.time)
+    groups = {"a": {"nodes": [0, 1, 2]}, "b": {"nodes": [3, 4, 5]}}
+    folded = fold(both, sizes={"a": 3, "b": 3})
+    assert [f.group for f in folded].count("a") == len(folded) / 2 == len(STORY.failovers)
+    story = replace(STORY, nnodes=6, events=both, failovers=folded, groups=groups, end=STORY.end + shift)
+    text = pages.timeline(story, BEGIN)
+    safe(text)
+    for number, found in enumerate(folded, 1):
+        part = text.split(f'id="failover-{number}"')[1].split("</section>")[0]
+        assert f"Failover {number}: {found.group} cohort" in part
+        assert [n for n in range(6) if f">node {n}<" in part] == groups[found.group]["nodes"]
+        assert {e.group for _, e in drawing.told(found, both)} == {found.group}
+    one = replace(story, events=b, failovers=[f for f in folded if f.group == "b"], group="b")
+    assert "<h1>run r1, group b: failovers</h1>" in pages.timeline(one, BEGIN)
+    assert ">b/0.1<" in pages.events(one, BEGIN)
+
+
+def test_redundancy_of_groups_is_that_of_the_worst_once_each_has_said_something() -> None:
+    def said(at: float, group: str, level: str) -> EventRecord:
+        return EventRecord(at, 0, "redundancy", detail=level, group=group)
+
+    events = [said(1, "a", "full"), said(3, "b", "none"), said(5, "b", "full"), said(6, "a", "down")]
+    levels = [(s.begin, s.level) for s in drawing.spans(events, 0.0, 9.0, ("a", "b"))]
+    assert levels == [(0.0, "begins"), (3, "none"), (5, "full"), (6, "down")]
+    assert [(s.begin, s.level) for s in drawing.spans(events, 0.0, 9.0, ("b",))] == [
+        (0.0, "begins"),
+        (3, "none"),
+        (5, "full"),
+    ]
+
+
 def test_what_a_run_says_is_only_ever_text() -> None:
     bad = [replace(e, detail=EVIL) if e.kind != "redundancy" else e for e in EVENTS]
     story = replace(STORY, run=EVIL, events=bad, failovers=fold(bad, 3), over=EVIL, links=((EVIL, "./"),))
