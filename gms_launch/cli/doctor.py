@@ -8,28 +8,31 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 
 from gms_launch.cli.plan import layout, memory
 from gms_launch.control.access import Access
 from gms_launch.engines import installed
+from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError
 from gms_launch.gms import gpus
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.numbers import numbered
 from gms_launch.process import listener, places
 from gms_launch.run import model as models
-from gms_launch.run import outside, placement, ports, topology
+from gms_launch.run import outside, parts, placement, ports, topology
 from gms_launch.run.fit import GIB
 from gms_launch.run.nodedir import LOCAL_ROOT, must_be_writable, user_root, wanting
+from gms_launch.run.plan import Layout
 from gms_launch.run.rundir import home
+from gms_launch.run.topology import Topology
 from gms_launch.services import certificate, etcd
 from gms_launch.services.base import NotReadyError, find_binary
 from gms_launch.settings.declared import Settings
 
 
 def main(settings: Settings, as_json: bool) -> None:
-    placement.one_only(settings, "doctor")
     checks = examine(settings)
     failed = [name for name, ok, _ in checks if not ok]
     if as_json:
@@ -40,6 +43,19 @@ def main(settings: Settings, as_json: bool) -> None:
             print(f"{'ok  ' if ok else 'FAIL'}  {name:<20} {detail}")
     if failed:
         raise LaunchError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+
+
+def named(check: str, mine: Layout) -> str:
+    """A check, of a group where there are some."""
+    return f"{mine.group}: {check}" if mine.group else check
+
+
+def _whatever_the_place(settings: Settings) -> Layout:
+    """The layout of this node, also where its place in the run cannot be told, as the check of it says."""
+    try:
+        return layout(settings)
+    except LaunchError:
+        return layout(settings, Topology(settings.node_rank, settings.nnodes, "", LOOPBACK, LOOPBACK))
 
 
 def examine(settings: Settings) -> list[tuple[str, bool, str]]:
@@ -63,20 +79,27 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
             raise LaunchError(f"{python} cannot import {', '.join(missing)}")
         return f"{python} has {', '.join(names)}"
 
-    def engine() -> str:
-        chosen = layout(settings).engine
-        if problems := chosen.problems(settings):
+    def where() -> str:
+        found = whole
+        parts.check(found)
+        gpus_here, rank = len(found.devices()), found.home.node_rank
+        here = [p for p in parts.placed(found) if rank in p.nodes]
+        said = (f"{p.group.name} on {placement.span(p.gpus)} of {gpus_here}" for p in here)
+        return ", ".join(said) or f"none on node {rank}"
+
+    def engine(mine: Layout) -> str:
+        if problems := mine.engine.problems(mine.settings):
             raise LaunchError(problems[0])
-        return chosen.describe(settings)
+        return mine.engine.describe(mine.settings)
 
-    def model() -> str:
-        models.check(settings)
-        if layout(settings).gms_memory == "host":
-            models.check_memory(settings)
-        return settings.model
+    def model(mine: Layout) -> str:
+        models.check(mine.settings)
+        if mine.gms_memory == "host":
+            models.check_memory(mine.settings)
+        return mine.settings.model
 
-    def gms_devices() -> str:
-        found = layout(settings)
+    def gms_devices(mine: Layout) -> str:
+        found = mine
         kind, devices = found.gms_kind, found.devices()
         if not devices:
             raise LaunchError(gpus.none_visible())
@@ -115,8 +138,8 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
             )
         return f"CUDA and NVML agree on {numbered(len(wanted), 'GPU')}"
 
-    def room() -> str:
-        found = memory(settings)
+    def room(mine: Layout) -> str:
+        found = memory(mine.settings)
         if found is None or found.problem:
             raise LaunchError(found.problem if found else gpus.none_visible())
         return (
@@ -176,17 +199,30 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         return outside.ask_nats(settings)
 
     check("topology", place)
-    check("model", model)
+    whole = _whatever_the_place(settings)
+    own = [whole]
+    if settings.grouped:
+        check("groups", where)
+        try:
+            own = list(parts.with_groups(whole, lambda _: True).groups)
+        except LaunchError:
+            own = []  # they do not fit, as was just said
     check("python", interpreter)
-    check("engine", engine)
+    for mine in own:
+        check(named("model", mine), partial(model, mine))
+        check(named("engine", mine), partial(engine, mine))
     check("frontend", lambda: modules("dynamo.frontend"))
     check("requests in flight", in_flight)
     check("driver", driver)
-    check("gms", gms_devices)
-    if checks[-1][1] and layout(settings).gms_memory == "cuda":
+    fine = True
+    for mine in own:
+        check(named("gms", mine), partial(gms_devices, mine))
+        fine = fine and checks[-1][1]
+    if fine and whole.gms_memory == "cuda":
         check("gpu identity", same_gpu)
-        if settings.engine == "vllm":
-            check("gpu memory", room)
+        for mine in own:
+            if mine.settings.engine == "vllm":
+                check(named("gpu memory", mine), partial(room, mine))
     if settings.etcd_endpoints:
         check("etcd", own_etcd)
     else:

@@ -141,6 +141,8 @@ def with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
         toml = read_toml(config) if config else None
         by_hand = flags["node_rank"] or flags["hosts"] or any(os.environ.get(n) for n in _BY_HAND)
         slurm = topology.from_slurm(os.environ, hands_off=bool(by_hand))
+        if values.get("nodes"):  # the job that is asked for has as many
+            slurm = slurm | {"nnodes": values["nodes"]}
         settings: Settings = resolve(flags, os.environ, toml, str(config), slurm, engine_args)
         return function(settings=settings, **values)
 

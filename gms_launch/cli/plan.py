@@ -15,7 +15,6 @@ from gms_launch.engines import vllm
 from gms_launch.errors import LaunchError, UsageError
 from gms_launch.gms import devices
 from gms_launch.gms.gpus import none_visible
-from gms_launch.numbers import numbered
 from gms_launch.run import model, outside, placement, ports, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.fit import GIB, Fit, fit
@@ -87,12 +86,14 @@ def only_memory(settings: Settings, gpu_gib: int, as_json: bool) -> None:
         raise LaunchError("the engines do not fit")
 
 
-def main(settings: Settings, gpu_gib: int, as_json: bool) -> None:
+def main(settings: Settings, gpu_gib: int, gpus_per_node: int, as_json: bool) -> None:
     if settings.hosts:
         settings = of_hosts(settings)
     if settings.grouped:
-        of_groups(settings, gpu_gib, as_json)
+        of_groups(settings, gpu_gib, gpus_per_node, as_json)
         return
+    if gpus_per_node:
+        raise UsageError("--gpus-per-node says where groups lie, and the run has none; see --tp and --pp")
     if gpu_gib:
         only_memory(settings, gpu_gib, as_json)
         return
@@ -120,12 +121,15 @@ def main(settings: Settings, gpu_gib: int, as_json: bool) -> None:
         print()
 
 
-def of_groups(settings: Settings, gpu_gib: int, as_json: bool) -> None:
+def of_groups(settings: Settings, gpu_gib: int, gpus: int, as_json: bool) -> None:
     """Where each group lies, and whether it can be there. What runs in it is not told yet. Raises `UsageError`."""
-    gpus = len(layout(replace(settings, node_rank=0), elsewhere(settings, 0)).devices())
+    gpus = gpus or len(layout(replace(settings, node_rank=0), elsewhere(settings, 0)).devices())
     if not gpus:
-        raise UsageError(f"how many GPUs each node has decides where groups lie, and {none_visible()}")
-    placed = placement.place(groups.expand(settings, gpus), settings.nnodes, gpus)
+        raise UsageError(
+            f"how many GPUs each node has decides where groups lie, and {none_visible()}; for other nodes say "
+            "--gpus-per-node"
+        )
+    placed = placement.place(groups.expand(settings, gpus), settings.serving_nodes, gpus)
     rooms: list[Fit | None] = []
     for p in placed:
         try:
@@ -143,9 +147,8 @@ def of_groups(settings: Settings, gpu_gib: int, as_json: bool) -> None:
         rows = [p.to_json() | {"gpu_memory": r and r.to_json()} for p, r in zip(placed, rooms, strict=True)]
         print(json.dumps({"schema": 1, "nnodes": settings.nnodes, "gpus": gpus, "groups": rows}, indent=1))
     else:
-        here = f"{numbered(settings.nnodes, 'node')} with {numbered(gpus, 'GPU')} each"
-        print(f"run {settings.run_id or 'RUN'}: {numbered(len(placed), 'group')} on {here}")
-        print("\n".join(placement.drawing(placed, settings.nnodes, gpus)))
+        print(f"run {settings.run_id or 'RUN'}: {placement.summary(placed, settings.nnodes, gpus)}")
+        print("\n".join(placement.drawing(placed, settings.nnodes, gpus, settings.spares)))
         for p, room in zip(placed, rooms, strict=True):
             if room is not None:
                 print(f"\n# memory of each GPU of group {p.group.name}", *room.lines(), sep="\n# ")

@@ -43,6 +43,9 @@ def plan(
         int,
         typer.Option("--gpu-gib", parser=number, metavar="<int>", help="only say whether the engines fit on such GPUs"),
     ] = 0,
+    gpus_per_node: Annotated[
+        int, typer.Option(parser=number, metavar="<int>", help="where groups lie on nodes with so many GPUs")
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Print what `up` would run; start nothing.
@@ -51,15 +54,20 @@ def plan(
     """
     from gms_launch.cli import plan as verb
 
-    verb.main(settings, gpu_gib, json)
+    verb.main(settings, gpu_gib, gpus_per_node, json)
 
 
 def submit(
     *,
     settings: Settings,
-    nodes: Annotated[int, typer.Option("-N", "--nodes", parser=positive, metavar="<int>", help="nodes of the job")],
+    nodes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "-N", "--nodes", parser=positive, metavar="<int>", help="nodes of the job (of groups: as many as they take)"
+        ),
+    ] = None,
     gpus_per_node: Annotated[
-        int, typer.Option(parser=number, metavar="<int>", help="GPUs of each; 0 asks for none")
+        int, typer.Option(parser=number, metavar="<int>", help="GPUs of each; 0 asks for none, or for what groups take")
     ] = 0,
     time: Annotated[str, typer.Option("-t", "--time", help="time limit, as sbatch takes it")] = "",
     partition: Annotated[str, typer.Option("-p", "--partition", help="as of sbatch")] = "",
@@ -90,7 +98,7 @@ def submit(
     named = {"gpus-per-node": str(gpus_per_node or ""), "time": time, "partition": partition, "account": account}
     job = Job(
         run="",
-        nodes=nodes,
+        nodes=nodes or 0,
         home=Path(),
         program="",
         options=(*(f"--{k}={v}" for k, v in named.items() if v), *(sbatch or ())),

@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError
@@ -24,6 +25,7 @@ from gms_launch.observe.snapshot import Snapshot
 from gms_launch.run import contact, model, placement
 from gms_launch.run.plan import cache_dir
 from gms_launch.run.rundir import RunDir, RunFile, home, new_run_id
+from gms_launch.settings import groups
 from gms_launch.settings.declared import BY_NAME, SETTINGS, Settings
 from gms_launch.settings.resolve import checked
 from gms_launch.settings.rules import RUN_ID
@@ -51,14 +53,18 @@ POLL = 1.0
 
 def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout: float) -> None:
     """`job` lacks the run's name and what follows from it. Raises `LaunchError`."""
-    placement.one_only(settings, "submit")
+    settings = replace(settings, sources={k: v for k, v in settings.sources.items() if v != "Slurm"})
     if given := [name for name in _SLURMS if settings.was_set(name)]:
         raise UsageError(f"{given[0]} (from {settings.sources[given[0]]}): Slurm says that in the job; leave it out")
-    if not Path(settings.model or "/").exists():
-        raise UsageError(f"model {settings.model!r} is not seen from here; a job would find out too late")
-    model.check(settings)
-    if settings.was_set("tp"):
-        checked(replace(settings, nnodes=job.nodes))
+    drawn: list[str] = []
+    if settings.grouped:
+        job, drawn = _with_groups(settings, job)
+    else:
+        _check_model(settings)
+        if not job.nodes:
+            raise UsageError("say how many nodes the job has: -N 2")
+        if settings.was_set("tp"):
+            checked(replace(settings, nnodes=job.nodes))
     if wait and job.array:
         raise UsageError("--wait waits for one run, and an array is several")
     run = settings.run_id or new_run_id()
@@ -72,6 +78,7 @@ def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout
     text = sbatch.script(job, settings.engine_args, BODY.read_text())
     if dry_run:
         saved = as_toml(settings, hidden)
+        print(*(f"# {line}" for line in drawn), sep="\n")
         print(f"# {job.directory / 'submit.sbatch'}\n{text}\n# {job.directory / 'settings.toml'}\n{saved}", end="")
         return
     directory.refuse_live()
@@ -84,10 +91,35 @@ def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout
         raise RefusedError(f"{job.directory} is {trouble(exc)} ({exc.strerror}): nothing was submitted") from None
     number = _sbatch(job.directory / "submit.sbatch")
     print(f"job {number} is run {run}{'-<task>' if job.array else ''}; script, settings and output: {job.directory}")
+    print(*drawn, sep="\n", end="\n" if drawn else "")
     if wait:
         _wait_full(directory, job, number, timeout)
     else:
         print(f"when it has begun: gms-launch status --run {run}{'-<task>' if job.array else ''}")
+
+
+def _check_model(settings: Settings, group: str = "") -> None:
+    """Raise `UsageError` for a model that a job would miss."""
+    whose = f"group {group}: " if group else ""
+    if not Path(settings.model or "/").exists():
+        raise UsageError(f"{whose}model {settings.model!r} is not seen from here; a job would find out too late")
+    try:
+        model.check(settings)
+    except UsageError as exc:
+        raise UsageError(f"{whose}{exc}") from None
+
+
+def _with_groups(settings: Settings, job: sbatch.Job) -> tuple[sbatch.Job, list[str]]:
+    """The job with as many nodes, and GPUs on each, as the groups take, and who will lie where. Raises `UsageError`."""
+    said = settings.virtual_gpus if settings.was_set("virtual_gpus") else sbatch.gpus(job.options)
+    nodes, gpus = placement.wanted(settings, job.nodes, said)
+    own = checked(replace(settings, nnodes=nodes))
+    placed = placement.place(groups.expand(own, gpus), own.serving_nodes, gpus)
+    for p in placed:
+        _check_model(p.group.settings, p.group.name)
+    options = job.options if said else (*job.options, f"--gpus-per-node={gpus}")
+    drawn = placement.drawing(placed, nodes, gpus, own.spares)
+    return replace(job, nodes=nodes, options=options), [placement.summary(placed, nodes, gpus), *drawn]
 
 
 def as_toml(settings: Settings, secret: Callable[[str], str] = str) -> str:
@@ -99,6 +131,11 @@ def as_toml(settings: Settings, secret: Callable[[str], str] = str) -> str:
     values = [(s.name, getattr(settings, s.name)) for s in named]
     said = [(name, secret(value) if BY_NAME[name].secret else value) for name, value in values]
     # A JSON string, number or boolean is one of TOML too, as long as it keeps its letters.
+    tables = [table.items() for table in settings.tables]
+    return _lines(said) + "".join(f"\n[[group]]\n{_lines(table)}" for table in tables)
+
+
+def _lines(said: Iterable[tuple[str, Any]]) -> str:
     return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in said)
 
 
@@ -107,8 +144,12 @@ def _shared(settings: Settings, make: bool) -> tuple[str, ...]:
     cache = cache_dir(settings.cache_dir)
     if make:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    files = (settings.api_key_file, settings.tls_cert, settings.tls_key, settings.engine_file)
-    places = [Path(settings.model), cache, *(Path(f).expanduser() for f in files if f)]
+    files = [settings.api_key_file, settings.tls_cert, settings.tls_key]
+    engines = [(settings.model, settings.engine_file)] if not settings.tables else []
+    for table in settings.tables:
+        engines.append((table.get("model", settings.model), table.get("engine_file", settings.engine_file)))
+    files += [engine_file for _, engine_file in engines]
+    places = [*(Path(path) for path, _ in engines), cache, *(Path(f).expanduser() for f in files if f)]
     return tuple(dict.fromkeys(str(path.absolute()) for path in places))
 
 
@@ -165,7 +206,7 @@ def _wait_full(directory: RunDir, job: sbatch.Job, number: str, timeout: float) 
                 raise LaunchError(f"run {directory.run} has ended: {found.reason}; its output: {job.directory}")
             shot = _look(directory, found)
             if shot is not None and shot.redundancy == "full":
-                print(f"ready: {found.frontend_url}, model {found.model_name}")
+                print(f"ready: {found.frontend_url}, {model.named(g.model_name for g in shot.groups or (shot,))}")
                 print(f"from your own machine: {tunnel(found.frontend_url, found.leader_host)}")
                 return
         if not state:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from gms_launch.errors import UsageError
@@ -43,6 +44,12 @@ def _check(settings: Settings, path: Path) -> None:
             raise UsageError(f"model {settings.model!r}: {why}")
         if settings.engine == "reference" and not (path / "tokenizer.json").is_file():
             raise UsageError(f"model {settings.model!r}: {path.absolute()} has no tokenizer.json")
+
+
+def named(names: Iterable[str]) -> str:
+    """The models that a run serves, by the names that clients ask for."""
+    found = list(dict.fromkeys(names))
+    return f"model{'s' if len(found) > 1 else ''} {', '.join(found)}"
 
 
 def check_memory(s: Settings) -> None:

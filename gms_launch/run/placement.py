@@ -5,14 +5,19 @@ Every node works the same out for itself, from the settings and the number of GP
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gms_launch.errors import UsageError
 from gms_launch.numbers import numbered
+from gms_launch.settings import groups
 from gms_launch.settings.declared import Settings
 from gms_launch.settings.groups import Group
+
+#: GPUs of a node: more than there are.
+MOST_GPUS = 64
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,44 @@ def place(groups: Sequence[Group], nnodes: int, gpus: int) -> tuple[Placed, ...]
     return tuple(found[k] for k in range(len(groups)))
 
 
+def wanted(s: Settings, nodes: int, gpus: int) -> tuple[int, int]:
+    """How many nodes with how many GPUs each a run of groups takes, where neither need have been said (0).
+
+    Raises `UsageError` where nothing tells, and with the arithmetic when the groups cannot fit.
+    """
+    tables, tp = s.tables or ({},), groups.own_tp(s)
+    sized = all("gpus" in table or table.get("tp", tp) for table in tables)
+    if not gpus and not sized:
+        raise UsageError(
+            "a group takes all GPUs of its nodes, or an equal part of them: say with --gpus-per-node how many there are"
+        )
+    if not nodes and not s.tables and not tp:
+        raise UsageError("--groups makes equal groups of all nodes: say how many there are, with -N")
+    if not gpus and not nodes and not all("nodes" in table for table in tables):
+        raise UsageError("groups may lie beside each other on a node: say -N or --gpus-per-node, and the other follows")
+    if nodes and not gpus:
+        own = replace(s, nnodes=nodes)
+        return nodes, _first(lambda n: place(groups.expand(own, n), own.serving_nodes, n), 1, MOST_GPUS)
+    if not gpus:
+        gpus = _first(lambda n: groups.expand(s, n), 1, MOST_GPUS)
+    if not nodes:
+        found = groups.expand(s, gpus)
+        whole, parts = sum(g.nodes for g in found if g.whole), [g.gpus for g in found if not g.whole]
+        least, most = whole - (-sum(parts) // gpus), whole + len(parts)
+        nodes = s.spares + _first(lambda n: place(found, n, gpus), least, most)
+    return nodes, gpus
+
+
+def _first(holds: Callable[[int], object], least: int, most: int) -> int:
+    """The first number of those for which it holds; else the error of the last."""
+    for n in range(least, most):
+        with contextlib.suppress(UsageError):
+            holds(n)
+            return n
+    holds(most)
+    return most
+
+
 def _no_room(groups: Sequence[Group], without: Group, nodes: int, gpus: int, most: int) -> str:
     parts = [g for g in groups if not g.whole]
     total = sum(g.gpus for g in parts)
@@ -91,28 +134,29 @@ def _short(text: str, longest: int = 200) -> str:
     return text if len(text) <= longest else text[:longest] + "..."
 
 
-def one_only(settings: Settings, verb: str) -> None:
-    """Raise `UsageError` for a run of groups, of which a verb does not know yet."""
-    if settings.grouped:
-        raise UsageError(f"`{verb}` does not know of groups so far; `plan` shows where they lie, and `up` runs them")
+def summary(placed: Sequence[Placed], nnodes: int, gpus: int) -> str:
+    return f"{numbered(len(placed), 'group')} on {numbered(nnodes, 'node')} with {numbered(gpus, 'GPU')} each"
 
 
-def drawing(placed: Sequence[Placed], nnodes: int, gpus: int) -> list[str]:
-    """Who has what, a line for each part of each node."""
+def drawing(placed: Sequence[Placed], nnodes: int, gpus: int, spares: int = 0) -> list[str]:
+    """Who has what, a line for each part of each node, of which the last are `spares`."""
     rows = []
     for node in range(nnodes):
         here = sorted((p for p in placed if node in p.nodes), key=lambda p: p.gpus.start)
         name, free = f"node {node}", range(here[-1].gpus.stop if here else 0, gpus)
         for p in here:
-            rows.append((name, _span(p.gpus), p.group.name, _words(p, node)))
+            rows.append((name, span(p.gpus), p.group.name, _words(p, node)))
             name = ""
         if len(free):
-            rows.append((name, _span(free), "", "kept by the group" if here and here[0].group.whole else "free"))
+            left = "kept by the group" if here and here[0].group.whole else "free"
+            spare = "a spare: takes the place of a node that is lost"
+            rows.append((name, span(free), "", spare if node >= nnodes - spares else left))
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     return ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[3]]).rstrip() for r in rows]
 
 
-def _span(gpus: range) -> str:
+def span(gpus: range) -> str:
+    """GPUs of a node for people."""
     last = gpus.stop - 1
     return f"GPU {gpus.start}" if len(gpus) == 1 else f"GPUs {gpus.start}-{last}"
 

@@ -127,7 +127,7 @@ def expand(s: Settings, gpus: int) -> tuple[Group, ...]:
 def _equal(s: Settings, gpus: int) -> Mapping[str, Any]:
     """One of --groups equal groups, as a table would say it."""
     said: dict[str, Any] = {"name": "g"}
-    if _own_tp(s):
+    if own_tp(s):
         return said  # its size follows
     nodes = s.serving_nodes
     if nodes % s.groups == 0:
@@ -142,7 +142,7 @@ def _equal(s: Settings, gpus: int) -> Mapping[str, Any]:
     return said | {"gpus": gpus // on_each}
 
 
-def _own_tp(s: Settings) -> int:
+def own_tp(s: Settings) -> int:
     """The tensor-parallel size that the user gave; 0 for none. Slurm's is that of all nodes as one engine."""
     return s.tp if s.sources.get("tp", "Slurm") != "Slurm" else 0
 
@@ -173,7 +173,7 @@ def _group(said: Mapping[str, Any], s: Settings, gpus: int) -> Group:
 
 def _size(said: Mapping[str, Any], s: Settings, gpus: int) -> tuple[int, int, int, int, bool]:
     """tp, pp, nodes, GPUs on each of them, and whether they are its own. Raises `UsageError` with the arithmetic."""
-    name, tp, pp = said["name"], said.get("tp") or _own_tp(s), said.get("pp") or s.pp
+    name, tp, pp = said["name"], said.get("tp") or own_tp(s), said.get("pp") or s.pp
     nodes, part = said.get("nodes", 0), said.get("gpus", 0)
     each = f"a node has {numbered(gpus, 'GPU')}"
     if not nodes and not part:

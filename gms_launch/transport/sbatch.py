@@ -107,6 +107,16 @@ def named(option: str) -> tuple[str, str]:
     return option[1:2], option[2:].strip()
 
 
+def gpus(options: Sequence[str]) -> int:
+    """The GPUs of each node that options of sbatch ask for, the last that says so; 0 when none does."""
+    found = 0
+    for name, value in map(named, options):
+        kind = r"(?:.*,)?gpu(?::[\w.-]+)?:(\d{1,4})(?:\(.*\))?(?:,.*)?" if name == "gres" else r"(?:[\w.-]+:)?(\d{1,4})"
+        if name in ("gres", "gpus-per-node") and (said := re.fullmatch(kind, value)):
+            found = int(said[1])
+    return found
+
+
 def seconds(limit: str) -> int:
     """A time limit as sbatch takes it; 0 for none, and for what sbatch will refuse."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)

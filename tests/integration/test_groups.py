@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +87,7 @@ def one_node(tmp_path: Path, model: Path) -> Iterator[Grouped]:
 def patient(tmp_path: Path, model: Path) -> Iterator[Grouped]:
     """The agent would restart a frozen etcd sooner than a person notices."""
     flags = ["--virtual-gpus", "2", "--groups", "2", "--service-liveness", "60", "--dynamo-lease-ttl", "200"]
+    flags += ["--metrics-port", str(free_port())]
     with Grouped(tmp_path, model, *flags) as run:
         yield run
 
@@ -205,6 +207,21 @@ def test_one_group_is_killed_while_etcd_is_away(patient: Grouped) -> None:
     assert (failover["group"], failover["victim"]["cohort_id"]) == ("g1", found["g1"]["primary"])
     run.full("g1")
     assert run.lives("g0") == other, "nobody else was touched"
+
+    def page() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{run.run_file['settings']['metrics_port']}/metrics") as answer:
+            return str(answer.read().decode())
+
+    died = 'gms_launch_failovers_total{cause="%s",group="%s"} %s'
+    eventually(lambda: died % ("exit", "g1", "1.0") in page(), LONG, "counted")
+    shown = page()
+    assert not [
+        line for line in shown.splitlines() if "failovers_total{" in line and 'group="g0"' in line and "0.0" not in line
+    ]
+    for group in ("g0", "g1"):
+        assert f'gms_launch_redundancy{{group="{group}",state="full"}} 1.0' in shown
+        assert f'gms_launch_gms_bytes{{device="0",group="{group}",tag="weights"}}' in shown
+        assert f'gms_launch_slots_given_up{{group="{group}"}} 0.0' in shown
 
 
 def test_every_rank_of_one_group_dies_and_the_other_serves_on(pairs: Four) -> None:

@@ -200,7 +200,67 @@ def test_groups_are_drawn(tmp_path: Path, model: Path) -> None:
         ("small-0", 2, [2], [0, 1]),
         ("small-1", 2, [2], [2, 3]),
     ]
-    code, text = run(tmp_path, "doctor", "--config", str(config))
-    assert (code, len(text.splitlines())) == (2, 1) and "`doctor` does not know of groups so far" in text
     code, text = run(tmp_path, "plan", "--config", str(config), "--virtual-gpus", "3")
     assert code == 2 and "group small-1 wants 2 on one node, and no node has more than 1 GPU left" in text
+
+
+TABLES = """engine = "reference"
+served_model_name = "tiny"
+[[group]]
+name = "big"
+nodes = 2
+tp = 4
+engine_args = ["--max-model-len", "64"]
+[[group]]
+name = "small"
+count = 2
+gpus = 1
+shadows = 2
+"""
+
+
+def test_submit_asks_slurm_for_what_the_groups_take(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "g.toml").write_text(TABLES)
+    flags = ["--config", str(tmp_path / "g.toml"), "--model", str(model), "--run", "r1", "--dry-run"]
+    code, text = run(tmp_path, "submit", *flags, "--gpus-per-node", "2")
+    assert code == 0, text
+    assert "#SBATCH --nodes=3\n" in text and text.count("--gpus-per-node=2") == 1
+    assert "# 3 groups on 3 nodes with 2 GPUs each" in text and "# node 2  GPU 0     small-0" in text
+    # What is saved says the same again.
+    saved = text.rpartition("settings.toml\n")[2]
+    (tmp_path / "again.toml").write_text(saved)
+    flags[1] = str(tmp_path / "again.toml")
+    again = run(tmp_path, "submit", *flags, "--sbatch=--gres=gpu:2")
+    assert again[0] == 0 and again[1].rpartition("settings.toml\n")[2] == saved and "--gpus-per-node" not in again[1]
+    code, text = run(tmp_path, "submit", *flags)
+    assert code == 2 and "say -N or --gpus-per-node" in text
+    code, text = run(tmp_path, "submit", *flags, "-N", "2", "--gpus-per-node", "2")
+    assert code == 2 and "2 groups with gpus want 2 GPUs of 0" in text
+    assert run(tmp_path, "submit", "--engine", "reference", "--model", str(model))[1].endswith("the job has: -N 2\n")
+
+
+def test_doctor_says_what_each_group_of_the_node_needs(tmp_path: Path, model: Path) -> None:
+    config = tmp_path / "g.toml"
+    config.write_text(TABLES.replace("nodes = 2\ntp = 4", f'gpus = 2\nmodel = "{tmp_path}"'))
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("GMS_LAUNCH_", "SLURM_"))}
+    env |= {"GMS_LAUNCH_HOME": str(tmp_path / "home")}
+
+    def doctor(*flags: str) -> tuple[dict[str, tuple[bool, str]], str]:
+        flags = ("--config", str(config), "--model", str(model), *flags, "--json")
+        done = gms_launch("doctor", *flags, env=env)
+        found = {c["check"]: (c["ok"], c["detail"]) for c in json.loads(done.stdout)["checks"]}
+        assert done.returncode == (0 if all(ok for ok, _ in found.values()) else 1)
+        return found, done.stderr
+
+    found, said = doctor("--virtual-gpus", "4")
+    assert "2 of " in said and "checks failed: groups, big: model" in said
+    assert not found["big: model"][0] and found["small-0: model"] == found["small-1: model"] == (True, str(model))
+    config.write_text(TABLES.replace("nodes = 2\ntp = 4", "gpus = 2"))
+    found, said = doctor("--virtual-gpus", "4")
+    assert said == "" and found["groups"] == (
+        True,
+        "big on GPUs 0-1 of 4, small-0 on GPU 2 of 4, small-1 on GPU 3 of 4",
+    )
+    assert found["small-1: gms"][1].count("GPU-") == 1 and found["big: gms"][1].count("GPU-") == 2
+    found, said = doctor("--virtual-gpus", "3")
+    assert "checks failed: groups" in said and "group small-1 wants 1 on one node" in found["groups"][1]

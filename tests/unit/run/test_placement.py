@@ -83,3 +83,46 @@ def test_no_gpu_has_two_groups(tables: list[dict[str, Any]], nnodes: int) -> Non
     assert all(n < nnodes and g < 8 for n, g in taken)
     alone = {n for p in placed if p.group.whole for n in p.nodes}
     assert not alone & {n for p in placed if not p.group.whole for n in p.nodes}
+
+
+def said(toml: dict[str, Any], **flags: str) -> Any:
+    return resolve(flags, {}, toml)
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "nodes_and_gpus"),
+    [
+        (said({}, groups="4"), (4, 8), (4, 8)),
+        (said({}, groups="4", tp="2"), (0, 8), (1, 8)),
+        (said({}, groups="5", tp="2"), (0, 8), (2, 8)),
+        (said({}, groups="4", tp="2"), (4, 0), (4, 2)),
+        (said({}, groups="4", tp="2"), (2, 0), (2, 4)),
+        (said({"group": [{"name": "a", "nodes": 2, "tp": 8}, {"name": "b", "nodes": 2, "tp": 16}]}), (0, 0), (4, 8)),
+        (said({"group": [{"name": "a", "nodes": 2}, {"name": "b", "gpus": 3, "count": 3}]}), (0, 8), (4, 8)),
+        (said({"group": [{"name": "a", "gpus": 2, "count": 3}]}), (1, 0), (1, 6)),
+    ],
+)
+def test_what_groups_take_where_it_was_not_said(settings: Any, given: tuple[int, int], nodes_and_gpus: Any) -> None:
+    assert placement.wanted(settings, *given) == nodes_and_gpus
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "says"),
+    [
+        (said({}, groups="4"), (4, 0), "say with --gpus-per-node how many there are"),
+        (said({}, groups="4"), (0, 8), "say how many there are, with -N"),
+        (said({}, groups="4", tp="2"), (0, 0), "say -N or --gpus-per-node"),
+        (said({"group": [{"name": "a", "nodes": 2}]}), (0, 0), "say with --gpus-per-node how many there are"),
+        (said({"group": [{"name": "a", "gpus": 9}]}), (0, 8), "gpus 9, and a node has 8 GPUs"),
+    ],
+)
+def test_what_nothing_tells_is_asked_for(settings: Any, given: tuple[int, int], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        placement.wanted(settings, *given)
+
+
+def test_a_spare_node_is_drawn_as_one() -> None:
+    found = made(3, {"name": "a", "nodes": 2})
+    assert placement.drawing(placement.place(found, 2, 8), 3, 8, 1)[-1].endswith(
+        "a spare: takes the place of a node that is lost"
+    )

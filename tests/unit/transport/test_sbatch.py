@@ -112,3 +112,19 @@ def test_time_limits_as_slurm_reads_them(limit: str, expected: int) -> None:
 def test_refused(change: dict[str, object], why: str) -> None:
     with pytest.raises(UsageError, match=why):
         sbatch.script(replace(JOB, **change), (), BODY)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ((), 0),
+        (("--gpus-per-node=8",), 8),
+        (("--gpus-per-node=a100:4",), 4),
+        (("--gres=gpu:2",), 2),
+        (("--gres=gpu:h200:8(S:0-1),nvme",), 8),
+        (("--gres=nvme:3",), 0),
+        (("--gpus-per-node=8", "--gres=gpu:2"), 2),
+    ],
+)
+def test_how_many_gpus_are_asked_for(options: tuple[str, ...], number: int) -> None:
+    assert sbatch.gpus(options) == number
