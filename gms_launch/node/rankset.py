@@ -274,8 +274,7 @@ class RankSet:
             self.fence(rank)  # before anybody is told, whatever telling may run into
         if kind == "lock" and not rank.holds(self._layout.lock_of(rank.cohort_id)):
             detail = "its log says so, and the kernel does not show it as the holder"
-        # The record first: other nodes kill their ranks when they read it. Of a rank that we killed they know already;
-        # its exit goes out with the proof.
+        # Of a rank that we killed the others know already; its exit goes out with the proof.
         known = self._mirror.ranks.get((rank.cohort_id, self._node_rank))
         if known is None or known.phase is not rank.phase or rank.phase in ALIVE:
             # While a cohort dies, what etcd and the agents do competes with the dying; nobody waits for the proof yet.

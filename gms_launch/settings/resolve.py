@@ -22,8 +22,10 @@ from gms_launch.urls import HIDDEN
 
 #: The [[group]] tables for an agent that another process starts, as JSON: no flag holds them.
 TABLES_ENV = "GMS_LAUNCH_GROUP_TABLES"
-#: Names with our prefix that are not settings: the process tag, and where runs are recorded.
-RESERVED_ENV = frozenset({"GMS_LAUNCH_TAG", "GMS_LAUNCH_HOME", "GMS_LAUNCH_CONFIG", TABLES_ENV})
+#: Names with our prefix that are not settings: the process tag, where runs are recorded, what an engine's ranks share.
+RESERVED_ENV = frozenset(
+    {"GMS_LAUNCH_TAG", "GMS_LAUNCH_HOME", "GMS_LAUNCH_CONFIG", "GMS_LAUNCH_MEETING_SECRET", TABLES_ENV}
+)
 
 #: A settings file or an engine file is smaller than this (bytes); a device that never ends is read no further.
 LARGEST_FILE = 2**20

@@ -300,6 +300,8 @@ class World:
                     raise Broken(f"the run ended for no good reason: {action.why}")
                 self.aborted = action.why
                 self.log.append(f"# the run ends: {action.why}")
+            else:
+                raise AssertionError(f"the simulation has no hand for {action!r}")
         full = len(view.slots) == self.policy.cohorts and self.full()
         if full and self.memory.initial:
             self.memory = controller.replace(self.memory, initial=False)

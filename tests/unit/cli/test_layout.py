@@ -1,4 +1,4 @@
-"""The layouts of `-o`."""
+"""`-o` says in YAML and in columns what `--json` says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engine command lines, log lines, and the arithmetic of the reference engine."""
+"""Engines get the command line on record, and their log lines mean what they say; the reference engine can add."""
 
 from __future__ import annotations
 

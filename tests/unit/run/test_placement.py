@@ -1,4 +1,4 @@
-"""Where groups lie."""
+"""Groups lie where they fit, none on another's GPUs, and what does not fit is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which port goes to whom."""
+"""No port goes to two, and each is one that its owner may have."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from gms_launch.engines.base import MEETING_SECRET
 from gms_launch.errors import UsageError
 from gms_launch.settings.declared import SETTINGS, Setting, Settings
-from gms_launch.settings.resolve import read_toml, resolve
+from gms_launch.settings.resolve import RESERVED_ENV, TABLES_ENV, read_toml, resolve
 
 
 def resolved(environ: dict[str, str] | None = None, toml: dict[str, Any] | None = None, **flags: Any) -> Settings:
@@ -209,3 +210,9 @@ def test_every_number_has_bounds_and_is_written_in_digits(setting: Setting) -> N
     for value in float("inf"), float("nan"), 10**400, -(10**400), 1e300, True, [1], {"a": 1}, setting.maximum + 1:
         with pytest.raises(UsageError):
             resolve({}, {}, {setting.name: value})
+
+
+def test_names_of_our_own_that_are_no_settings_are_passed_over() -> None:
+    """A verb that is run by an engine, or by a hook, finds them in its environment."""
+    assert resolve({}, dict.fromkeys(RESERVED_ENV - {TABLES_ENV}, "x")) == resolve({}, {})
+    assert MEETING_SECRET in RESERVED_ENV
