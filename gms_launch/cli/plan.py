@@ -86,7 +86,7 @@ def only_memory(settings: Settings, gpu_gib: int, as_json: bool) -> None:
         raise LaunchError("the engines do not fit")
 
 
-def main(settings: Settings, gpu_gib: int, gpus_per_node: int, as_json: bool) -> None:
+def main(settings: Settings, gpu_gib: int, as_json: bool, gpus_per_node: int = 0) -> None:
     if settings.hosts:
         settings = of_hosts(settings)
     if settings.grouped:

@@ -54,7 +54,7 @@ def plan(
     """
     from gms_launch.cli import plan as verb
 
-    verb.main(settings, gpu_gib, gpus_per_node, json)
+    verb.main(settings, gpu_gib, json, gpus_per_node)
 
 
 def submit(
