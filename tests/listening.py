@@ -33,11 +33,12 @@ class Listener(NamedTuple):
 
 
 def documented(column: int) -> set[Row]:
-    """The table of ports on the page; column 2 is a run on one node, 3 a run on several."""
+    """The table of ports on the page; column 2 is a run on one node, 3 on several, 4 with groups that others lead."""
     table = PAGE.read_text().partition("## Every port")[2].partition("\n## ")[0]
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
     assert len(rows) > 5, "the table is there"
-    return {Row(r[0], r[1], r[column].split(",")[0]) for r in rows[2:] if r[column] != "-"}
+    places = {(r[0], r[1], place.strip()) for r in rows[2:] for place in r[column].split(";")}
+    return {Row(who, what, place.split(",")[0]) for who, what, place in places if place != "-"}
 
 
 def of_run(run: str, ports: Mapping[str, Any]) -> tuple[set[Row], list[Listener]]:
@@ -58,7 +59,7 @@ def of_run(run: str, ports: Mapping[str, Any]) -> tuple[set[Row], list[Listener]
 def _who(pid: int, part: str) -> str:
     if "process.guard" in proc.command_line(pid):
         return "agent"  # they share the socket on which they hear from other nodes
-    return "engine" if part.isdigit() else re.sub(r"-\d+.*", "", part)
+    return "engine" if part.isdigit() else re.sub(r"-\d+.*", "", part).rpartition(".")[2]  # a group's name is before it
 
 
 def _where(socket: Listener) -> str:

@@ -346,3 +346,33 @@ class CommandResult(Record):
     cohort_id: int = -1
     incarnation: int = 0
     time: float = 0.0
+
+
+@dataclass(frozen=True)
+class QuestionRecord(Record):
+    """`asked/<uuid>`, on the asking node's lease: what the leader of `group` asks of the run's, on whose node the
+    frontend is. `what` is token (of `model`, from the engine `instance`, under the request id `name`, within `wait`
+    seconds; unless it is to be `fresh` one that has come will do), listed (is the model?) or moves.
+    """
+
+    uuid: str
+    group: str
+    what: str
+    model: str = ""
+    instance: int = 0
+    wait: float = 0.0
+    name: str = ""
+    fresh: bool = True
+
+
+@dataclass(frozen=True)
+class AnswerRecord(Record):
+    """`group/<name>/answers/<uuid>`. Not `ok`: `why`, and whether the frontend itself was `away`. `certain`: the token
+    is that engine's. `moves`: requests moved and lost so far.
+    """
+
+    ok: bool
+    why: str = ""
+    away: bool = False
+    certain: bool = False
+    moves: tuple[float, float] | None = None

@@ -41,6 +41,8 @@ class Keys:
         self.peers = f"{top}peers"
         self.refusals = f"{top}refusals/"
         self.seats = f"{top}seats/"
+        self.asked = f"{top}asked/"
+        self.answers = f"{self.prefix}answers/"
 
     def node(self, node_rank: int) -> str:
         return f"{self.nodes}{node_rank}"
@@ -81,7 +83,7 @@ class Keys:
 
     def over_all(self) -> list[Range]:
         """What the leader of a run of groups follows besides its own groups."""
-        tables = (self.nodes, self.commands, self.events, self.refusals, self.groups, self.seats)
+        tables = (self.nodes, self.commands, self.events, self.refusals, self.groups, self.seats, self.asked)
         return [*map(prefix, tables), Range(self.run), Range(self.peers)]
 
     def event(self, time_ns: int, node_rank: int, serial: int) -> str:
@@ -93,6 +95,14 @@ class Keys:
 
     def result(self, uuid: str) -> str:
         return f"{self.commands}{uuid}/result"
+
+    def question(self, uuid: str) -> str:
+        """What a group's leader asks of the run's, who has the frontend."""
+        return f"{self.asked}{uuid}"
+
+    def answer(self, uuid: str) -> str:
+        """Where its group's leader reads what came of it, and nobody else."""
+        return f"{self.answers}{uuid}"
 
     def refusal(self, who: str) -> str:
         """What an agent that may not take its place leaves for the leader."""

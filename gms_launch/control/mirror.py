@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import TypeVar
 
 from gms_launch.cohort.records import (
+    AnswerRecord,
     CommandRecord,
     CommandResult,
     DesiredCohort,
     EndedRecord,
     NodeRecord,
     PeersRecord,
+    QuestionRecord,
     RankRecord,
     Record,
     RecordError,
@@ -48,6 +50,8 @@ class Mirror:
         self.results: dict[str, CommandResult] = {}
         self.refusals: dict[str, str] = {}
         self.seats: dict[int, SeatRecord] = {}
+        self.asked: dict[str, QuestionRecord] = {}
+        self.answers: dict[str, AnswerRecord] = {}
         self.problems: dict[str, str] = {}
 
     def replace(self, snapshot: dict[str, bytes]) -> None:
@@ -79,6 +83,10 @@ class Mirror:
                 _set(self.ended, (int(cohort_id), int(incarnation)), EndedRecord, value)
             elif key.startswith(keys.seats):
                 _set(self.seats, int(key[len(keys.seats) :]), SeatRecord, value)
+            elif key.startswith(keys.asked):
+                _set(self.asked, key[len(keys.asked) :], QuestionRecord, value)
+            elif key.startswith(keys.answers):
+                _set(self.answers, key[len(keys.answers) :], AnswerRecord, value)
             elif key.startswith(keys.refusals):
                 self.refusals[key] = (value or b"").decode(errors="replace")
             elif key.startswith(keys.commands):

@@ -24,6 +24,7 @@ from gms_launch.cohort.reconciler import Desire
 from gms_launch.cohort.records import CommandRecord, RunState, Wanted
 from gms_launch.errors import LaunchError, MovedError, by_code
 from gms_launch.node import begin, end, lead, quiet, upkeep
+from gms_launch.node.desk import Clerk
 from gms_launch.node.group import Group
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
@@ -61,6 +62,7 @@ class Agent:
         self._shown = 0.0
         self._standing = Standing(lambda: self.node.report.link, layout.settings.dynamo_lease_ttl)
         self._ended_leases: set[int] = set()
+        self._clerk = Clerk(layout.run, self.node.near, self.node.report)
         self._absent_since: dict[int, float] = {}
         self._takeover = Takeover(self.node)
 
@@ -80,6 +82,7 @@ class Agent:
             self.node.failure = self.node.failure or LaunchError(f"internal error in the agent: {exc!r}")
         finally:
             self.node.stopping.set()
+            self._clerk.close()
             await end.shut_down(self.node)
         if self.node.failure is not None:
             raise self.node.failure
@@ -114,6 +117,7 @@ class Agent:
         now = time.monotonic()
         pauses: list[float] = []
         for group in self.node.groups:
+            group.hear()
             self._reconcile(group)
             if (
                 group.is_leader
@@ -220,6 +224,7 @@ class Agent:
         if self.node.is_leader:
             lead.tell_refusals(self.node)
             quiet.answer(self.node)
+            self._clerk.look(self.node.mirror.asked)
             for node in self.node.mirror.nodes.values():
                 if node.node_rank >= self.node.settings.serving_nodes:
                     continue  # a spare's end is its own

@@ -11,14 +11,12 @@ import asyncio
 import itertools
 import time
 from dataclasses import dataclass
-from functools import partial
 
-from gms_launch.node.half import Half
-from gms_launch.run.plan import Layout
-from gms_launch.services import frontend
-from gms_launch.services.base import NotReadyError
+from gms_launch.node.tokens import Asked
+from gms_launch.services.base import AwayError, NotReadyError
+from gms_launch.settings.declared import Settings
 
-#: Longest pause between two looks at the frontend's counters (seconds).
+#: Longest pause between two looks at the counters (seconds).
 LOOK_EVERY = 5.0
 
 
@@ -39,7 +37,7 @@ class TokenClock:
     after: float | None = None
 
     def counted(self, tokens: float | None, now: float) -> None:
-        """The frontend has passed on so many tokens in all; None when it does not count."""
+        """So much has been answered in all; None when nobody counts."""
         if tokens is not None and tokens != self.count:
             self.token(now)
             self.after = self.looked
@@ -63,31 +61,25 @@ class Canary:
     `token_after`: the last token that was seen came after that moment (monotonic seconds).
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._where = layout.front.where
-        self._model = layout.model_name
-        self._interval, self._timeout = layout.settings.canary_interval, layout.settings.canary_timeout
+    def __init__(self, settings: Settings) -> None:
+        self._interval, self._timeout = settings.canary_interval, settings.canary_timeout
         self._names = (f"gms-launch-canary-{k}" for k in itertools.count())
         self.hung: dict[tuple[int, int], str] = {}
         self.token_after: float | None = None
 
-    async def watch(self, life: tuple[int, int], half: Half | None = None) -> None:
-        """Return when the life hangs, having said so in `hung`. Cancelled when it ends or another serves.
-
-        `half`: it is one of two halves, and its own counters tell what the frontend's cannot.
-        """
-        count = partial(frontend.traffic, self._where) if half is None else half.count
+    async def watch(self, life: tuple[int, int], tokens: Asked) -> None:
+        """Return when the life hangs, having said so in `hung`. Cancelled when it ends or another serves."""
         loop = asyncio.get_running_loop()
         clock = TokenClock(self._interval, self._timeout, time.monotonic())
-        asking: asyncio.Future[str] | None = None
-        reason = ""
+        asking: asyncio.Future[str | None] | None = None
+        reason: str | None = ""
         while True:
             try:
-                counted = await loop.run_in_executor(None, count)
-            except NotReadyError:
-                clock.token(time.monotonic())  # the frontend is away: that says nothing of the engine
+                counted = await loop.run_in_executor(None, tokens.signs)
+            except AwayError:
+                clock.token(time.monotonic())  # that says nothing of the engine
             else:
-                clock.counted(counted[0] if counted else None, time.monotonic())
+                clock.counted(counted, time.monotonic())
                 self.token_after = clock.after or self.token_after
             if asking is not None and asking.done():
                 reason, asking = asking.result(), None
@@ -99,17 +91,17 @@ class Canary:
                 self.hung = {life: f"hung: no token for {self._timeout:g} s (canary_timeout): {reason}"}
                 return
             if asking is None and clock.due(time.monotonic()):
-                asking = loop.run_in_executor(None, self._ask, half)
-            await asyncio.sleep(min(LOOK_EVERY, self._interval / 2))  # the frontend announces nothing
+                asking = loop.run_in_executor(None, self._ask, tokens)
+            await asyncio.sleep(min(LOOK_EVERY, self._interval / 2))  # nobody announces a token
 
-    def _ask(self, half: Half | None) -> str:
-        """Ask for one token; why none came, or nothing."""
+    def _ask(self, tokens: Asked) -> str | None:
+        """Ask for one token; why none came, nothing when one did, None when nobody could be asked."""
         try:
             # Half of what is left after the interval: two requests fail before the engine is taken for dead.
             patience = max(1.0, (self._timeout - self._interval) / 2)
-            if half is not None:
-                return half.silent(patience, next(self._names))
-            frontend.one_token(self._where, self._model, patience, next(self._names))
+            tokens.ask(patience, next(self._names))
+        except AwayError:
+            return None
         except NotReadyError as exc:
             return str(exc)
         return ""

@@ -10,28 +10,27 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from functools import partial
 from typing import Any
 
 from gms_launch.cohort.hold import Around
 from gms_launch.cohort.model import ALIVE, Phase
 from gms_launch.cohort.registrations import Candidate, Registrations, owner
 from gms_launch.control.keys import dynamo_lease
+from gms_launch.node.desk import Desk
 from gms_launch.node.holds import Holds, Life
 from gms_launch.node.rank import Rank
 from gms_launch.node.reporter import Reporter
 from gms_launch.node.standing import Standing
 from gms_launch.process.listener import advertised
 from gms_launch.run.plan import Layout
-from gms_launch.services import frontend
 
 #: How long an engine that serves may be missing in discovery (seconds); to register anew takes it a moment.
 UNREGISTERED_GRACE = 2.0
 
 
 class Discovery:
-    """`ranks` gives this node's newest lives; `dead(rank, why)` takes one for dead that lives; `front` gives the pid of
-    the frontend, 0 while none runs.
+    """`ranks` gives this node's newest lives; `dead(rank, why)` takes one for dead that lives; `desk` is the way to the
+    frontend.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Discovery:
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
         ranks: Callable[[], Iterable[Rank]],
         dead: Callable[[Rank, str], None],
-        front: Callable[[], int],
+        desk: Desk,
     ) -> None:
         self._layout, self._report, self._spawn, self._ranks, self._dead = layout, report, spawn, ranks, dead
         self._registered = Registrations()
@@ -49,9 +48,8 @@ class Discovery:
         self._ended: set[Life] = set()
         self._waking: dict[Life, float] = {}
         self._standing = Standing(lambda: report.link, layout.settings.dynamo_lease_ttl)
-        count = partial(frontend.moves, layout.front.where)
         on = bool(layout.settings.migration_limit)
-        self._holds = Holds(on, report, spawn, self._around, self._keep, self._revoke, count, front)
+        self._holds = Holds(on, report, spawn, self._around, self._keep, self._revoke, desk.moves, desk.pid, desk.host)
 
     def ended(self, life: Life) -> None:
         """A life has ended: hold what it was asked, and end its leases in time. Once said is enough."""
@@ -64,6 +62,10 @@ class Discovery:
     def leases(self) -> tuple[int, ...]:
         """Under which the engines of this node's are registered now."""
         return self._registered.owned()
+
+    def instance(self, life: Life) -> int:
+        """The lease under which a life is registered now; 0 when it is not."""
+        return next((lease for lease in self._registered.of(life) if self._registered.here([lease])), 0)
 
     def stop(self) -> None:
         """The run is being stopped: nothing is held any more."""

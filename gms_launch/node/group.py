@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Protocol
 
 from gms_launch.cohort.controller import NODE_GRACE
@@ -19,11 +20,13 @@ from gms_launch.control.mirror import Mirror
 from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError
 from gms_launch.node.canary import Canary
+from gms_launch.node.desk import Desk, Far, Near
 from gms_launch.node.gates import Gates
 from gms_launch.node.gms_watch import GmsWatch
 from gms_launch.node.rank import Rank
 from gms_launch.node.rankset import RankSet
 from gms_launch.node.reporter import Reporter
+from gms_launch.node.tokens import OfAnEngine, OfTheFrontend, Tokens
 from gms_launch.node.warm import WarmSlots
 from gms_launch.observe.progress import Teller
 from gms_launch.process import proc
@@ -57,7 +60,7 @@ class Group:
     """One group on one node. `node_rank` is this node's place in it, 0 for its leader.
 
     `on_rank(group, rank, kind, detail)` hears what its ranks noticed, `on_end(group, ended)` of a life that ends here
-    first; `front` gives the frontend's pid, 0 while none runs here.
+    first; `near` is the frontend as this node's own services know it.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Group:
         report: Reporter,
         on_rank: Callable[[Group, Rank, str, str], None],
         on_end: Callable[[Group, EndedRecord], None],
-        front: Callable[[], int],
+        near: Near,
     ) -> None:
         self._host = host
         self.layout, self.mirror, self.report = layout, mirror, report
@@ -78,7 +81,10 @@ class Group:
         self.wake, self.stopping, self.spawn = host.wake, host.stopping, host.spawn
         self.gms = GmsWatch(layout.devices(), layout.node_dir.gms)
         self.gates = Gates(layout.gates)
-        self.writer, self.front = host.writer, front
+        self.writer = host.writer
+        far = not layout.home.is_leader
+        self.far = Far(layout.home.leader_address, layout.group, mirror.keys, report) if far else None
+        self.desk: Desk = self.far or near
         self._on_rank, self._on_end = on_rank, on_end
         self.warm = WarmSlots(layout, host.writer.output, self.spawn, self._warm_told, host.control_changed)
         self.ranks = RankSet(self)
@@ -90,7 +96,7 @@ class Group:
         self.confirmed: tuple[int, int] | None = None
         self.no_token = ""
         self.asked_since = 0.0
-        self.canary = Canary(layout) if self.is_leader and self.settings.canary else None
+        self.canary = Canary(self.settings) if self.is_leader and self.settings.canary else None
         self._alone_since: float | None = None
         self.formed = not layout.group
         self.gms_epoch = 0
@@ -140,6 +146,18 @@ class Group:
 
     def life_ended(self, ended: EndedRecord, /) -> None:
         self._on_end(self, ended)
+
+    def tokens(self, rank: Rank) -> Tokens:
+        """What shows that a rank of this node's, which leads its life, gives tokens."""
+        if not self.layout.group:
+            return OfTheFrontend(self.layout.front.where, self.layout.model_name)
+        instance = partial(self.ranks.discovery.instance, rank.life)
+        return OfAnEngine(self.desk, self.layout.model_name, rank.port, instance)
+
+    def hear(self) -> None:
+        """What was asked of the frontend on another node has been answered, perhaps."""
+        if self.far is not None:
+            self.far.hear(self.mirror.answers)
 
     def _warm_told(self, kind: str, detail: str) -> None:
         self.report.emit(kind, detail=detail)

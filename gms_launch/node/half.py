@@ -12,9 +12,10 @@ import time
 from gms_launch.engines import signals
 from gms_launch.engines.base import LOOPBACK
 from gms_launch.engines.signals import Work
+from gms_launch.node.confirm import NAME, TIMEOUT
+from gms_launch.node.desk import Desk
 from gms_launch.run.plan import Layout
-from gms_launch.services import frontend
-from gms_launch.services.base import NotReadyError
+from gms_launch.services.base import AwayError, NotReadyError
 
 
 class Half:
@@ -23,8 +24,8 @@ class Half:
     `asked_since`: it has been asked since then (monotonic seconds; infinite: nobody did yet). `why` no token came.
     """
 
-    def __init__(self, layout: Layout, port: int) -> None:
-        self._where, self._model, self._port = layout.front.where, layout.model_name, port
+    def __init__(self, desk: Desk, layout: Layout, port: int) -> None:
+        self._desk, self._model, self._port = desk, layout.model_name, port
         self._timeout = layout.settings.health_timeout
         self.asked_since, self.why = math.inf, ""
 
@@ -34,30 +35,36 @@ class Half:
             before = self._work()
             if before.asked:
                 self.asked_since = min(self.asked_since, time.monotonic())
-            if not frontend.listed(self._where, self._model):
+            if not self._desk.listed(self._model):
                 self.why = f"nobody can ask it: {self._model} is not served, which takes the other half too"
                 return False
-            frontend.one_token(self._where, self._model)
+            self._desk.one_token(self._model, 0, TIMEOUT, NAME, fresh=True)
             self.why = "a token came, and it had no part in that"
             return self._work().answered > before.answered
         except NotReadyError as exc:
             self.why = str(exc)
             return False
 
-    def count(self) -> tuple[float, float]:
-        """What it has answered, and been asked. Raises `NotReadyError`."""
-        done = self._work()
-        return done.answered, done.asked
+    def signs(self) -> float:
+        """What it has answered. Raises `AwayError`."""
+        try:
+            return self._work().answered
+        except NotReadyError as exc:
+            raise AwayError(str(exc)) from None
 
-    def silent(self, patience: float, name: str) -> str:
-        """Ask for a token within `patience` seconds; why, if that reached this engine and it said nothing."""
+    def ask(self, timeout: float, name: str, fresh: bool = True) -> None:
+        """Ask for a token within `timeout` seconds. Raises `NotReadyError` if that reached this engine and it said
+        nothing, and `AwayError` if nobody could be asked.
+        """
         before = self._work()
         try:
-            frontend.one_token(self._where, self._model, patience, name)
-        except NotReadyError as exc:
+            self._desk.one_token(self._model, 0, timeout, name, fresh)
+        except AwayError:
+            raise
+        except NotReadyError:
             after = self._work()
-            return str(exc) if after.asked > before.asked and after.answered == before.answered else ""
-        return ""
+            if after.asked > before.asked and after.answered == before.answered:
+                raise
 
     def _work(self) -> Work:
         found = signals.work(LOOPBACK, self._port, self._timeout)

@@ -117,7 +117,7 @@ class Holds:
     knowing it, and `revoke` ends that.
 
     `count` asks the frontend how many requests have moved and failed so far; it may block. `frontend` is the pid of the
-    run's own one, 0 when there is none.
+    run's own one, 0 when there is none; on another node than that `host` is its address.
     """
 
     def __init__(
@@ -130,9 +130,10 @@ class Holds:
         revoke: Callable[[Life], Awaitable[None]],
         count: Callable[[], tuple[float, float] | None],
         frontend: Callable[[], int],
+        host: str = "",
     ) -> None:
         self.on = on
-        self._clients = Clients(frontend)
+        self._clients = Clients(frontend, host)
         self._blind = False
         self._count_now = count
         self._moved: float | None = None

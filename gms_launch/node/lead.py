@@ -28,6 +28,7 @@ from gms_launch.node.group import Group
 from gms_launch.node.half import Half
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
+from gms_launch.node.tokens import Asked
 from gms_launch.observe import snapshot
 from gms_launch.process import clock
 from gms_launch.run import ports
@@ -327,13 +328,14 @@ def node_name(me: Group, node_rank: int) -> str:
 
 
 async def confirm(me: Group, rank: Rank) -> None:
-    """A promotion is done when a token comes through the frontend: a user's, or ours if nobody asks for one.
+    """A promotion is done when that engine gives a token: to a user, or to us if nobody asks for one.
 
     Ours costs a prefill, and users wait at that very moment.
     """
     begun = time.monotonic()
-    half = Half(me.layout, rank.port) if me.layout.role != "agg" else None
-    seen = half or TokenWatch(me.layout)
+    half = Half(me.desk, me.layout, rank.port) if me.layout.role != "agg" else None
+    tokens: Asked = half or me.tokens(rank)
+    seen = half or TokenWatch(me.tokens(rank))
     me.no_token, me.asked_since = "", seen.asked_since
     while rank.phase is Phase.ACTIVE and not me.stopping.is_set():
         if not await me.loop.run_in_executor(None, seen.a_token_came):
@@ -348,14 +350,14 @@ async def confirm(me: Group, rank: Rank) -> None:
             me.report.emit("first_token", rank.cohort_id, rank.incarnation, **data)
             me.wake.set()
             if me.canary is not None and me.settings.group_kill:
-                me.spawn(_watch_tokens(me, rank, half))
+                me.spawn(_watch_tokens(me, rank, tokens))
         return
 
 
-async def _watch_tokens(me: Group, rank: Rank, half: Half | None) -> None:
+async def _watch_tokens(me: Group, rank: Rank, tokens: Asked) -> None:
     """For as long as a rank serves, see that tokens come."""
     assert me.canary is not None
-    watching = me.loop.create_task(me.canary.watch(rank.life, half))
+    watching = me.loop.create_task(me.canary.watch(rank.life, tokens))
     ended = me.loop.create_task(rank.ended.wait())
     try:
         await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)

@@ -21,6 +21,7 @@ from gms_launch.cohort.records import EndedRecord
 from gms_launch.control.claims import Claims
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import InterruptedRunError, LaunchError
+from gms_launch.node.desk import Near
 from gms_launch.node.exporter import Exporter
 from gms_launch.node.group import Group
 from gms_launch.node.guarded import Guarded
@@ -76,6 +77,7 @@ class Node:
         self.report.listeners.append(self.hook.hear)
         self.tasks = Tasks(self.fail, self._outlived)
         self.herald = Herald(layout, self.mirror, self.heard, self._guard_acted)
+        self.near = Near(layout.front.where, self._front)
         self.groups = tuple(self._group(mine) for mine in layout.groups)
         self.guard = Guarded(layout, [g.gates for g in self.groups], self.herald, self._guard_changed)
         self.exporter = Exporter(layout, self.report)
@@ -96,7 +98,7 @@ class Node:
         if mine.group:
             mirror = Mirror(mine.run, mine.group)
             report = Reporter(mine, mirror, self.writer, self.report)
-        return Group(self, mine, mirror, report, self._rank_event, self._ended, self._front)
+        return Group(self, mine, mirror, report, self._rank_event, self._ended, self.near)
 
     def _rank_event(self, group: Group, rank: Rank, kind: str, detail: str) -> None:
         self._on_rank(group, rank, kind, detail)

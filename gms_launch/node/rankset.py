@@ -10,7 +10,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from gms_launch.cohort.model import ALIVE, ENDED, Phase
@@ -19,6 +19,7 @@ from gms_launch.cohort.records import EndedRecord, RankRecord
 from gms_launch.cohort.steps import by_memory
 from gms_launch.control.mirror import Mirror
 from gms_launch.engines.base import LOOPBACK
+from gms_launch.node.desk import Desk
 from gms_launch.node.discovery import Discovery
 from gms_launch.node.gates import Gates
 from gms_launch.node.gms_watch import GmsWatch
@@ -46,7 +47,7 @@ STRAY_TIMEOUT = 2.0
 class Owner(Protocol):
     """Whose ranks they are: what a set of ranks needs of its group on this node, and tells it.
 
-    `front` gives the frontend's pid, 0 while none runs here.
+    `desk` is its way to the frontend.
     """
 
     layout: Layout
@@ -56,7 +57,7 @@ class Owner(Protocol):
     gms: GmsWatch
     gates: Gates
     warm: WarmSlots
-    front: Callable[[], int]
+    desk: Desk
 
     def spawn(self, work: Coroutine[Any, Any, Any], /) -> None:
         """Let something run beside."""
@@ -82,7 +83,7 @@ class RankSet:
         self._clearer = scratch.Clearer()
         self._skipped: dict[int, RankRecord] = {}
         self._by_slot: dict[int, Rank] = {}
-        self.discovery = Discovery(layout, report, owner.spawn, self._by_slot.values, self._hung, owner.front)
+        self.discovery = Discovery(layout, report, owner.spawn, self._by_slot.values, self._hung, owner.desk)
         self.starts = Starts(layout.cache_dir / "starts.json", layout.kind_of_start)
         self.starts.load()
 

@@ -42,14 +42,18 @@ class Client:
 
 
 class Clients:
-    """Remembers whose a connection is once it was found. `likely` names the pid to look at first, 0 for none."""
+    """Remembers whose a connection is once it was found. `likely` names the pid to look at first, 0 for none; where
+    that one is on another machine, `host` is its address.
+    """
 
-    def __init__(self, likely: Callable[[], int] = lambda: 0) -> None:
-        self._likely = likely
+    def __init__(self, likely: Callable[[], int] = lambda: 0, host: str = "") -> None:
+        self._likely, self._host = likely, host
         self._found: dict[int, dict[int, ProcessId | None]] = {}
 
     def own(self) -> Client | None:
-        """The likely one, if it runs."""
+        """The likely one, if it runs, or its machine."""
+        if self._host:
+            return Client(self._host)
         who = proc.identity(pid) if (pid := self._likely()) else None
         return None if who is None else Client("", who)
 

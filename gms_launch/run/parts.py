@@ -12,7 +12,6 @@ from gms_launch.run.placement import Placed
 from gms_launch.run.plan import Layout
 from gms_launch.run.topology import Topology
 from gms_launch.settings import groups
-from gms_launch.urls import is_loopback
 
 
 def placed(layout: Layout) -> tuple[Placed, ...]:
@@ -39,11 +38,6 @@ def check(layout: Layout) -> None:
 
 def _not_yet(p: Placed, layout: Layout) -> None:
     """Raise `UsageError` for what can be planned and not yet be run."""
-    if p.leader and not is_loopback(layout.topology.leader_address):
-        raise UsageError(
-            f"group {p.group.name} would be led by node {p.leader}: a promotion is proved by the first node's frontend "
-            "so far, so every group must have its first node there (groups of GPUs on one node do)"
-        )
     if p.leader and layout.own_nats and layout.settings.event_plane == "nats":
         raise UsageError(
             f"group {p.group.name} is led by node {p.leader}, and the run's own NATS is on the first node's loopback: "

@@ -31,6 +31,10 @@ class NotReadyError(Exception):
     """A probe's answer: not ready, and why."""
 
 
+class AwayError(NotReadyError):
+    """Who was to be asked is away: that says nothing of what was asked about."""
+
+
 @dataclass(frozen=True)
 class Service:
     """`probe` blocks for at most a second or two and raises `NotReadyError` until the service is ready.

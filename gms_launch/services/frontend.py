@@ -133,25 +133,48 @@ def moves(where: Where) -> tuple[float, float] | None:
     return moved, failed
 
 
+def has_given(where: Where, instance: int) -> bool:
+    """Whether a token of that engine has come through the frontend; an answer without one does not count.
+
+    False where its metrics do not tell; the name is known of Dynamo 1.4 to 1.6. Raises `NotReadyError`.
+    """
+    wanted = f'worker_id="{instance}"'
+    return any(line.startswith(_FIRST) and wanted in line for line in _get(where, "/metrics").splitlines())
+
+
 #: Kinds of errors that are the asker's own doing.
 _ASKERS = ("validation", "cancelled", "not_implemented")
+_FIRST = "dynamo_frontend_worker_last_time_to_first_token_seconds{"
 _TRAFFIC = ("dynamo_frontend_output_tokens_total", "dynamo_frontend_inflight_requests")
 
 
-def one_token(where: Where, model: str, timeout: float = 5.0, name: str = "gms-launch-confirm") -> None:
-    """Ask for one token of `model`, under a request id that shows whose it is. Raises `NotReadyError`."""
+def one_token(
+    where: Where, model: str, timeout: float = 5.0, name: str = "gms-launch-confirm", instance: int = 0
+) -> bool:
+    """Ask for one token of `model`, under a request id that shows whose it is; of one engine, if its `instance` (the
+    lease that it is registered under) is given. Raises `NotReadyError`, also when another engine answered: a frontend
+    that does not know that instance asks another one in its place (Dynamo 1.4). Returns whether the answer says whose
+    it is.
+    """
     connection = connect(where.address, where.port, timeout, where.context)
     try:
-        body = json.dumps({"model": model, "prompt": "ready?", "max_tokens": 1, "temperature": 0})
+        asked = {"model": model, "prompt": "ready?", "max_tokens": 1, "temperature": 0}
+        if instance:
+            asked["nvext"] = {"backend_instance_id": instance, "extra_fields": ["worker_id"]}
         headers = {"content-type": "application/json", "x-request-id": name}
-        connection.request("POST", "/v1/completions", body, headers)
+        connection.request("POST", "/v1/completions", json.dumps(asked), headers)
         answer = connection.getresponse()
         data = answer.read()
         if answer.status != 200:
             raise NotReadyError(f"HTTP {answer.status}: {data[:200].decode(errors='replace')}")
-        if not json.loads(data)["choices"]:
+        said = json.loads(data)
+        if not said["choices"]:
             raise NotReadyError(f"no choice in {data[:200]!r}")
-    except (OSError, http.client.HTTPException, ValueError, KeyError) as exc:
+        by = ((said.get("nvext") or {}).get("worker_id") or {}).values()
+        if instance and by and instance not in by:
+            raise NotReadyError("another engine answered in its place: the frontend does not know it")
+        return bool(by)
+    except (OSError, http.client.HTTPException, ValueError, KeyError, AttributeError) as exc:
         raise NotReadyError(str(exc) or type(exc).__name__) from None
     finally:
         connection.close()

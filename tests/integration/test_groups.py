@@ -30,7 +30,10 @@ class Grouped(Deployment):
         """Start the agent of one node; returns when the run is full for the first time."""
         place = ["--nnodes", str(self.nodes), "--node-rank", str(node_rank)] if self.nodes > 1 else []
         place += ["--leader-addr", "127.0.0.1", "--interface", "lo"] if self.nodes > 1 else []
-        return gms_launch("up", "-d", *self.flags, *place, env=self.env)
+        return gms_launch("up", "-d", *self.flags, *place, env=self.environment(node_rank))
+
+    def environment(self, node_rank: int) -> dict[str, str]:
+        return self.env
 
     def up(self) -> subprocess.CompletedProcess[str]:
         with ThreadPoolExecutor(self.nodes) as pool:
@@ -77,6 +80,15 @@ class Four(Grouped):
     nodes = 4
 
 
+class Two(Grouped):
+    """Two groups of one node each; the engines of the second fail from their slots' second lives on."""
+
+    nodes = 2
+
+    def environment(self, node_rank: int) -> dict[str, str]:
+        return self.env | ({"REFERENCE_FAULT": "*.2:tokens=error"} if node_rank else {})
+
+
 @pytest.fixture
 def one_node(tmp_path: Path, model: Path) -> Iterator[Grouped]:
     with Grouped(tmp_path, model, "--virtual-gpus", "4", "--groups", "4", "--no-canary") as run:
@@ -96,6 +108,14 @@ def patient(tmp_path: Path, model: Path) -> Iterator[Grouped]:
 def pairs(tmp_path: Path, model: Path) -> Iterator[Four]:
     ports = ["--frontend-port", str(free_port())]
     with Four(tmp_path, model, "--virtual-gpus", "1", "--groups", "2", "--node-wait", "25", *ports) as run:
+        yield run
+
+
+@pytest.fixture
+def two(tmp_path: Path, model: Path) -> Iterator[Two]:
+    proof = ["--promotion-timeout", "8", "--restart-backoff", "0.2", "--canary-interval", "1", "--canary-timeout", "8"]
+    ports = ["--frontend-port", str(free_port())]
+    with Two(tmp_path, model, "--virtual-gpus", "1", "--groups", "2", *proof, *ports) as run:
         yield run
 
 
@@ -262,3 +282,20 @@ def test_the_node_that_leads_a_group_comes_back(pairs: Four) -> None:
     run.full("g1")
     assert not {pid for *_, pid in run.lives("g1")} & {pid for *_, pid in before}
     assert run.lives("g0") == untouched and run.text()
+
+
+def test_an_engine_that_gives_no_tokens_is_found_although_another_serves_the_same_model(two: Two) -> None:
+    run = two
+    found = run.full("g0", "g1")
+    untouched, hung = run.lives("g0"), found["g1"]["primary"]
+    pid = found["g1"]["cohorts"][hung]["ranks"][0]["pid"]
+    environ = dict(e.split("=", 1) for e in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in e)
+    (Path(environ["FAILOVER_LOCK_PATH"]).parent / f"wedge-{10 + hung}-1").touch()
+    eventually(lambda: [e for e in run.of("g1", "kill") if "no token for 8 s (canary_timeout)" in e["detail"]], LONG)
+    now = run.full("g1")["g1"]
+    assert now["primary"] == 1 - hung and now["cohorts"][hung]["incarnation"] == 2
+    os.killpg(run.primary_ranks("g1")[0], signal.SIGKILL)  # what takes over answers everything with an error
+    eventually(lambda: [e for e in run.of("g1", "kill") if "no token within 8 s of the lock" in e["detail"]], LONG)
+    assert (hung, 2) not in {(e["cohort_id"], e["incarnation"]) for e in run.of("g1", "first_token")}
+    run.full("g1")
+    assert run.lives("g0") == untouched and not run.of("g0", "kill")

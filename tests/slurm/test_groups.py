@@ -1,0 +1,78 @@
+"""Groups on nodes of their own, over a network: what dies in one is not seen in the other."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import listening
+from tests.listening import Row
+from tests.load import Load
+from tests.slurm.lab import Lab
+from tests.slurm.support import QUICK, LabRun
+from tests.support import LONG, eventually
+
+#: As docs/security.md has it, but for the door that tests leave open.
+PORTS = listening.documented(4) - {Row("frontend", "clients", "loopback")} | {Row("frontend", "clients", "network")}
+
+
+class Groups(LabRun):
+    """Two groups of two nodes: g0 on the first two, with the frontend, and g1 on the others."""
+
+    def groups(self) -> dict[str, dict[str, Any]]:
+        return {g["name"]: g for g in self.status()["groups"]}
+
+    def full(self, *names: str) -> dict[str, dict[str, Any]]:
+        def all_full() -> dict[str, dict[str, Any]]:
+            found = self.groups()
+            return found if all(found[n]["redundancy"] == "full" for n in names) else {}
+
+        found: dict[str, dict[str, Any]] = eventually(all_full, LONG, f"{names} full")
+        return found
+
+    def of(self, group: str, kind: str) -> list[dict[str, Any]]:
+        return [e for e in self.events(kind) if e["group"] == group]
+
+    def lives(self, group: str) -> list[tuple[int, int, int]]:
+        cohorts = self.groups()[group]["cohorts"]
+        return [(c["cohort_id"], c["incarnation"], r["pid"]) for c in cohorts for r in c["ranks"]]
+
+    def kill_primary(self, group: str, index: int, rank: int) -> None:
+        """SIGKILL a rank of the primary of a group, the run's `index`th, as a fault would."""
+        found = self.full(group)[group]
+        primary = found["cohorts"][found["primary"]]
+        slot = 10 * index + primary["cohort_id"]
+        for pgid in {i.pgid for i in self.tagged(slot, primary["incarnation"], 2 * index + rank)}:
+            os.killpg(pgid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Lab]:
+    with Lab(4, slurm=False) as lab:
+        # Dynamo's frontend takes answers at the address of the default route, where an interface has IPv6 too.
+        lab.node("node1").run(["ip", "route", "add", "default", "via", f"{lab.net}.254"], check=True)
+        yield lab
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_ranks_of_one_group_die_and_nobody_loses_a_request(four: Lab, model: Path, kills: int) -> None:
+    with Groups(four, model, *QUICK, "--groups", "2", REFERENCE_TOKEN_SECONDS="0.02").hand() as run:
+        assert [g["nnodes"] for g in run.full("g0", "g1").values()] == [2, 2]
+        assert listening.of_run(run.run, run.run_file()["ports"])[0] == PORTS
+        untouched = run.lives("g0")
+        with Load(run.run_file()["frontend_url"], streams=12, unary=4, rate=5, tokens=40) as load:
+            for k in range(kills):
+                load.wait_busy(0.5)
+                run.kill_primary("g1", 1, k % 2)
+                eventually(lambda k=k: len(run.of("g1", "first_token")) == k + 2, LONG, "promoted")  # type: ignore[misc]
+                eventually(lambda k=k: len(run.of("g1", "hold_over")) == k + 1, LONG, "let go")  # type: ignore[misc]
+        assert load.lost == [] and load.wrong == [], load.said()
+        assert run.lives("g0") == untouched and run.of("g0", "kill") == []
+        assert len(run.of("g1", "exit")) >= kills
+        assert all(e["data"]["moves"] is not None for e in run.of("g1", "hold_over")), "node 0 was asked"
+        assert any(e["data"]["moves"] for e in run.of("g1", "hold_over"))
