@@ -55,7 +55,7 @@ def _whatever_the_place(settings: Settings) -> Layout:
     try:
         return layout(settings)
     except LaunchError:
-        return layout(settings, Topology(settings.node_rank, settings.nnodes, "", LOOPBACK, LOOPBACK))
+        return layout(settings, Topology(settings.node_rank, settings.serving_nodes, "", LOOPBACK, LOOPBACK))
 
 
 def examine(settings: Settings) -> list[tuple[str, bool, str]]:
@@ -148,6 +148,8 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
 
     def place() -> str:
         found = topology.discover(settings)
+        if found.node_rank >= found.nnodes:
+            return f"node {found.node_rank}, a spare, leader {found.leader_address}"
         return f"node {found.node_rank} of {found.nnodes}, leader {found.leader_address}"
 
     def fixed_ports() -> str:

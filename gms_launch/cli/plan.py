@@ -59,7 +59,7 @@ def of_hosts(settings: Settings) -> Settings:
     sources = {k: v for k, v in settings.sources.items() if k != "hosts"} | {"nnodes": "--hosts"}
     own = replace(settings, hosts="", nnodes=len(hosts), sources=sources)
     if not settings.was_set("tp"):
-        own = replace(own, tp=max(1, len(hosts) // settings.pp))
+        own = replace(own, tp=max(1, (len(hosts) - settings.spares) // settings.pp))
     if len(hosts) > 1:
         leader = up_hosts.leader_of(hosts, settings)
         own = replace(own, leader_addr=leader, sources=sources | {"leader_addr": "--hosts"})
@@ -145,7 +145,8 @@ def of_groups(settings: Settings, gpu_gib: int, gpus: int, as_json: bool) -> Non
         raise UsageError("--gpu-gib: nothing is known of what the engines of these groups take of a GPU")
     if as_json:
         rows = [p.to_json() | {"gpu_memory": r and r.to_json()} for p, r in zip(placed, rooms, strict=True)]
-        print(json.dumps({"schema": 1, "nnodes": settings.nnodes, "gpus": gpus, "groups": rows}, indent=1))
+        spare = {"spares": settings.spares} if settings.spares else {}
+        print(json.dumps({"schema": 1, "nnodes": settings.nnodes, **spare, "gpus": gpus, "groups": rows}, indent=1))
     else:
         print(f"run {settings.run_id or 'RUN'}: {placement.summary(placed, settings.nnodes, gpus)}")
         print("\n".join(placement.drawing(placed, settings.nnodes, gpus, settings.spares)))
@@ -158,10 +159,8 @@ def of_groups(settings: Settings, gpu_gib: int, gpus: int, as_json: bool) -> Non
 
 def show(data: dict[str, Any], room: Fit | None) -> None:
     """One node's plan as a script would say it."""
-    print(
-        f"run {data['run']}, node {data['node_rank']} of {data['nnodes']}, "
-        f"engine {data['engine']}, GMS {data['gms_server']}"
-    )
+    which = ", a spare" if data.get("spare") else f" of {data['nnodes']}"
+    print(f"run {data['run']}, node {data['node_rank']}{which}, engine {data['engine']}, GMS {data['gms_server']}")
     print(f"run directory {data['run_dir']}, node-local directory {data['node_dir']}, frontend {data['frontend_url']}")
     print(
         "ports, as wanted (`up` moves those in use that you did not set): "

@@ -57,6 +57,7 @@ def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout
     if given := [name for name in _SLURMS if settings.was_set(name)]:
         raise UsageError(f"{given[0]} (from {settings.sources[given[0]]}): Slurm says that in the job; leave it out")
     drawn: list[str] = []
+    job = replace(job, nodes=job.nodes and job.nodes + settings.spares, spares=settings.spares)
     if settings.grouped:
         job, drawn = _with_groups(settings, job)
     else:

@@ -50,7 +50,9 @@ def checked_hosts(settings: Settings) -> list[str]:
     hosts = expand(settings.hosts)
     if settings.was_set("nnodes") and settings.nnodes != len(hosts):
         raise UsageError(f"--hosts names {numbered(len(hosts), 'host')}, and nnodes is {settings.nnodes}")
-    if settings.tp % len(hosts) and settings.was_set("tp") and not settings.grouped:
+    if settings.spares >= len(hosts):
+        raise UsageError(f"--spares {settings.spares} of {numbered(len(hosts), 'host')} leaves none for an engine")
+    if settings.tp % (len(hosts) - settings.spares) and settings.was_set("tp") and not settings.grouped:
         raise UsageError(f"tp {settings.tp} cannot be spread evenly over {numbered(len(hosts), 'host')}")
     return hosts
 

@@ -211,7 +211,7 @@ class Node:
         self.publish_node(force=True)
 
     def instances(self, found: dict[str, bytes]) -> None:
-        if not self.layout.number_of_groups:
+        if not self.layout.number_of_groups and self.groups:
             self.groups[0].ranks.discovery.seen(found)
             return
         whose = {key: self._whose(key, record) for key, record in found.items()}

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from gms_launch import __version__
+from gms_launch.cohort import seats
 from gms_launch.cohort.records import CommandRecord, EventRecord, ModelStamp, NodeRecord, RunRecord, WritingStatus
 from gms_launch.control.mirror import Mirror
 from gms_launch.process import clock, proc
@@ -257,7 +258,8 @@ class Reporter:
         Of a group its leader keeps one.
         """
         for node in self._mirror.nodes.values():
-            self.seen[node.node_rank] = node
+            if self._above is not None or node.origin == seats.owner(self._mirror.seats, node.node_rank):
+                self.seen[node.node_rank] = node
         ranks = [
             {
                 "cohort_id": r.cohort_id,

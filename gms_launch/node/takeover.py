@@ -61,6 +61,8 @@ class Takeover:
                     continue
                 for seat in x.seats:
                     me.mirror.seats[seat.node_rank] = seat
+                seen = me.report.seen
+                seen[x.node_rank], seen[x.spare] = seen[x.spare], seen[x.node_rank]
                 me.progress(told)
                 me.report.emit("spare_takes_over", detail=told, rank=x.node_rank, spare=x.spare)
         finally:
@@ -84,7 +86,7 @@ class Takeover:
                 self._me.spawn(self._is_down(rank, node.host))
 
     async def _is_down(self, rank: int, host: str) -> None:
-        if await self._me.loop.run_in_executor(None, allocation.is_down, host) and rank in self._seen.absent:
+        if await self._me.loop.run_in_executor(None, allocation.has_lost, host) and rank in self._seen.absent:
             self._down.add(rank)
-            self._me.report.emit("node_down", detail=f"Slurm calls {self._name(rank)} down")
+            self._me.report.emit("node_down", detail=f"Slurm has given {self._name(rank)} up")
             self._me.wake.set()

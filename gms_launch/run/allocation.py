@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from gms_launch.errors import UsageError
+from gms_launch.run.topology import expand
 from gms_launch.transport import slurm
 
 #: What an answer may take (seconds).
@@ -15,6 +17,12 @@ def is_ours() -> bool:
     return "SLURM_JOB_ID" in os.environ
 
 
-def is_down(host: str) -> bool:
-    """Whether it has given a node up; False too when it does not say. Blocks."""
-    return slurm.is_down(host, ANSWER)
+def has_lost(host: str) -> bool:
+    """Whether it has given a node up, or taken it out of our job; False too when it does not say. Blocks."""
+    if slurm.is_down(host, ANSWER):
+        return True
+    try:
+        left = expand(slurm.nodes_of(os.environ["SLURM_JOB_ID"], ANSWER))
+    except UsageError:
+        return False
+    return bool(left) and host not in left

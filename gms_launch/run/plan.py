@@ -31,6 +31,7 @@ from gms_launch.run.topology import Topology
 from gms_launch.services import etcd, gms, nats
 from gms_launch.services.base import Service, find_binary
 from gms_launch.services.pem import PemFiles
+from gms_launch.settings import rules
 from gms_launch.settings.declared import Settings
 
 #: A primary and nine shadows.
@@ -352,6 +353,7 @@ class Layout:
                 f"ENGINE_ID={os.environ['ENGINE_ID']} is set in the environment; every cohort gets its own number, and "
                 "exactly one of them may write the weights: unset it"
             )
+        rules.check_spares(self.settings)
         self.node_dir.check()
         if not self.settings.grouped:
             enough.check(self.settings, self.engine, self.devices, self.gms_memory == "host")

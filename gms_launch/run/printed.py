@@ -19,6 +19,7 @@ def to_json(layout: Layout) -> dict[str, Any]:
         "run": layout.run,
         "node_rank": layout.topology.node_rank,
         "nnodes": layout.topology.nnodes,
+        **({"spare": layout.is_spare} if layout.settings.spares else {}),
         "leader_address": layout.topology.leader_address,
         "engine": layout.settings.engine,
         "gms_server": layout.gms_kind,

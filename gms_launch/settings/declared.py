@@ -274,7 +274,7 @@ class Settings:
     @property
     def serving_nodes(self) -> int:
         """Nodes that engines run on: those in front of the spares."""
-        return self.nnodes - self.spares
+        return max(1, self.nnodes - self.spares)
 
     @property
     def grouped(self) -> bool:

@@ -70,6 +70,12 @@ def host_problem(host: str) -> str:
     return "it is no address" if _NUMERIC.fullmatch(labels[-1]) else ""
 
 
+def check_spares(s: Settings) -> None:
+    """Raise `UsageError` when all nodes would be spares."""
+    if s.spares >= s.nnodes:
+        raise UsageError(f"--spares {s.spares} of {numbered(s.nnodes, 'node')} leaves none for an engine")
+
+
 def check(s: Settings) -> None:
     """Raise `UsageError` for the first contradiction between settings."""
     if s.run_id and not RUN_ID.match(s.run_id):
@@ -79,8 +85,8 @@ def check(s: Settings) -> None:
         )
     if s.node_rank >= s.nnodes:
         raise UsageError(f"node_rank {s.node_rank} does not exist with nnodes {s.nnodes}: ranks count from 0")
-    if s.spares >= s.nnodes:
-        raise UsageError(f"spares {s.spares} of nnodes {s.nnodes} leave no node for an engine")
+    if s.was_set("nnodes"):  # else the job or --hosts will say how many there are
+        check_spares(s)
     if s.spares and s.spare_wait < LEAST_SPARE_WAIT:
         raise UsageError(
             f"spare_wait {s.spare_wait:g} s is below {LEAST_SPARE_WAIT:g} s: a node that is cut off would not have "

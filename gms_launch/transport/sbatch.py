@@ -18,6 +18,8 @@ _OURS = (
     *("nodes", "N", "ntasks", "n", "ntasks-per-node", "signal", "requeue", "no-requeue", "output", "o", "wrap"),
     *("array", "a", "wait", "W", "test-only"),
 )
+#: Options of srun with which a step outlives a node and an agent of it.
+SURVIVES = ("--no-kill", "--kill-on-bad-exit=0")
 _HETEROGENEOUS = (
     "a heterogeneous job has several node lists, and a run has one: a node of it would not know which of them it is in"
 )
@@ -26,6 +28,8 @@ _HETEROGENEOUS = (
 @dataclass(frozen=True)
 class Job:
     """What is asked of Slurm. `options` are sbatch's own, as on its command line.
+
+    Of the `nodes` so many are `spares`.
 
     `drain` (seconds) and `successor` (minutes) are times before the limit. `pyxis` and `apptainer` are images that the
     agents run in, `mounts` SRC:DST[:FLAGS], and `shared` what is to be there under the name that it has out here.
@@ -45,6 +49,7 @@ class Job:
     apptainer: str = ""
     shared: tuple[str, ...] = ()
     mounts: tuple[str, ...] = ()
+    spares: int = 0
 
     def check(self) -> None:
         """Raise `UsageError` for what Slurm could not do, or what nobody could have meant."""
@@ -138,6 +143,8 @@ def script(job: Job, engine_args: Sequence[str], body: str) -> str:
     lines += [f"#SBATCH --output={job.directory / out}", f"#SBATCH --{'' if job.requeues else 'no-'}requeue"]
     if job.requeues:
         lines.append("#SBATCH --open-mode=append")  # what the life before has said stays
+    if job.spares:
+        lines.append("#SBATCH --no-kill")  # a node that is lost does not end the job
     if job.array:
         lines.append(f"#SBATCH --array={job.array}")
     if job.before_the_end:
@@ -170,14 +177,16 @@ def _container(job: Job) -> list[str]:
     named = {mount.split(":")[1] if ":" in mount else mount for mount in job.mounts}
     mounts = [f"{place}:{place}" for place in (str(job.home), "/dev/shm", *job.shared) if place not in named]
     mounts += job.mounts
+    step = list(SURVIVES) if job.spares else []
     if job.pyxis:
-        options = [f"--container-image={job.pyxis}", f"--container-mounts={','.join(mounts)}"]
+        options = [*step, f"--container-image={job.pyxis}", f"--container-mounts={','.join(mounts)}"]
         options.append("--no-container-remap-root")  # another user's number in there would make it another user's run
         return [f"GL_STEP=({shlex.join(options)})"]
+    found = [f"GL_STEP=({shlex.join(step)})"] if step else []
     if job.apptainer:
         binds = [word for mount in mounts for word in ("--bind", mount)]
-        return [f"GL_AGENT=({shlex.join(['apptainer', 'exec', '--nv', *binds, job.apptainer, 'gms-launch'])})"]
-    return [f"GL_AGENT=({shlex.quote(job.program)})"]
+        return [*found, f"GL_AGENT=({shlex.join(['apptainer', 'exec', '--nv', *binds, job.apptainer, 'gms-launch'])})"]
+    return [*found, f"GL_AGENT=({shlex.quote(job.program)})"]
 
 
 def _without_header(body: str) -> str:

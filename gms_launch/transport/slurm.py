@@ -35,6 +35,15 @@ def is_down(host: str, timeout: float = 5.0) -> bool:
     return found is not None and not {"DOWN", "FAIL"}.isdisjoint(re.split(r"[+*~#]", found.group(1)))
 
 
+def nodes_of(job: str, timeout: float = 5.0) -> str:
+    """The node list of a job, as Slurm writes it: without those that it has lost. Empty when Slurm does not say."""
+    try:
+        asked = ["squeue", "--noheader", "--jobs", job, "--format", "%N"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=timeout, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 def run(job: str, host: str, argv: Sequence[str], timeout: float) -> Done:
     """A command on one node of a job, beside what runs there. Raises `NoContactError`."""
     # Without --overlap the step would wait for the one that the run is in.

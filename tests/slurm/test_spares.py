@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gms_launch.process import proc
+from gms_launch.transport import sbatch
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun, since
 from tests.support import LONG, eventually
@@ -23,6 +24,11 @@ def hosts(status: dict[str, Any]) -> list[str]:
 
 def spares(run: LabRun) -> list[str]:
     return [n["host"] for n in run.status()["spares"]]
+
+
+def errors(run: LabRun) -> list[dict[str, Any]]:
+    """Errors of the agents' own."""
+    return run.events("internal_error")
 
 
 def gms_of(status: dict[str, Any], host: str) -> list[tuple[int, int]]:
@@ -59,6 +65,7 @@ def test_a_spare_takes_the_place_of_a_node_that_is_switched_off(bare_lab: Lab, m
         assert hosts(run.wait_full()) == ["node1", "node2"]
         assert run.text() == before
         assert gms_of(run.status(), "node1") == weights
+        assert not errors(run)
         bare_lab.node("node3").start(daemons=False)
 
 
@@ -110,4 +117,21 @@ def test_a_stopped_agent_on_a_node_that_is_cut_off_has_no_ranks_when_the_spare_s
             os.kill(agent, signal.SIGCONT)
         eventually(lambda: spares(run) == ["node2"], LONG)
         assert hosts(run.wait_full()) == ["node1", "node3"]
-        assert run.text() == before
+        assert run.text() == before and not errors(run)
+
+
+def test_a_node_that_slurm_calls_down_is_not_waited_for(fragile_lab: Lab, model: Path) -> None:
+    flags = ("--spares=1", "--lease-ttl=3", "--spare-wait=250", "--node-wait=300")
+    run = LabRun(fragile_lab, model, *flags).srun(*sbatch.SURVIVES)
+    with run:
+        before = run.text()
+        assert (hosts(run.status()), spares(run)) == (["node1", "node2"], ["node3"])
+        fragile_lab.run(["scontrol", "update", "nodename=node2", "state=down", "reason=test"])
+        eventually(lambda: run.events("node_down"), 60, lambda: str(fragile_lab.run(["scontrol", "show", "job"])))
+        eventually(lambda: run.events("spare_takes_over"), LONG)
+        assert hosts(run.wait_full()) == ["node1", "node3"]
+        assert run.text() == before and not errors(run)
+        down = run.cli("down")
+        assert all(host in down.stdout + down.stderr for host in ("node1", "node2", "node3")), down
+        run.processes[0].terminate()  # this Slurm's srun waits for the lost node
+    run.wait_gone()
