@@ -101,7 +101,7 @@ class Snapshot:
         serving = self.primary
         if self.group:
             return {"schema": SCHEMA, "run": self.run, **self.group_json()}
-        told = {
+        return {
             "schema": SCHEMA,
             "run": self.run,
             "redundancy": self.redundancy.value,
@@ -122,8 +122,8 @@ class Snapshot:
             "groups": [g.group_json() for g in self.groups or (self,)],
             "cohorts": [_cohort_json(c) for c in self.cohorts],
             "nodes": [_node_json(n) for n in self.nodes],
+            "spares": [_node_json(n) for n in self.spares],
         }
-        return told | ({"spares": [_node_json(n) for n in self.spares]} if self.wanted_spares else {})
 
     def group_json(self) -> dict[str, Any]:
         """One of `groups`; of a run without any the one that it is."""
