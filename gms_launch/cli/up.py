@@ -149,14 +149,15 @@ def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[s
 
     settings = layout.settings
     found = rendezvous.find_leader(layout.run_dir, settings, layout.topology, progress)
+    layout.store.learn(found.run.etcd_endpoints if layout.store.several else ())
     place = topology.at_leader(layout.topology, found.run.leader_address, chosen=bool(settings.interface))
     rank, seat = found.seat_of(layout.origin)
+    layout = replace(layout, topology=replace(place, node_rank=rank), seat=seat)
+    member, free = layout.store.is_member, reservation.free
     return replace(
         layout,
-        topology=replace(place, node_rank=rank),
-        seat=seat,
         node_dir=NodeDir.of(layout.run, settings.gms_socket_dir, rank),
-        ports=ports.follow(settings, found.run.ports, reservation.free, layout.engine.ports),
+        ports=ports.follow(settings, found.run.ports, free, layout.engine.ports, member and layout.store.several),
         credentials=layout.run_dir.credentials(),
         attempt=found.run.attempt,
         differences=found.differences,
@@ -184,6 +185,7 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> b
     async def live() -> None:
         agent = Agent(layout, writer, reporter.progress, reporter.changed)
         agents.append(agent)
+        agent.node.record = record
         loop = asyncio.get_running_loop()
 
         async def announce_end() -> None:
@@ -221,7 +223,13 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> b
     finally:
         if leader:
             ends = agents[0].node.ends if agents else ()
-            end = replace(record, ended=time.time(), exit_code=code, reason=reason, nodes=ends)
+            end = replace(
+                (agents[0].node.record if agents else None) or record,
+                ended=time.time(),
+                exit_code=code,
+                reason=reason,
+                nodes=ends,
+            )
             writer.replace(layout.run_dir.run_json, end.to_json())
         if wrong := writer.close(LAST_WRITES):
             lost = f"{writer.unwritten} entries of the events and the agent's log were not written there"

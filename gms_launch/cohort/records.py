@@ -57,8 +57,9 @@ class RunState(str, Enum):
 class RunRecord(Record):
     """`run`: what everybody must agree on, and the leader's word on the whole. `created` is Unix time in seconds.
 
-    `attempt` is run.json's. `lost` are node ranks that are fenced without. `gms_epoch` counts how often all
-    nodes were to begin with new GMS servers. `engine_args` are those that lives are started with since the last roll,
+    `attempt` is run.json's. `etcd`: where its members are, when it has several. `lost` are node ranks that are fenced
+    without. `gms_epoch` counts how often all nodes were to begin with new GMS servers. `engine_args` are those that
+    lives are started with since the last roll,
     the `generation`-th (None: what the agents were started with); `rolling` until a life of it has parked, and until
     then `engine_args_before` is the way back. A run that `failed` ends everywhere with that text and `exit_code`.
     That of a run of groups has `redundancy` once, when all of it was full for the first time; how they are, they say.
@@ -90,6 +91,7 @@ class RunRecord(Record):
     leader: int = 0
     leases: tuple[int, ...] = ()
     spares: int = 0
+    etcd: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ class NodeRecord(Record):
     The leader judges it by `version`, `settings_digest`, `differences` (settings that are others than its own, for
     people), `model` and `clock_skew` (seconds ahead of its clock, 0 when not surely off). `stopping` begins the agent's
     end; `stopped` comes last, with what it could not kill in `left`. One that `failed` says so with its `exit_code`.
+    `etcd` is where clients reach its member of a cluster of several, once that has its vote.
     `clock` is its `clock.OFFSET`; `gms_epoch` the one that its servers are of. `writing`: what is wrong with its
     directories, or was lost there; `strays`: processes of dead lives that would not die; `internal_errors`: errors of
     the agent's own that the run outlived. `metrics` is where it serves them (host:port; empty: nowhere), `word_port`
@@ -214,6 +217,7 @@ class NodeRecord(Record):
     clock: float = 0.0
     number: int = -1
     origin: int = -1
+    etcd: str = ""
 
 
 @dataclass(frozen=True)

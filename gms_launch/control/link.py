@@ -49,8 +49,8 @@ class Listener(Protocol):
 class ControlLink:
     """Blocking where it says so; `put` and `delete` never are."""
 
-    def __init__(self, access: Access, post: Callable[..., None]) -> None:
-        self._etcd = Etcd(access)
+    def __init__(self, access: Access, post: Callable[..., None], brisk: bool = False) -> None:
+        self._etcd = Etcd(access, brisk=brisk)
         self._post = post
         self._conditions: Conditions = {}
         self._publisher = Publisher(self._etcd)
@@ -58,6 +58,10 @@ class ControlLink:
         self._lease = 0
         self._sent = 0.0
         self._watch: Watch | None = None
+
+    def learn(self, endpoints: tuple[str, ...]) -> None:
+        """Use these endpoints from the next connection on."""
+        self._etcd.learn(endpoints)
 
     def connect(self, keys: Keys, wait: float) -> None:
         """Make sure that etcd answers, within `wait` seconds. Blocks. Raises `NoContactError`."""
@@ -204,9 +208,11 @@ class ControlLink:
         """See `Etcd.alarms`. Blocks. Raises `NoContactError`."""
         return self._etcd.alarms()
 
-    def relieve(self, quota: int) -> bool:
-        """See `Etcd.relieve`. Blocks. Raises `NoContactError`."""
-        return self._etcd.relieve(quota)
+    def relieve(self, quota: int, members: Sequence[Access] = ()) -> bool:
+        """See `Etcd.relieve`; each of several `members` has its own room. Blocks. Raises `NoContactError`."""
+        if not members:
+            return self._etcd.relieve(quota)
+        return not [m for m in members if not _relieve(m, quota)]
 
     def revoke(self, lease: int) -> bool:
         """End a lease of anybody's. Blocks."""
@@ -231,3 +237,11 @@ class ControlLink:
             with contextlib.suppress(NoContactError):
                 self._etcd.revoke(self._keeper.lease, retry=0.0)
         self._etcd.close()
+
+
+def _relieve(member: Access, quota: int) -> bool:
+    one = Etcd(member)
+    try:
+        return one.relieve(quota)
+    finally:
+        one.close()

@@ -23,7 +23,7 @@ from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.reconciler import Desire
 from gms_launch.cohort.records import CommandRecord, RunState, Wanted
 from gms_launch.errors import LaunchError, MovedError, by_code
-from gms_launch.node import begin, end, lead, quiet, upkeep
+from gms_launch.node import begin, end, lead, members, quiet, upkeep
 from gms_launch.node.desk import Clerk
 from gms_launch.node.group import Group
 from gms_launch.node.node import Node
@@ -133,6 +133,7 @@ class Agent:
                 pauses.append(max(0.0, at - now))
         self.node.herald.inform(self._living())
         self._follow_the_run()
+        members.look(self.node)
         for group in self.node.groups:
             self._follow_gms(group)
         pause = min(pauses, default=None)

@@ -15,7 +15,7 @@ from gms_launch.cohort import membership
 from gms_launch.cohort.model import Redundancy
 from gms_launch.cohort.records import RunState
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
-from gms_launch.node import upkeep
+from gms_launch.node import members, upkeep
 from gms_launch.node.group import Group
 from gms_launch.node.node import Node
 from gms_launch.numbers import numbered
@@ -23,7 +23,6 @@ from gms_launch.process import strays
 from gms_launch.run import contents
 from gms_launch.run.credentials import ETCD
 from gms_launch.services import etcd, nats
-from gms_launch.services.pem import PemFiles
 
 #: How often is said which nodes are waited for (seconds).
 TELL_AGAIN = 30.0
@@ -41,9 +40,10 @@ async def start(me: Node) -> None:
     await clear_node(me)
     me.hook.start(me.loop)
     if leader and layout.own_etcd:
-        credentials = layout.credentials
-        PemFiles.of(layout.node_dir.path, ETCD).write(credentials.ca, credentials.leaves[ETCD])
-        await me.start_service(layout.etcd_service())
+        credentials, store = layout.credentials, layout.store
+        store.files.write(credentials.ca, credentials.leaves[ETCD])
+        await me.start_service(store.service())
+        me.member = store.url if store.several else ""
         if wanting := etcd.reserve(layout.node_dir.etcd_data):
             me.progress(f"no room could be taken for etcd's records ({wanting}): a full /dev/shm will end the run")
     if not layout.number_of_groups:  # each has its own
@@ -62,13 +62,24 @@ async def start(me: Node) -> None:
         raise by_code(run.exit_code or 1, run.reason or "the run was stopped") from None
     await me.session.mirrored.wait()
     me.report.lease_known()
+    if layout.store.several:
+        me.spawn(me.session.watch_leader())
     if leader:
         me.report.run()
+        me.publish_node()
         await _everybody(me)
+        await members.gathered(me)
         me.report.ranks()
         me.report.run(state=RunState.ADMITTED)
     else:
-        me.spawn(me.session.watch_leader())
+        if not layout.store.several:
+            me.spawn(me.session.watch_leader())
+        if layout.store.is_member:
+            joining = me.loop.create_task(members.join(me))
+            await asyncio.wait({joining}, timeout=me.settings.service_timeout)
+            if not joining.done():
+                me.spawn(_awaited(joining))
+        members.look(me)
         if me.mirror.run is not None and me.mirror.run.state is RunState.ADMITTED:
             _take_over_place(me)
         await _admission(me)
@@ -86,6 +97,10 @@ async def start(me: Node) -> None:
         if group.is_leader:
             s = group.settings
             group.progress(f"starting {numbered(s.cohorts, 'cohort')} of engine {s.engine}")
+
+
+async def _awaited(task: asyncio.Task[None]) -> None:
+    await task
 
 
 async def _join(group: Group) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from gms_launch.cohort.model import ENDED, Phase
 from gms_launch.cohort.records import RunState
 from gms_launch.errors import LaunchError
+from gms_launch.node import members
 from gms_launch.node.group import Group
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
@@ -56,6 +57,7 @@ async def shut_down(me: Node) -> None:
         if "etcd" in me.services and me.services["etcd"].state == "failed":
             deadline = begun  # nobody can say anything: they end when they read our end in run.json
         await _others(me, deadline)
+    await members.leave(me)
     left = await _leftovers(me)
     if left and me.failure is None:
         me.failure = LaunchError(f"on {me.layout.topology.host}: {left}")

@@ -126,7 +126,8 @@ class Group:
 
     def leaderless(self, now: float) -> bool:
         """Whether the node that leads this group is lost, and nobody decides for it. `now` in the loop's seconds."""
-        if self.is_leader or not self.layout.group or 0 in self.mirror.nodes:
+        outlived = self.layout.group or self.layout.store.several
+        if self.is_leader or not outlived or 0 in self.mirror.nodes:
             self._alone_since = None
             return False
         if self._alone_since is None:

@@ -34,7 +34,7 @@ from gms_launch.node.tasks import Tasks
 from gms_launch.process import lifecycle, listener
 from gms_launch.process.follow import FileWatcher
 from gms_launch.run.plan import Layout
-from gms_launch.run.rundir import NodeEnd
+from gms_launch.run.rundir import NodeEnd, RunFile
 from gms_launch.services.base import Service
 from gms_launch.services.runner import ServiceRunner
 from gms_launch.spool.output import Output
@@ -50,7 +50,8 @@ class Node:
     """One node of one run. `writer` writes what is for people, `on_progress` gets lines for them.
 
     `on_rank(group, rank, kind, detail)` hears what ranks noticed. `ends` says, in the end, how the nodes of the run
-    ended, as far as this one knows.
+    ended, as far as this one knows. `member` is where clients reach this node's member of a cluster of etcd, and
+    `members` where those of all nodes, as far as the leader knows. `record`, on the leader, is what run.json says.
     """
 
     def __init__(
@@ -88,6 +89,10 @@ class Node:
         self.strays: tuple[str, ...] = ()
         self.alarms: tuple[str, ...] = ()
         self.ends: tuple[NodeEnd, ...] = ()
+        self.record: RunFile | None = None
+        self.member = ""
+        self.members: dict[int, str] = {}
+        self.alone_since: float | None = None
         self.answered: set[str] = set()
         self._on_rank = on_rank
         self._registered: dict[str, Group | None] = {}
@@ -284,6 +289,7 @@ class Node:
                 *self.hook.status,
             ),
             "alarms": self.alarms,
+            "etcd": self.member,
             "strays": self.strays,
             "writing": self.report.places(),
             "internal_errors": self.report.errors,

@@ -117,7 +117,7 @@ class Session:
         from gms_launch.control.link import ControlLink
 
         layout, keys = self._layout, self.mirror.keys
-        link = ControlLink(layout.etcd_access, self._post)
+        link = ControlLink(layout.etcd_access, self._post, brisk=layout.store.several)
         self._link = self._report.link = link
         # A leader's etcd is young; the others have just heard from it.
         long = self._settings.service_timeout
@@ -153,7 +153,11 @@ class Session:
             Share(p.mirror.keys, p.layout.topology.is_leader, p.layout.settings.cohorts) for p in self._parts
         )
         found = keys.everywhere() if self._layout.is_spare else followed(run, groups)
-        return [*found, prefix(keys.seats)] if spares and not run.leads else found
+        found = [*found, prefix(keys.seats)] if spares and not run.leads else found
+        if self._layout.store.several and not self._layout.topology.is_leader:
+            # Where etcd has one member, that is with the leader, and tells of it by its own end.
+            found = list(dict.fromkeys([*found, Range(self.mirror.keys.node(0))]))
+        return found
 
     def _compare(self, link: ControlLink, record: NodeRecord) -> None:
         """A run that goes on takes back only a node that it would have begun with. Raises `UsageError`.
@@ -315,7 +319,7 @@ class Session:
         """Notice in time that this node is cut off: its lease is over and its leader cannot be reached.
 
         A leader that refuses connections is on its feet and may be restarting etcd; one that accepts them and says
-        nothing is frozen. Both get longer.
+        nothing is frozen. Both get longer, unless etcd has several members.
         """
         ttl, wait = terms.silence(self._settings.lease_ttl), self._settings.node_wait
         while True:
@@ -327,12 +331,15 @@ class Session:
             if await self._has_ended(f"the leader does not answer ({answer})"):
                 return
             limit = {"refused": max(2 * ttl, REFUSED_WAIT), "silent": wait}.get(answer, ttl)
+            if self._layout.store.several:
+                limit = ttl  # there are others who decide without us, and by then they may have
             if time.monotonic() - self._sent < limit:
                 await self._silence(self._sent, min(limit, time.monotonic() - self._sent + LOOK_AHEAD))
                 if time.monotonic() - self._sent < limit:
                     continue
             where = ", ".join(self._layout.etcd_endpoints)
-            why = f"no contact with the leader ({where}: {answer}) for {limit:g} s"
+            whom = "those who decide" if self._layout.store.several else "the leader"
+            why = f"no contact with {whom} ({where}: {answer}) for {limit:g} s"
             if not self.is_cut_off:
                 self.is_cut_off = True
                 self._member.cut_off(why)

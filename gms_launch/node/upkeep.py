@@ -110,7 +110,9 @@ def _relieve(me: Node) -> None:
     """Make room in the run's own etcd. Blocks."""
     assert me.report.link is not None
     try:
-        enough = me.report.link.relieve(etcd.RESERVED)
+        store = me.layout.store
+        whom = [store.credentials.access((url,)) for url in store.endpoints] if store.several else []
+        enough = me.report.link.relieve(etcd.RESERVED, whom)
         log.warning("etcd: history was forgotten to make room: %s", "enough" if enough else "not enough")
         if wanting := etcd.reserve(me.layout.node_dir.etcd_data):
             log.warning("no room could be taken for etcd's records: %s", wanting)

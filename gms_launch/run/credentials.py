@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import NamedTuple
@@ -118,11 +120,32 @@ def make(hosts: Sequence[str], external: Pem | None = None) -> Credentials:
         raise LaunchError("the run's certificates could not be made; is the package cryptography sound?") from None
 
 
+def for_member(known: Credentials, hosts: Sequence[str]) -> Leaf:
+    """What a member of etcd on another node shows, which is reached at `hosts`. Blocks, and in a process of its own.
+
+    Raises `LaunchError`.
+    """
+    asked = msgspec.json.encode((known.authority, tuple(hosts)))
+    argv = [sys.executable, "-m", "gms_launch.run.credentials"]
+    done = subprocess.run(argv, input=asked, capture_output=True, check=False)
+    try:
+        return msgspec.json.decode(done.stdout, type=Leaf)
+    except msgspec.MsgspecError:
+        raise LaunchError(f"no certificate could be made for etcd here: {done.stderr.decode()[-500:]}") from None
+
+
+def _leaf(authority: Authority, name: str, hosts: Sequence[str]) -> Leaf:
+    use = USES[name]
+    everywhere = (*hosts, *LOOPBACK)
+    return authority.leaf(use.cn, everywhere if use.server else (), server=use.server, client=use.client)
+
+
 def _made(hosts: Sequence[str], external: Pem | None) -> Credentials:
     authority = Authority.create()
-    everywhere = (*hosts, *LOOPBACK)
-    leaves = {
-        name: authority.leaf(use.cn, everywhere if use.server else (), server=use.server, client=use.client)
-        for name, use in USES.items()
-    }
+    leaves = {name: _leaf(authority, name, hosts) for name in USES}
     return Credentials(secrets.token_hex(16), "dynamo", secrets.token_hex(16), authority, leaves, external)
+
+
+if __name__ == "__main__":
+    ours, where = msgspec.json.decode(sys.stdin.buffer.read(), type=tuple[Authority, tuple[str, ...]])
+    sys.stdout.buffer.write(msgspec.json.encode(_leaf(ours, ETCD, where)))

@@ -168,6 +168,10 @@ class NodeDir:
         """The failover locks that there are on this node."""
         return sorted([*self.gms.glob("failover*.lock"), *self.gms.glob("g*/failover*.lock")])
 
+    def forget_store(self) -> None:
+        """Remove what etcd kept here: its member is a new one."""
+        shutil.rmtree(self.etcd_data, ignore_errors=True)
+
     def clear(self) -> None:
         """Remove what an earlier agent of this run left in it: its etcd knew other lives. What is ours stays."""
         for path in self.path.iterdir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gms_launch import engines
@@ -22,20 +22,22 @@ from gms_launch.gms import devices, gpus
 from gms_launch.process import waiting
 from gms_launch.process.lifecycle import Command
 from gms_launch.run import enough, nodedir, outside, reach
-from gms_launch.run.credentials import DYNAMO, ETCD, Credentials
+from gms_launch.run.credentials import Credentials
 from gms_launch.run.front import LATER, Front
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.ports import Ports
 from gms_launch.run.rundir import RunDir
+from gms_launch.run.store import Store, Whereabouts
 from gms_launch.run.topology import Topology
-from gms_launch.services import etcd, gms, nats
+from gms_launch.services import gms, nats
 from gms_launch.services.base import Service, find_binary
-from gms_launch.services.pem import PemFiles
 from gms_launch.settings import rules
 from gms_launch.settings.declared import Settings
 
 #: A primary and nine shadows.
 MOST_COHORTS = 10
+#: For a plan: what a member of etcd is told of those that are there, when they are.
+JOINS = "(all members that are there)"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Layout:
     wide: bool = False
     origin: int = 0
     seat: SeatRecord | None = None
+    where: Whereabouts = field(default_factory=Whereabouts, compare=False)
 
     @property
     def groups(self) -> tuple[Layout, ...]:
@@ -147,24 +150,26 @@ class Layout:
         return Front(self.settings, self.home, self.ports, self.node_dir)
 
     @property
+    def store(self) -> Store:
+        return Store(self.run, self.settings, self.home, self.ports, self.node_dir, self.credentials, self.where)
+
+    @property
     def own_etcd(self) -> bool:
-        return not self.settings.etcd_endpoints
+        return self.store.own
 
     @property
     def etcd_endpoints(self) -> tuple[str, ...]:
-        if self.own_etcd:
-            return (f"https://{etcd.host(self.home.leader_address)}:{self.ports.etcd}",)
-        return outside.endpoints(self.settings)
+        return self.store.endpoints
 
     @property
     def etcd_access(self) -> Access:
         """Etcd, as an agent reaches it."""
-        return self.credentials.access(self.etcd_endpoints)
+        return self.store.access
 
     @property
     def local_room(self) -> int:
         """What the node-local directory may come to take (bytes). The memory of GMS is not in it: no file has it."""
-        return nodedir.ROOM + (etcd.ROOM if self.own_etcd and self.topology.is_leader else 0)
+        return nodedir.ROOM + self.store.room
 
     @property
     def own_nats(self) -> bool:
@@ -176,7 +181,7 @@ class Layout:
         return DynamoPlane(
             address=self.topology.address,
             namespace=self.settings.namespace,
-            etcd=self.credentials.access(self.etcd_endpoints, DYNAMO),
+            etcd=self.store.for_dynamo,
             lease_ttl=self.settings.dynamo_lease_ttl,
             event_plane="zmq" if self.settings.event_plane == "auto" else self.settings.event_plane,
             nats=self.dynamo_nats,
@@ -242,19 +247,6 @@ class Layout:
         )
         made = gms.services(servers, self.devices())
         return [replace(service, name=self._prefix + service.name) for service in made]
-
-    def etcd_service(self) -> Service:
-        binary = find_binary("etcd_bin", self.settings.etcd_bin, "etcd", "etcd-server")
-        member = etcd.Member(
-            run=self.run,
-            address=self.topology.leader_address,
-            port=self.ports.etcd,
-            peer_port=self.ports.etcd_peer,
-            data=self.node_dir.etcd_data,
-            pem=PemFiles.of(self.node_dir.path, ETCD),
-            access=self.etcd_access,
-        )
-        return etcd.service(member, binary, self.settings.service_timeout, self.settings.service_liveness)
 
     @property
     def nats_server(self) -> nats.Server:
@@ -357,9 +349,8 @@ class Layout:
         self.node_dir.check()
         if not self.settings.grouped:
             enough.check(self.settings, self.engine, self.devices, self.gms_memory == "host")
+        self.store.check()
         if self.topology.is_leader:
-            if self.own_etcd:
-                self.etcd_service()
             if self.own_nats:
                 self.nats_service()
             self.front.check()
@@ -367,12 +358,12 @@ class Layout:
 
     def processes(self) -> list[tuple[str, Command]]:
         """Every process of this node in the order of its start."""
+        found = [] if self.is_spare else [(s.name, s.command) for s in self.gms_services()]
+        if self.store.is_member:
+            found.append(("etcd", self.store.service(JOINS if self.home.node_rank else "").command))
         if self.is_spare:
-            return []
-        found = [(s.name, s.command) for s in self.gms_services()]
+            return found
         if self.topology.is_leader:
-            if self.own_etcd:
-                found.append(("etcd", self.etcd_service().command))
             if self.own_nats:
                 found.append(("nats", self.nats_service().command))
             found += [(s.name, s.command) for s in self.front_services()]

@@ -76,11 +76,21 @@ def moved(settings: Settings, chosen: Ports) -> str:
 
 
 def follow(
-    settings: Settings, leaders: Mapping[str, Any], free: Callable[[int], bool], extra: Mapping[str, int] | None = None
+    settings: Settings,
+    leaders: Mapping[str, Any],
+    free: Callable[[int], bool],
+    extra: Mapping[str, int] | None = None,
+    member: bool = False,
 ) -> Ports:
-    """The ports of a node that is not the leader: its engines' own from this node, everything else the leader's."""
+    """The ports of a node that is not the leader: its engines' own from this node, everything else the leader's.
+
+    `member`: it has a member of etcd too.
+    """
     one = _Chooser(settings, free).one
     cohorts = range(settings.cohorts)
+    if member:
+        leaders = {**leaders, "etcd": one("etcd_port", settings.etcd_port)}
+        leaders["etcd_peer"] = one("etcd_peer_port", settings.etcd_peer_port)
     own = {
         "nixl": tuple(one("nixl_port", settings.nixl_port + k) for k in cohorts),
         "vllm": tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts),

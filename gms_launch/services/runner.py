@@ -217,6 +217,12 @@ class ServiceRunner:
         finally:
             exited.cancel()
 
+    def let_go(self) -> None:
+        """Do not start it again when it ends."""
+        self._stopping = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+
     async def renew(self) -> None:
         """End it and start it anew. Raises `ServiceError`."""
         await self.stop()
@@ -235,9 +241,7 @@ class ServiceRunner:
 
     async def stop(self, grace: float = 3.0) -> None:
         """End it: SIGTERM, and SIGKILL after `grace` seconds."""
-        self._stopping = True
-        if self._keeper is not None:
-            self._keeper.cancel()
+        self.let_go()
         if self._child is None or self._exited.is_set():
             return
         lifecycle.kill_group(self._child.id, signal.SIGTERM)

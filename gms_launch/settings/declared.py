@@ -147,6 +147,12 @@ class Settings:
     virtual_gpus: int = setting(1, "devices to make up on a machine without GPUs", "gms", minimum=1, maximum=16)
     virtual_gpu_mib: int = setting(4096, "memory of a made-up device (MiB)", "gms", minimum=1, maximum=2**24)
     etcd_bin: str = setting("", "etcd binary; found on PATH when empty", "services")
+    etcd_members: str = setting(
+        "1",
+        "members of the run's etcd, on its first nodes: with 3 the loss of one is borne; auto: 3 from three nodes on",
+        "services",
+        choices=("auto", "1", "3", "5"),
+    )
     nats_bin: str = setting("", "nats-server binary; found on PATH when empty", "services")
     nats: bool = setting(True, "run NATS; --no-nats keeps events on ZMQ and needs no NATS", "services")
     event_plane: str = setting(
@@ -201,7 +207,7 @@ class Settings:
     frontend_port: int = port(8000, "HTTP port of the frontend", recipe="FRONTEND_PORT")
     frontend_inner_port: int = port(8001, "port of the frontend behind the proxy that asks for keys")
     etcd_port: int = port(2379, "etcd client port")
-    etcd_peer_port: int = port(2380, "etcd peer port, on the loopback")
+    etcd_peer_port: int = port(2380, "etcd peer port; on the loopback, where etcd has one member")
     nats_port: int = port(4222, "NATS client port")
     word_port: int = port(2390, "UDP port on which a node hears from the others that a life has ended")
     master_port: int = port(29500, "first port where the ranks of cohort 0 meet; + 100 a cohort")
@@ -270,6 +276,10 @@ class Settings:
     def world(self) -> int:
         """GPUs of one cohort, over all nodes."""
         return self.tp * self.pp
+
+    def members(self, nnodes: int) -> int:
+        """Of the run's own etcd, in a run of so many nodes."""
+        return (3 if nnodes >= 3 else 1) if self.etcd_members == "auto" else int(self.etcd_members)
 
     @property
     def serving_nodes(self) -> int:

@@ -1,0 +1,190 @@
+"""The members of the run's etcd, where it has several: how this node's comes in and goes, who is told where they are.
+
+The first is begun by the run's leader as a cluster of one. Every other comes empty and joins, when the run begins as
+when its node comes back: what it had is gone, so its old place is given up and it takes a new one. When the run ends
+they leave, one after the other, so that those who stay can decide to the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import replace
+
+from gms_launch.cohort.membership import name
+from gms_launch.errors import DeadlineError, LaunchError
+from gms_launch.node.node import Node
+from gms_launch.run import credentials
+from gms_launch.run.store import Store
+from gms_launch.services import etcd
+
+log = logging.getLogger("agent")
+
+#: Between two tries to join (seconds).
+AGAIN = 2.0
+#: How long the members may take to agree on one (seconds).
+PATIENCE = 20.0
+#: What leaving may take: the run ends meanwhile (seconds).
+FAREWELL = 2.0
+
+
+async def join(me: Node) -> None:
+    """Bring this node's member in, again and again until it is."""
+    told = ""
+    while not me.stopping.is_set():
+        try:
+            await _join(me)
+            return
+        except LaunchError as exc:
+            why = str(exc)
+            if why != told:
+                told = why
+                me.report.emit("member_waits", detail=why.splitlines()[0])
+                me.progress(f"this node's etcd is not a member yet, and is tried again: {why}")
+            await asyncio.sleep(AGAIN)
+
+
+async def _join(me: Node) -> None:
+    layout, store = me.layout, me.layout.store
+    if (before := me.services.pop("etcd", None)) is not None:
+        await before.stop()
+    leaf = await asyncio.to_thread(credentials.for_member, layout.credentials, (store.home.address,))
+    store.files.write(layout.credentials.ca, leaf)
+    layout.node_dir.forget_store()
+    joins = await asyncio.to_thread(_take_place, store)
+    await me.start_service(store.service(joins))
+    await asyncio.to_thread(_promote, store)
+    if wanting := etcd.reserve(layout.node_dir.etcd_data):
+        log.warning("no room could be taken for etcd's records: %s", wanting)
+    me.member = store.url
+    me.report.emit("member_joined", detail=store.url)
+    me.publish_node()
+    me.wake.set()
+
+
+def _others(store: Store) -> tuple[str, ...]:
+    return tuple(url for url in store.endpoints if url != store.url) or store.endpoints
+
+
+def _take_place(store: Store) -> str:
+    from gms_launch.control import cluster
+    from gms_launch.control.client import Etcd
+
+    here = store.member()
+    asked = Etcd(store.credentials.access(_others(store)), brisk=True)
+    try:
+        found = cluster.take_place(asked, here.name, here.peer_url, PATIENCE)
+        return cluster.started_with(found, here.name, here.peer_url)
+    finally:
+        asked.close()
+
+
+def _promote(store: Store) -> None:
+    from gms_launch.control import cluster
+    from gms_launch.control.client import Etcd
+
+    here = store.member()
+    asked = Etcd(store.credentials.access(_others(store)), brisk=True)
+    try:
+        for member in cluster.members(asked):
+            if here.peer_url in member.peers:
+                cluster.promote(asked, member.id, PATIENCE)
+    finally:
+        asked.close()
+
+
+async def leave(me: Node) -> None:
+    """End this node's member, if it is not the last: those who stay need not count on it any more."""
+    store, runner = me.layout.store, me.services.get("etcd")
+    if not store.several or me.is_leader or runner is None:
+        return
+    runner.let_go()
+    if me.report.link is not None:
+        me.report.link.learn(_others(store))
+    try:
+        await asyncio.wait_for(asyncio.to_thread(_remove, store), FAREWELL)
+    except (LaunchError, asyncio.TimeoutError) as exc:
+        log.warning("this node's member of etcd could not take leave: %s", exc or "no answer")
+    await runner.stop()
+
+
+def _remove(store: Store) -> None:
+    from gms_launch.control import client, cluster
+
+    here = store.member()
+    asked = client.Etcd(store.credentials.access(_others(store)), brisk=True)
+    try:
+        for member in cluster.members(asked, retry=0.5):
+            if here.peer_url in member.peers:
+                with contextlib.suppress(client.RpcError):  # it is no member any more
+                    cluster.remove(asked, member.id, retry=0.5)
+    finally:
+        asked.close()
+
+
+async def gathered(me: Node) -> None:
+    """On the leader: wait until all members have their vote. Raises `DeadlineError`."""
+    store, wait = me.layout.store, me.settings.service_timeout
+    deadline = me.loop.time() + wait
+    while me.layout.store.several:
+        me.wake.clear()
+        look(me)
+        missing = [r for r in range(store.members) if r not in me.members]
+        if not missing or me.stopping.is_set():
+            return
+        if me.loop.time() > deadline:
+            nodes = me.mirror.nodes
+            names = ", ".join(name(nodes[r]) if r in nodes else f"node {r}" for r in missing)
+            raise DeadlineError(
+                f"etcd has {len(me.members)} of {store.members} members after {wait:g} s (service_timeout); missing: "
+                f"{names}: its agent's log says why, {me.layout.run_dir.logs}"
+            )
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(me.wake.wait(), max(0.0, deadline - me.loop.time()) + 0.1)
+
+
+def look(me: Node) -> None:
+    """Take over where the members are: the leader from the nodes' records, and the others from the leader's word."""
+    store = me.layout.store
+    if not store.several:
+        return
+    if me.is_leader:
+        me.members |= {r: n.etcd for r, n in me.mirror.nodes.items() if n.etcd and r < store.members}
+        if store.learn(me.members):
+            me.report.run(etcd=store.where.known)
+            _record(me)
+            _learned(me)
+        return
+    if me.mirror.run is not None and me.mirror.run.etcd and store.learn(me.mirror.run.etcd):
+        _learned(me)
+    if me.session.mirrored.is_set():
+        _follow_leader(me)
+
+
+def _follow_leader(me: Node) -> None:
+    """Etcd outlives the run's leader here, and nobody else takes its place: without it the run is over in the end."""
+    wait = me.settings.node_wait
+    if 0 in me.mirror.nodes:
+        me.alone_since = None
+    elif me.alone_since is None:
+        me.alone_since = me.loop.time()
+        me.loop.call_later(wait + 0.1, me.wake.set)
+    elif me.loop.time() - me.alone_since >= wait:
+        me.fail(
+            DeadlineError(f"node 0, which leads the run, was lost and did not come back within {wait:g} s (node_wait)")
+        )
+
+
+def _learned(me: Node) -> None:
+    if me.report.link is not None:
+        me.report.link.learn(me.layout.store.endpoints)
+
+
+def _record(me: Node) -> None:
+    """In run.json, for whoever comes later."""
+    if me.record is not None:
+        me.record = replace(me.record, etcd_endpoints=me.layout.store.where.known)
+        text = me.record.to_json()
+        me.writer.replace(me.layout.run_dir.run_json, text)
+        me.writer.here(me.layout.node_dir.path / me.layout.run_dir.run_json.name, text)

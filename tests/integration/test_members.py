@@ -1,0 +1,165 @@
+"""A run whose etcd has three members: what the loss of one costs those who are not on its node."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gms_launch.control import cluster
+from gms_launch.control.client import Etcd
+from gms_launch.errors import NoContactError
+from gms_launch.process import proc
+from tests.integration.test_groups import Grouped
+from tests.load import Load
+from tests.support import LONG, eventually, free_port, kill
+
+NAMES = ("g0", "g1", "g2")
+
+
+class Three(Grouped):
+    """A group on each of three nodes, and a member of etcd too."""
+
+    nodes = 3
+
+    def services(self, node_rank: int) -> dict[str, dict[str, Any]]:
+        node = next((n for n in self.status()["nodes"] if n["node_rank"] == node_rank), {"services": []})
+        return {s["name"]: s for s in node["services"]}
+
+    def missing(self) -> list[int]:
+        """The nodes without a record, asked of the members that are left."""
+        one = Etcd(self.access, brisk=True)
+        try:
+            return [n for n in range(self.nodes) if one.get(f"/gms-launch/{self.run}/nodes/{n}") is None]
+        finally:
+            one.close()
+
+    def leads(self) -> int:
+        """The node whose member leads etcd."""
+
+        def look() -> list[int]:
+            access = self.access
+            found = []
+            for number, url in enumerate(self.run_file["etcd_endpoints"]):
+                one = Etcd(type(access)((url,), access.ca, access.cert, access.key), timeout=0.5)
+                try:
+                    found += [number] if cluster.standing(one).leads else []
+                except NoContactError:
+                    pass
+                finally:
+                    one.close()
+            return found
+
+        return int(eventually(look, LONG, "etcd has a leader")[0])
+
+    def members(self) -> dict[str, cluster.Member]:
+        one = Etcd(self.access, brisk=True)
+        try:
+            return {m.name: m for m in cluster.members(one)}
+        finally:
+            one.close()
+
+    def standing(self, *names: str) -> dict[str, list[tuple[int, int, int]]]:
+        return {name: self.lives(name) for name in names}
+
+
+@pytest.fixture
+def three(tmp_path: Path, model: Path) -> Iterator[Three]:
+    ports = ["--frontend-port", str(free_port())]
+    flags = ("--virtual-gpus", "1", "--groups", "3", "--etcd-members", "auto", "--node-wait", "200", *ports)
+    with Three(tmp_path, model, *flags) as run:
+        yield run
+
+
+def test_a_member_that_dies_or_freezes_costs_nobody_anything(three: Three) -> None:
+    run = three
+    run.full(*NAMES)
+    assert len(run.run_file["etcd_endpoints"]) == 3 and not any(m.learner for m in run.members().values())
+    before, lives = run.members(), run.standing(*NAMES)
+    front = run.services(0)["frontend"]["pid"]
+    with Load(run.run_file["frontend_url"], streams=4, unary=2, tokens=30) as load:
+        for how in (signal.SIGKILL, signal.SIGSTOP):
+            load.wait_busy(1.0)
+            victim = run.leads()
+            service = run.services(victim)["etcd"]
+            kill(service["pid"], how)
+
+            def again(victim: int = victim, starts: int = service["starts"]) -> bool:
+                found = run.services(victim).get("etcd", {})
+                return found.get("starts", 0) > starts and found["state"] == "ready"
+
+            eventually(again, LONG, f"node {victim}'s member is back after {how.name}")
+            load.wait_busy(1.0)
+    assert load.lost == [] and load.wrong == [], load.said()
+    assert run.members() == before, "on its data it is the same member"
+    assert run.standing(*NAMES) == lives and run.services(0)["frontend"]["pid"] == front
+    assert len(run.events("service_exited")) == 2
+
+
+def test_a_node_with_the_leader_of_etcd_is_lost_and_comes_back_empty(three: Three) -> None:
+    run = three
+    run.full(*NAMES)
+    if run.leads() == 0:
+        run.etcdctl("move-leader", f"{run.members()[f'{run.run}-1'].id:x}")
+        eventually(lambda: run.leads() != 0, what="another leads")
+    lost = run.leads()
+    group, others = f"g{lost}", [n for n in NAMES if n != f"g{lost}"]
+    before, lives = run.members(), run.standing(*others)
+    front = run.services(0)["frontend"]["pid"]
+    kill(run.agent_of(lost))
+    eventually(lambda: run.status()["missing_nodes"] == [lost], LONG, "its lease is over")
+    eventually(lambda: run.groups()[group]["redundancy"] != "full", LONG)
+    assert run.standing(*others) == lives, "engines elsewhere were not touched"
+    assert run.text(), "and serve"
+    assert run.node(lost).returncode == 0
+    run.full(*NAMES)
+    after = run.members()
+    name = f"{run.run}-{lost}"
+    assert set(after) == set(before) and not any(m.learner for m in after.values())
+    assert after[name].id != before[name].id, "its place was given up, and it took a new one"
+    assert {n: m.id for n, m in after.items() if n != name} == {n: m.id for n, m in before.items() if n != name}
+    assert run.standing(*others) == lives and run.services(0)["frontend"]["pid"] == front
+    # Its vote counts: without another member the two that are left decide.
+    third = next(n for n in (1, 2) if n != lost)
+    kill(run.services(third)["etcd"]["pid"], signal.SIGSTOP)
+    assert run.cli("kill-primary", "--group", "g0").returncode == 0
+    run.full(*NAMES)
+
+
+def test_nothing_is_left_of_three_members(three: Three) -> None:
+    run = three
+    run.full(*NAMES)
+    pids = [run.services(n)["etcd"]["pid"] for n in range(3)]
+    identities = [who for pid in pids if (who := proc.identity(pid)) is not None]
+    assert len(identities) == 3
+    done = run.cli("down")
+    assert done.returncode == 0 and done.stdout.count("nothing of it is alive") == 3, done.stdout
+    assert not any(map(proc.alive, identities))
+    ended = json.loads((run.home / run.run / "run.json").read_text())
+    assert ended["exit_code"] == 0 and len(ended["nodes"]) == 3
+
+
+def test_without_the_first_node_the_others_stay_until_node_wait_is_over(tmp_path: Path, model: Path) -> None:
+    ports = ["--frontend-port", str(free_port())]
+    flags = ("--virtual-gpus", "1", "--groups", "3", "--etcd-members", "3", "--node-wait", "20", *ports)
+    flags += ("--dynamo-lease-ttl", "5")
+    with Three(tmp_path, model, *flags) as run:
+        run.full(*NAMES)
+        others = [who for n in ("g1", "g2") for _, _, pid in run.lives(n) if (who := proc.identity(pid)) is not None]
+        assert len(others) == 4
+        agents = [who for n in (1, 2) if (who := proc.identity(run.agent_of(n))) is not None]
+        kill(run.agent_of(0))
+        gone = time.monotonic()
+        eventually(lambda: run.missing() == [0], LONG, "its lease is over")
+        while time.monotonic() < gone + 15:
+            assert all(map(proc.alive, others)), "neither their leases nor their agents' are lost"
+            time.sleep(0.2)
+        eventually(lambda: not any(map(proc.alive, agents)), LONG, "they give up")
+        assert not any(map(proc.alive, others))
+        said = (run.home / run.run / "logs" / "node1" / "agent.log").read_text()
+        assert "node 0, which leads the run, was lost and did not come back within 20 s (node_wait)" in said
