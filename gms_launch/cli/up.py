@@ -19,7 +19,7 @@ from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError, RefusedError, UsageError
 from gms_launch.observe.stamp import Formatter
 from gms_launch.process import places, proc
-from gms_launch.run import credentials, dead, nodedir, outside, parts, ports, rundir, topology
+from gms_launch.run import credentials, dead, model, nodedir, outside, parts, ports, rundir, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import Layout
@@ -195,7 +195,9 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> b
 
         async def announce() -> None:
             await agent.node.ready.wait()
-            reporter.ready(f"{layout.front.url}/v1/completions, model {layout.model_name}{layout.front.hint}")
+            models = [p.group.model_name for p in parts.placed(layout)] if layout.settings.grouped else []
+            served = model.named(models or [layout.model_name])
+            reporter.ready(f"{layout.front.url}/v1/completions, {served}{layout.front.hint}")
 
         if until_eof:
             loop.add_reader(0, _input_ended, agent, loop)

@@ -154,7 +154,9 @@ def with_groups(shot: Snapshot, groups: tuple[Snapshot, ...]) -> Snapshot:
     if not groups:
         return shot
     worst, announced = max((g.redundancy for g in groups), key=rank), max((g.announced for g in groups), key=rank)
-    return replace(shot, groups=groups, records=worst, announced=announced)
+    served = [g.model_name for g in groups]
+    name = shot.model_name if shot.model_name in served else served[0]
+    return replace(shot, groups=groups, records=worst, announced=announced, model_name=name)
 
 
 def as_known_here(shot: Snapshot, own: Iterable[Snapshot], groups: Mapping[str, RunRecord]) -> Snapshot:

@@ -8,7 +8,7 @@ holds for it too. Where the groups lie is `run.placement`'s business.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,11 @@ class Group:
     role: str
     component: str
     settings: Settings
+
+    @property
+    def model_name(self) -> str:
+        """What clients ask for."""
+        return self.settings.served_model_name or self.settings.model
 
 
 def tables(found: Any, where: str, parse: Callable[[Setting, Any, str], Any]) -> tuple[Mapping[str, Any], ...]:
@@ -117,11 +122,33 @@ def _names(table: Mapping[str, Any]) -> list[str]:
 def expand(s: Settings, gpus: int) -> tuple[Group, ...]:
     """The groups of a run whose nodes have `gpus` GPUs each; none without a word about groups. Raises `UsageError`."""
     if s.tables:
-        return tuple(replace(_group(t, s, gpus), name=name) for t in s.tables for name in _names(t))
+        return _apart([replace(_group(t, s, gpus), name=name) for t in s.tables for name in _names(t)])
     if s.groups == 1:
         return ()
     like = _group(_equal(s, gpus), s, gpus)
     return tuple(replace(like, name=f"g{k}") for k in range(s.groups))
+
+
+def _apart(found: Sequence[Group]) -> tuple[Group, ...]:
+    """The groups, each model of several under a component of its own: Dynamo takes one model for each.
+
+    Those of the first model keep upstream's names. Raises `UsageError` where two models were given the same component.
+    """
+    models: dict[str, int] = {}
+    named: dict[str, Group] = {}
+    made = []
+    for g in found:
+        number = models.setdefault(g.model_name, len(models) + 1)
+        if not g.component and number > 1:
+            g = replace(g, component=f"{'prefill' if g.role == 'prefill' else 'backend'}-{number}")
+        made.append(g)
+        other = named.setdefault(g.component, g) if g.component else g
+        if other.model_name != g.model_name:
+            raise UsageError(
+                f"groups {other.name} and {g.name} have component {g.component} and serve models {other.model_name} "
+                f"and {g.model_name}: a component has one model; leave it out, or give them two"
+            )
+    return tuple(made)
 
 
 def _equal(s: Settings, gpus: int) -> Mapping[str, Any]:

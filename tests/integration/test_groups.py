@@ -16,7 +16,7 @@ import pytest
 
 from gms_launch.control.keys import Keys
 from tests.load import Load
-from tests.support import GMS_LAUNCH, LONG, Deployment, eventually, free_port, gms_launch, kill
+from tests.support import GMS_LAUNCH, LONG, Deployment, complete, eventually, free_port, gms_launch, kill
 
 KILLS = 6
 
@@ -234,12 +234,15 @@ def test_one_group_is_killed_while_etcd_is_away(patient: Grouped) -> None:
 
     died = 'gms_launch_failovers_total{cause="%s",group="%s"} %s'
     eventually(lambda: died % ("exit", "g1", "1.0") in page(), LONG, "counted")
+    full = 'gms_launch_redundancy{group="%s",state="full"} 1.0'
+    eventually(lambda: all(full % g in page() for g in ("g0", "g1")), LONG, "full")
     shown = page()
-    assert not [
-        line for line in shown.splitlines() if "failovers_total{" in line and 'group="g0"' in line and "0.0" not in line
-    ]
+    assert [
+        line
+        for line in shown.splitlines()
+        if "failovers_total{" in line and 'group="g0"' in line and " 0.0" not in line
+    ] == []
     for group in ("g0", "g1"):
-        assert f'gms_launch_redundancy{{group="{group}",state="full"}} 1.0' in shown
         assert f'gms_launch_gms_bytes{{device="0",group="{group}",tag="weights"}}' in shown
         assert f'gms_launch_slots_given_up{{group="{group}"}} 0.0' in shown
 
@@ -299,3 +302,29 @@ def test_an_engine_that_gives_no_tokens_is_found_although_another_serves_the_sam
     assert (hung, 2) not in {(e["cohort_id"], e["incarnation"]) for e in run.of("g1", "first_token")}
     run.full("g1")
     assert run.lives("g0") == untouched and not run.of("g0", "kill")
+
+
+TWO_MODELS = """
+[[group]]
+name = "chat"
+gpus = 1
+[[group]]
+name = "code"
+gpus = 1
+served_model_name = "coder"
+"""
+
+
+def test_two_models_behind_one_frontend(tmp_path: Path, model: Path) -> None:
+    config = tmp_path / "groups.toml"
+    config.write_text(TWO_MODELS)
+    with Grouped(tmp_path, model, "--virtual-gpus", "2", "--config", str(config)) as run:
+        untouched = run.lives("chat")
+        host, port = run.run_file["frontend_url"].removeprefix("http://").split(":")
+
+        def text(name: str) -> str:
+            return eventually(lambda: complete(host, int(port), "hello", 8, model=name), LONG, f"{name} answers")
+
+        before = {name: text(name) for name in ("tiny", "coder")}
+        assert run.cli("kill-primary", "--group", "code").returncode == 0
+        assert {name: text(name) for name in before} == before and run.lives("chat") == untouched

@@ -97,3 +97,17 @@ def test_what_is_refused(tables: list[dict[str, Any]], flags: dict[str, str], sa
 def test_group_must_be_tables(wrong: Any) -> None:
     with pytest.raises(UsageError, match="no list of tables"):
         resolve({}, {}, {"group": wrong})
+
+
+def test_each_model_has_a_component_of_its_own() -> None:
+    tables = [
+        {"name": "a", "gpus": 1},
+        {"name": "b", "gpus": 1, "served_model_name": "m2"},
+        {"name": "c", "gpus": 1, "served_model_name": "m2"},
+        {"name": "d", "gpus": 1, "served_model_name": "m3", "component": "mine"},
+    ]
+    found = groups.expand(resolve({"model": "m1"}, {}, {"group": tables}), 8)
+    assert [(g.name, g.component) for g in found] == [("a", ""), ("b", "backend-2"), ("c", "backend-2"), ("d", "mine")]
+    tables[0]["component"] = "mine"
+    with pytest.raises(UsageError, match="groups a and d have component mine and serve models m1 and m3"):
+        groups.expand(resolve({"model": "m1"}, {}, {"group": tables}), 8)
