@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "slurm").glob("*.md"))]
 #: These too, where no command line is run.
 ALL = [*PAGES, ROOT / "bench" / "gpu" / "README.md"]
-SCRIPTS = [ROOT / "slurm" / "gms-launch.sbatch", ROOT / "slurm" / "epilog.sh"]
+SCRIPTS = [*sorted((ROOT / "slurm").glob("*.sbatch")), ROOT / "slurm" / "epilog.sh"]
 LANGUAGES = ("sh", "text", "toml", "python", "mermaid", "json")
 MARK = re.compile(r"<!-- (run on|run by|not run here|file): (.+?) -->")
 TOOL = re.compile(r"(?:\w+=\S+ )*(gms-launch|make|sbatch|srun|scancel|salloc|python3?|pip|curl|kill|hf) +[^ ]")

@@ -76,9 +76,11 @@ def _table(table: Mapping[str, Any], where: str, parse: Callable[[Setting, Any, 
         else:
             known = ", ".join([*KEYS, "engine_args"])
             raise UsageError(f"{where}: unknown key {rules.shortened(key)}; a group has {known}")
-    if not NAME.match(said.get("name", "")):
+    if "name" not in said:
+        raise UsageError(f"{where}: it has no name; a name is 1-16 letters, digits, dashes or underscores")
+    if not NAME.match(said["name"]):
         raise UsageError(
-            f"{where}: name {rules.shortened(said.get('name', ''))}: use 1-16 letters, digits, dashes or underscores, "
+            f"{where}: name {rules.shortened(said['name'])}: use 1-16 letters, digits, dashes or underscores, "
             "starting with a letter or digit"
         )
     if "nodes" in said and "gpus" in said:

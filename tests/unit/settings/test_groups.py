@@ -61,7 +61,7 @@ def test_a_table_takes_the_rest_from_the_top(tmp_path: Path) -> None:
     [
         ([{"name": "a", "nodes": 1}], {"groups": "2"}, r"groups 2 \(from --groups\) makes equal groups"),
         ([{"name": "a", "node": 1}], {}, r"\[\[group\]\] 1: unknown key 'node'; a group has name, count"),
-        ([{"nodes": 1}], {}, r"\[\[group\]\] 1: name ''"),
+        ([{"nodes": 1}], {}, r"1: it has no name"),
         ([{"name": "a/b"}], {}, "1-16 letters"),
         ([{"name": "a", "nodes": 1, "gpus": 1}], {}, "leave one out"),
         ([{"name": "a", "tp": "two"}], {}, r"tp \(from settings file, \[\[group\]\] 1\): 'two' is not"),
