@@ -112,6 +112,8 @@ class DynamoPlane:
 @dataclass(frozen=True)
 class RankSpec:
     """One rank of one life of a cohort. `device_view`: the environment in which it sees its devices alone.
+    `rpc_port`: where the engine cores of all nodes meet when there are several (`dp`); `shift`: added to ports that the
+    engine's own arguments name, since two cohorts of a node cannot both have them.
     `role`: agg, or the half of a request's way that it goes; `component`: under which it registers, empty for its own.
     `meeting_secret`: hexadecimal, known to the ranks of this life alone."""
 
@@ -137,6 +139,9 @@ class RankSpec:
     engine_args: tuple[str, ...] = ()
     gms_memory: str = "host"
     pp: int = 1
+    dp: int = 1
+    rpc_port: int = 0
+    shift: int = 0
     interface: str = ""
     extra_ports: Mapping[str, int] = field(default_factory=dict)
     device_view: Mapping[str, str] = field(default_factory=dict)

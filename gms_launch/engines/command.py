@@ -31,9 +31,9 @@ from gms_launch.settings.resolve import read_toml
 
 #: What may stand in braces. `port_NAME` are those of [ports].
 PLACEHOLDERS = (
-    *("python", "model", "served_model_name", "tp", "pp", "local_ranks", "nnodes", "node_rank", "cohort_id"),
+    *("python", "model", "served_model_name", "tp", "pp", "dp", "local_ranks", "nnodes", "node_rank", "cohort_id"),
     *("incarnation", "leader_address", "address", "namespace", "master_port", "system_port", "nixl_port", "vllm_port"),
-    *("role", "component"),
+    *("role", "component", "rpc_port"),
     *("gms_dir", "lock_path", "gms_memory", "cache_dir", "scratch_dir"),
 )
 #: Names of variables and of ports: what a shell and a placeholder can hold.
@@ -117,7 +117,7 @@ class CommandEngine:
 
 def _values(spec: RankSpec) -> dict[str, Any]:
     values: dict[str, Any] = {n: getattr(spec, n) for n in PLACEHOLDERS if hasattr(spec, n)}
-    values |= {"local_ranks": spec.tp * spec.pp // spec.nnodes, "address": spec.plane.address}
+    values |= {"local_ranks": spec.tp * spec.pp * spec.dp // spec.nnodes, "address": spec.plane.address}
     values |= {"namespace": spec.plane.namespace, "served_model_name": spec.served_model_name or spec.model}
     values |= {"component": spec.component or COMPONENTS[spec.role]}
     return values | {f"port_{name}": port for name, port in spec.extra_ports.items()}

@@ -56,6 +56,31 @@ class Spoken:
         return _AWAKE.search(line) is not None
 
 
+def _nodes(spec: RankSpec, always_master_port: bool) -> list[str]:
+    """One engine core, whose workers meet over the nodes."""
+    argv = []
+    if spec.nnodes > 1:
+        argv += ["--distributed-executor-backend", "mp", "--nnodes", str(spec.nnodes)]
+        argv += ["--node-rank", str(spec.node_rank), "--master-addr", spec.leader_address]
+    if spec.nnodes > 1 or always_master_port:
+        argv += ["--master-port", str(spec.master_port)]
+    return argv
+
+
+def _replicas(spec: RankSpec) -> list[str]:
+    """An engine core a replica, so many on each node; the first node shares out the requests (internal load balancing).
+
+    A start rank says which replicas a headless node has; on one that is not headless vLLM would take it for hybrid
+    load balancing, where every node registers by itself.
+    """
+    local = spec.dp // spec.nnodes
+    argv = ["--data-parallel-size", str(spec.dp), "--data-parallel-size-local", str(local)]
+    argv += ["--data-parallel-address", spec.leader_address, "--data-parallel-rpc-port", str(spec.rpc_port)]
+    if spec.node_rank > 0:
+        argv += ["--data-parallel-start-rank", str(local * spec.node_rank)]
+    return argv
+
+
 def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:
     """The rank's command line and environment. `always_master_port`: also on one node."""
     argv = [*installed.module(spec.python, module), "--model", spec.model]
@@ -69,11 +94,7 @@ def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:
         argv += ["--disaggregation-mode", spec.role]
     if spec.component:
         argv += ["--endpoint", f"dyn://{spec.plane.namespace}.{spec.component}.generate"]
-    if spec.nnodes > 1:
-        argv += ["--distributed-executor-backend", "mp", "--nnodes", str(spec.nnodes)]
-        argv += ["--node-rank", str(spec.node_rank), "--master-addr", spec.leader_address]
-    if spec.nnodes > 1 or always_master_port:
-        argv += ["--master-port", str(spec.master_port)]
+    argv += _replicas(spec) if spec.dp > 1 else _nodes(spec, always_master_port)
     if spec.node_rank > 0:
         argv.append("--headless")
     env: dict[str, str | None] = {

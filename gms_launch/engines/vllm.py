@@ -88,6 +88,8 @@ class VllmEngine(dynamo.Spoken):
             found.append(
                 f"--engine vllm: Dynamo {version} has no shadow mode with scratch KV; {LINES[0].dynamo} is the first"
             )
+        if settings.dp > 1 and version and line_of(version) == LINES[0]:
+            found.append(f"--engine vllm: Dynamo {version} hangs with several replicas on GMS; --dp needs 1.2 or later")
         return found
 
     def line(self, settings: Settings) -> Line:
@@ -107,7 +109,7 @@ class VllmEngine(dynamo.Spoken):
         return text
 
     def command(self, spec: RankSpec) -> Command:
-        spec = replace(spec, engine_args=arguments.stagger_kv_events(spec.engine_args, spec.cohort_id))
+        spec = replace(spec, engine_args=arguments.stagger_kv_events(spec.engine_args, spec.shift))
         made = dynamo.command(spec, "dynamo.vllm", always_master_port=False)
         env = {
             "VLLM_NIXL_SIDE_CHANNEL_PORT": str(spec.nixl_port),
@@ -130,7 +132,7 @@ class VllmEngine(dynamo.Spoken):
             suggested |= {"NCCL_SOCKET_IFNAME": spec.interface, "GLOO_SOCKET_IFNAME": spec.interface}
         if port := os.environ.get("DYN_FORWARDPASS_METRIC_PORT", ""):
             number = count(port)
-            env["DYN_FORWARDPASS_METRIC_PORT"] = port if number is None else str(number + spec.cohort_id)
+            env["DYN_FORWARDPASS_METRIC_PORT"] = port if number is None else str(number + spec.shift)
         env |= {k: v for k, v in suggested.items() if k not in os.environ}  # the user's own word wins
         return Command(made.argv, {**made.env, **env})
 

@@ -35,6 +35,6 @@ def check(settings: Settings, engine: Engine, devices: Callable[[], Sized], in_h
 
 def _size(settings: Settings) -> str:
     """The wanted GPUs by the settings that say how many."""
-    names = [n for n in ("tp", "pp") if getattr(settings, n) > 1 or n == "tp"]
+    names = [n for n in ("tp", "pp", "dp") if getattr(settings, n) > 1 or n == "tp"]
     said = [f"{n} {getattr(settings, n)} (from {settings.sources.get(n, 'nnodes')})" for n in names]
     return " times ".join(said)

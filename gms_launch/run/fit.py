@@ -135,7 +135,7 @@ def fit(settings: Settings, total: int, scratch_per_layer: bool) -> Fit:
     """Of a vLLM engine with these settings on GPUs of `total` bytes each. Reads the model's directory."""
     config = _config(Path(settings.model))
     given = dict(arguments.walk(settings.engine_args))
-    weights = math.ceil(contents.weights(Path(settings.model)) / settings.world)
+    weights = math.ceil(contents.weights(Path(settings.model)) / (settings.tp * settings.pp))
     layers = _whole(config, "num_hidden_layers")
     return Fit(
         total=total,

@@ -54,7 +54,7 @@ def named(names: Iterable[str]) -> str:
 
 def check_memory(s: Settings) -> None:
     """Raise `UsageError` when a rank's part of the weights is more than a made-up device holds."""
-    part = contents.weights(Path(s.model)) / s.world if s.engine == "reference" else 0.0
+    part = contents.weights(Path(s.model)) / s.tp if s.engine == "reference" else 0.0
     if part > s.virtual_gpu_mib * 2**20:
         raise UsageError(
             f"model {s.model!r}: {part / 2**20:.0f} MiB of weights on each GPU with tp {s.tp}, and a made-up device "

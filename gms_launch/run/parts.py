@@ -55,7 +55,7 @@ def with_groups(layout: Layout, free: Callable[[int], bool]) -> Layout:
     for seat, (_, p) in enumerate(mine):
         s = p.group.settings
         wanted.append((s, seat, engines.get(s.engine, s.engine_file).ports))
-    made = []
+    made, shift = [], 0
     for (k, p), own in zip(mine, ports.of_groups(layout.ports, wanted, free), strict=True):
         rank = p.nodes.index(here.node_rank)
         # The leader says its address when it wants a life (`master_addr`).
@@ -74,6 +74,8 @@ def with_groups(layout: Layout, free: Callable[[int], bool]) -> Layout:
                 wide=bool(p.leader),
                 role=p.group.role,
                 component=p.group.component,
+                shift=shift,
             )
         )
+        shift += p.group.settings.cohorts * p.group.settings.dp
     return replace(layout, parts=tuple(made), number_of_groups=len(found), wide=any(p.leader for p in found))

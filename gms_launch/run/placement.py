@@ -50,6 +50,7 @@ class Placed:
             "model": s.model,
             "tp": s.tp,
             "pp": s.pp,
+            "dp": s.dp,
             "shadows": s.shadows,
             "engine_args": list(s.engine_args),
         }
@@ -165,5 +166,5 @@ def _words(p: Placed, node: int) -> str:
     s, rank = p.group.settings, p.nodes.index(node)
     if rank:
         return f"rank {rank}"
-    size = f"tp {s.tp}" + (f" pp {s.pp}" if s.pp > 1 else "")
+    size = f"tp {s.tp}" + (f" pp {s.pp}" if s.pp > 1 else "") + (f" dp {s.dp}" if s.dp > 1 else "")
     return f"leads, {p.group.role}, {s.engine}, {s.model or 'no model'}, {size}, {numbered(s.shadows, 'shadow')}"

@@ -21,7 +21,7 @@ from gms_launch.errors import UsageError
 from gms_launch.gms import devices, gpus
 from gms_launch.process import waiting
 from gms_launch.process.lifecycle import Command
-from gms_launch.run import enough, nodedir, outside, reach
+from gms_launch.run import enough, nodedir, outside, ports, reach
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.front import LATER, Front
 from gms_launch.run.nodedir import NodeDir
@@ -67,6 +67,7 @@ class Layout:
     group: str = ""
     index: int = 0
     gpus: range | None = None
+    shift: int = 0
     role: str = "agg"
     component: str = ""
     place: Topology | None = None
@@ -138,7 +139,7 @@ class Layout:
     def kind_of_start(self) -> str:
         """Which earlier starts this one is compared with."""
         s = self.settings
-        size = f"tp {s.tp} pp {s.pp} over {s.serving_nodes} nodes"
+        size = f"tp {s.tp} pp {s.pp}" + (f" dp {s.dp}" if s.dp > 1 else "") + f" over {s.serving_nodes} nodes"
         return f"{self.topology.host}: {s.engine}, {os.path.abspath(s.model)}, {size}"
 
     @property
@@ -312,6 +313,9 @@ class Layout:
                 engine_args=self.settings.engine_args if engine_args is None else engine_args,
                 gms_memory=self.gms_memory,
                 pp=self.settings.pp,
+                dp=self.settings.dp,
+                rpc_port=ports.rpc(master_port),
+                shift=self.shift + self.settings.dp * cohort_id,
                 interface=self.settings.interface,
                 cache_dir=self.cache_dir,
                 scratch_dir=self.node_dir.scratch(cohort_id, incarnation),

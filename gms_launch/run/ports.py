@@ -55,15 +55,19 @@ class _Chooser:
     def usable(self, port: int) -> bool:
         return port not in self._taken and port <= 65535 and self._free(port)
 
-    def one(self, name: str, wanted: int) -> int:
-        if self._settings.was_set(name) and not self.usable(wanted):
+    def _all(self, port: int, width: int) -> bool:
+        return all(self.usable(port + k) for k in range(width))
+
+    def one(self, name: str, wanted: int, width: int = 1) -> int:
+        """The first of `width` ports beside each other."""
+        if self._settings.was_set(name) and not self._all(wanted, width):
             raise UsageError(
                 f"{name} {wanted} is in use on this node (from {self._settings.sources[name]}); "
                 "stop what listens there, or the run that has reserved it, or choose another port"
             )
         for port in range(wanted, min(wanted + 2000, 65536)):
-            if self.usable(port):
-                self._taken.add(port)
+            if self._all(port, width):
+                self._taken.update(range(port, port + width))
                 return port
         raise UsageError(f"{name}: no free port from {wanted} on")
 
@@ -92,11 +96,21 @@ def follow(
         leaders = {**leaders, "etcd": one("etcd_port", settings.etcd_port)}
         leaders["etcd_peer"] = one("etcd_peer_port", settings.etcd_peer_port)
     own = {
-        "nixl": tuple(one("nixl_port", settings.nixl_port + k) for k in cohorts),
+        "nixl": _nixl(one, settings, settings.nixl_port),
         "vllm": tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts),
         "word": one("word_port", settings.word_port),
     }
     return Ports(**{**leaders, "system": tuple(leaders["system"]), **own, "extra": _extra(one, extra, cohorts)})
+
+
+def _nixl(one: Callable[[str, int, int], int], s: Settings, first: int) -> tuple[int, ...]:
+    """Each cohort's first port of NIXL: every replica of it adds its number."""
+    return tuple(one("nixl_port", first + s.dp * k, s.dp) for k in range(s.cohorts))
+
+
+def rpc(master_port: int) -> int:
+    """Where the replicas of a life meet: beside where its ranks do, in the part of the range that no master port is."""
+    return master_port + INCARNATION_STEPS
 
 
 def _extra(one: Callable[[str, int], int], first: Mapping[str, int] | None, cohorts: range) -> dict[str, Any]:
@@ -120,7 +134,7 @@ def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, 
     nats = one("nats_port", settings.nats_port)
     cohorts = range(settings.cohorts)
     system = tuple(one("system_port", settings.system_port + k) for k in cohorts)
-    nixl = tuple(one("nixl_port", settings.nixl_port + k) for k in cohorts)
+    nixl = _nixl(one, settings, settings.nixl_port)
     vllm = tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts)
     word = one("word_port", settings.word_port)
     own = _extra(one, extra, cohorts)
@@ -149,7 +163,7 @@ def of_groups(
         chooser = _Chooser(s, free, taken)
         cohorts, span = range(s.cohorts), COHORT_STRIDE * s.cohorts
         system = tuple(chooser.one("system_port", s.system_port + 10 * seat + k) for k in cohorts)
-        nixl = tuple(chooser.one("nixl_port", s.nixl_port + 10 * seat + k) for k in cohorts)
+        nixl = _nixl(chooser.one, s, s.nixl_port + 10 * seat)
         vllm = tuple(chooser.one("vllm_port", s.vllm_port + span * seat + COHORT_STRIDE * k) for k in cohorts)
         own = _extra(chooser.one, {name: first + 10 * seat for name, first in extra.items()}, cohorts)
         base = s.master_port + span * seat

@@ -18,6 +18,8 @@ REFUSED: Mapping[str, str] = {
     "-tp": _MINE.format("--tp"),
     "--pipeline-parallel-size": _MINE.format("--pp"),
     "-pp": _MINE.format("--pp"),
+    "--data-parallel-hybrid-lb": "every node would have a lock and a registration of its own; use --dp alone",
+    "--data-parallel-external-lb": "every replica would be an engine of its own; use --groups for that",
     "--nnodes": _MINE.format("--nnodes"),
     "-n": _MINE.format("--nnodes"),
     "--node-rank": "gms-launch sets it itself: it follows from the node",
@@ -40,13 +42,15 @@ REFUSED: Mapping[str, str] = {
 #: Flags that may be passed with one value only, and why no other.
 FIXED: Mapping[str, tuple[str, str]] = {
     "--load-format": ("gms", "the engines share one copy of the weights, which only the gms loader maps"),
+    "--data-parallel-size": ("1", _MINE.format("--dp")),
+    "-dp": ("1", _MINE.format("--dp")),
+    "--data-parallel-backend": ("mp", "shadow mode works with the mp executor only, not with Ray"),
+    "-dpb": ("mp", "shadow mode works with the mp executor only, not with Ray"),
     "--distributed-executor-backend": ("mp", "shadow mode works with the mp executor only, not with Ray"),
     "--disaggregation-mode": (
         "agg",
         "no half answers anything alone; give a [[group]] the role prefill or decode",
     ),
-    "--data-parallel-size": ("1", "GMS has been seen to put the ranks of several replicas on one GPU"),
-    "-dp": ("1", "GMS has been seen to put the ranks of several replicas on one GPU"),
     "--embedding-worker-processes": ("1", "several front processes share one engine core and its ports"),
 }
 
@@ -110,14 +114,14 @@ def problem(args: Sequence[str]) -> str:
         if name in JSON and not _is_object(value):
             return f"engine argument {name} {value}: expected a JSON object"
         if name.startswith(("--data-parallel-", "-dp")) and name not in FIXED:
-            return f"engine argument {name}: data parallelism does not work in shadow mode"
+            return f"engine argument {name}: gms-launch sets it itself: it follows from --dp and the node"
     return ""
 
 
-def stagger_kv_events(args: Sequence[str], cohort_id: int) -> tuple[str, ...]:
+def stagger_kv_events(args: Sequence[str], by: int) -> tuple[str, ...]:
     """Give each cohort its own port for KV events: two engines on one node cannot publish on the same one.
 
-    The port of the `endpoint` in --kv-events-config is raised by the cohort's number; everything else stays.
+    The port of the `endpoint` in --kv-events-config is raised `by` so many; everything else stays.
     """
     made = list(args)
     for k, word in enumerate(args):
@@ -128,7 +132,7 @@ def stagger_kv_events(args: Sequence[str], cohort_id: int) -> tuple[str, ...]:
         try:
             config = json.loads(text)
             front, _, port = config["endpoint"].rpartition(":")
-            config["endpoint"] = f"{front}:{int(port) + cohort_id}"
+            config["endpoint"] = f"{front}:{int(port) + by}"
         except (ValueError, KeyError, TypeError, AttributeError):
             continue  # the engine says what is wrong with it
         shifted = json.dumps(config)

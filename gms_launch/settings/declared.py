@@ -85,6 +85,13 @@ class Settings:
     engine_file: str = setting("", "TOML file that describes the engine `command`", "engine")
     tp: int = setting(1, "tensor-parallel size over all nodes", "engine", recipe="TP", minimum=1, maximum=MOST_RANKS)
     pp: int = setting(1, "pipeline-parallel size over all nodes", "engine", minimum=1, maximum=MOST_RANKS)
+    dp: int = setting(
+        1,
+        "data-parallel replicas over all nodes, each of tp times pp GPUs of one node, behind one registration",
+        "engine",
+        minimum=1,
+        maximum=MOST_RANKS,
+    )
     shadows: int = setting(1, "shadow cohorts parked behind the primary", "engine", minimum=0, maximum=9)
     activation: str = setting(
         "lock",
@@ -275,7 +282,7 @@ class Settings:
     @property
     def world(self) -> int:
         """GPUs of one cohort, over all nodes."""
-        return self.tp * self.pp
+        return self.tp * self.pp * self.dp
 
     def members(self, nnodes: int) -> int:
         """Of the run's own etcd, in a run of so many nodes."""

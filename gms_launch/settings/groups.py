@@ -31,7 +31,7 @@ OWN = (
     Setting("component", str, "", "Dynamo component it registers as; the engine's own when empty", "group"),
 )
 #: Settings that a table may say for its groups. What it does not say comes from the top.
-TAKEN = ("model", "served_model_name", "engine", "engine_file", "tp", "pp", "shadows")
+TAKEN = ("model", "served_model_name", "engine", "engine_file", "tp", "pp", "dp", "shadows")
 KEYS: Mapping[str, Setting] = {s.name: s for s in (*OWN, *(BY_NAME[name] for name in TAKEN))}
 #: Upstream's own example of a way for the KV cache.
 _CONNECTOR = """engine_args = ["--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}']"""
@@ -203,25 +203,27 @@ def _group(said: Mapping[str, Any], s: Settings, gpus: int) -> Group:
 def _size(said: Mapping[str, Any], s: Settings, gpus: int) -> tuple[int, int, int, int, bool]:
     """tp, pp, nodes, GPUs on each of them, and whether they are its own. Raises `UsageError` with the arithmetic."""
     name, tp, pp = said["name"], said.get("tp") or own_tp(s), said.get("pp") or s.pp
-    nodes, part = said.get("nodes", 0), said.get("gpus", 0)
+    dp, nodes, part = said.get("dp") or s.dp, said.get("nodes", 0), said.get("gpus", 0)
     each = f"a node has {numbered(gpus, 'GPU')}"
     if not nodes and not part:
         if not tp:
             raise UsageError(f"group {name} says neither nodes, nor gpus, nor tp: nothing tells how large it is")
-        part, nodes = (tp * pp, 0) if tp * pp <= gpus else (0, _nodes_for(tp * pp, gpus))
+        part, nodes = (tp * pp * dp, 0) if tp * pp * dp <= gpus else (0, _nodes_for(tp * pp, dp, gpus))
+    times = f" times dp {dp}" if dp > 1 else ""
     if not tp:
-        tp, left = divmod(part or nodes * gpus, pp)
+        tp, left = divmod(part or nodes * gpus, pp * dp)
         if left or not tp:
             size = f"gpus {part}" if part else f"nodes {nodes} times {gpus} GPUs"
-            raise UsageError(f"group {name}: {size} cannot be divided by pp {pp}")
-    world = f"tp {tp} times pp {pp} is {numbered(tp * pp, 'GPU')}"
+            raise UsageError(f"group {name}: {size} cannot be divided by pp {pp}{times}")
+    total = tp * pp * dp
+    world = f"tp {tp} times pp {pp}{times} is {numbered(total, 'GPU')}"
     if part:
-        if part != tp * pp:
+        if part != total:
             raise UsageError(f"group {name}: {world}, and gpus gives it {part}")
         if part > gpus:
             raise UsageError(f"group {name}: gpus {part}, and {each}; say nodes for a group of several")
         return tp, pp, 1, part, False
-    local, left = divmod(tp * pp, nodes)
+    local, left = divmod(total, nodes)
     if left or not local:
         raise UsageError(f"group {name}: {world}, which cannot be spread evenly over {numbered(nodes, 'node')}")
     if local > gpus:
@@ -229,6 +231,7 @@ def _size(said: Mapping[str, Any], s: Settings, gpus: int) -> tuple[int, int, in
     return tp, pp, nodes, local, True
 
 
-def _nodes_for(world: int, gpus: int) -> int:
-    """The fewest nodes over which so many GPUs are spread evenly."""
-    return next(n for n in range(-(-world // gpus), world + 1) if world % n == 0)
+def _nodes_for(size: int, replicas: int, gpus: int) -> int:
+    """The fewest nodes over which `replicas` of `size` GPUs are spread evenly; one of several is on one node."""
+    world, spread = size * replicas, replicas if replicas > 1 else size
+    return next((n for n in range(-(-world // gpus), spread + 1) if spread % n == 0), spread)

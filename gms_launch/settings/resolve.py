@@ -176,9 +176,12 @@ def resolve(
             values[s.name] = s.default
     serving = max(1, values["nnodes"] - values["spares"])
     if sources.get("tp") == "Slurm":
-        values["tp"] = values["tp"] // values["nnodes"] * serving  # it counts the GPUs of spares too
+        # It counts the GPUs of spares too, and of all replicas.
+        values["tp"] = max(1, values["tp"] // values["nnodes"] * serving // values["dp"])
     if "tp" not in sources:
-        values["tp"] = max(1, serving // values["pp"])  # a GPU on every node; Slurm says when there are more
+        values["tp"] = max(
+            1, serving // (values["pp"] * values["dp"])
+        )  # a GPU on every node; Slurm says when there are more
     # A default gives way to what was said of its neighbour.
     for name, most in (
         ("health_interval", values["health_timeout"] / 4),

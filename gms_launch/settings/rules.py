@@ -98,9 +98,14 @@ def check(s: Settings) -> None:
             "the run would end before a spare takes a lost node's place"
         )
     if not s.grouped and s.world % s.serving_nodes:
-        times = f" times pp {s.pp}" if s.pp > 1 else ""
+        times = (f" times pp {s.pp}" if s.pp > 1 else "") + (f" times dp {s.dp}" if s.dp > 1 else "")
         spare = f" that are no spares ({s.spares} of {s.nnodes} are)" if s.spares else ""
         raise UsageError(f"tp {s.tp}{times} cannot be spread evenly over {numbered(s.serving_nodes, 'node')}{spare}")
+    if not s.grouped and s.dp > 1 and s.dp % s.serving_nodes:
+        raise UsageError(
+            f"dp {s.dp} cannot be spread evenly over {numbered(s.serving_nodes, 'node')}: a replica has all its GPUs "
+            "on one node, and every node as many replicas"
+        )
     if not s.nats and s.event_plane == "nats":
         raise UsageError("--event-plane nats needs NATS, and --no-nats switches it off")
     if not s.nats and s.nats_server:
@@ -168,6 +173,10 @@ def check(s: Settings) -> None:
     _check_ports(s)
     if s.engine_file and s.engine != "command":
         raise UsageError(f"--engine-file describes the engine `command`, and --engine is {s.engine}")
+    if s.dp > 1 and any(arguments.has(s.engine_args, flag) for flag in ("--data-parallel-size", "-dp")):
+        raise UsageError(
+            f"engine argument --data-parallel-size 1, and dp {s.dp} (from {s.sources.get('dp')}); leave one out"
+        )
     if s.engine != "command" and (wrong := arguments.problem(s.engine_args)):
         raise UsageError(wrong)
 
@@ -246,7 +255,7 @@ def _ranges(s: Settings) -> Mapping[str, Iterable[int]]:
         found["metrics_port"] = range(s.metrics_port, s.metrics_port + 1)
     return found | {
         "system_port": range(s.system_port, s.system_port + cohorts),
-        "nixl_port": range(s.nixl_port, s.nixl_port + cohorts),
+        "nixl_port": range(s.nixl_port, s.nixl_port + cohorts * s.dp),
         "vllm_port": range(s.vllm_port, s.vllm_port + wide),
         "master_port": range(s.master_port, s.master_port + wide),
     }

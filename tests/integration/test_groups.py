@@ -30,7 +30,7 @@ class Grouped(Deployment):
         """Start the agent of one node; returns when the run is full for the first time."""
         place = ["--nnodes", str(self.nodes), "--node-rank", str(node_rank)] if self.nodes > 1 else []
         place += ["--leader-addr", "127.0.0.1", "--interface", "lo"] if self.nodes > 1 else []
-        return gms_launch("up", "-d", *self.flags, *place, env=self.environment(node_rank))
+        return gms_launch("up", "-d", *place, *self.flags, env=self.environment(node_rank))
 
     def environment(self, node_rank: int) -> dict[str, str]:
         return self.env

@@ -7,9 +7,11 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gms_launch.engines.base import COMPONENTS
 from gms_launch.run import ports, topology
 from gms_launch.settings.resolve import resolve
 from tests.unit.engines.test_engines import plan_of
@@ -57,11 +59,53 @@ def test_every_rank_is_understood_as_it_was_meant(model: Path) -> None:
                 )
                 if node_rank == 0:
                     meant[-1] |= {"namespace": "dynamo", "event_plane": "zmq"}
+    for found, wanted in zip(understood(asked), meant, strict=True):
+        assert {k: found[k] for k in wanted} == wanted
+
+
+def test_replicas_and_halves_are_understood_as_they_were_meant(model: Path) -> None:
+    args = ["--enable-expert-parallel", "--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}']
+    flags = {"engine": "vllm", "model": str(model), "tp": "2", "dp": "4", "served_model_name": "m"}
+    settings = resolve(flags, {}, engine_args=args)
+    plan = plan_of(settings)
+    asked, meant = [], []
+    for role, component in (("agg", ""), ("prefill", ""), ("decode", ""), ("decode", "late")):
+        for nnodes, node_rank in ((1, 0), (2, 0), (2, 1)):
+            place = topology.Topology(node_rank, nnodes, "n", f"10.0.0.{node_rank + 1}", "10.0.0.1")
+            here = replace(plan, topology=place, ports=ports.layout(settings, lambda _: True))
+            here = replace(here, role=role, component=component)
+            port = here.ports.master(1, 1)
+            command = here.rank_command(1, 1, port)
+            asked.append({"argv": list(command.argv[3:]), "env": dict(command.env)})
+            meant.append(
+                {
+                    "headless": node_rank > 0,
+                    "nnodes": 1,
+                    "tensor_parallel_size": 2,
+                    "data_parallel_size": 4,
+                    "data_parallel_size_local": 4 // nnodes,
+                    "data_parallel_start_rank": 2 if node_rank else None,
+                    "data_parallel_address": "10.0.0.1",
+                    "data_parallel_rpc_port": ports.rpc(port),
+                    "data_parallel_hybrid_lb": False,
+                    "data_parallel_external_lb": False,
+                    "enable_expert_parallel": True,
+                    "disaggregation_mode": role,
+                    "component": component or COMPONENTS[role],
+                    "endpoint": "generate",
+                }
+            )
+    for found, wanted in zip(understood(asked), meant, strict=True):
+        assert {k: found[k] for k in wanted} == wanted
+
+
+def understood(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the real parsers make of command lines with their environments."""
     script = Path(__file__).with_name("vllm_parser.py")
     done = subprocess.run(
         [PYTHON, str(script)], input=json.dumps(asked), capture_output=True, text=True, timeout=580, check=False
     )
     lines = [x for x in done.stdout.splitlines() if x.startswith("UNDERSTOOD ")]
     assert done.returncode == 0 and lines, done.stdout[-3000:] + done.stderr[-3000:]
-    for found, wanted in zip(json.loads(lines[0].partition(" ")[2]), meant, strict=True):
-        assert {k: found[k] for k in wanted} == wanted
+    found: list[dict[str, Any]] = json.loads(lines[0].partition(" ")[2])
+    return found

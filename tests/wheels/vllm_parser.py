@@ -44,10 +44,13 @@ def understood(argv: list[str], env: dict[str, str | None]) -> dict[str, object]
     engine = config.engine_args
     fields = ("model", "load_format", "tensor_parallel_size", "pipeline_parallel_size", "nnodes", "node_rank")
     fields += ("master_addr", "master_port", "distributed_executor_backend", "enforce_eager", "enable_sleep_mode")
-    fields += ("max_model_len", "gpu_memory_utilization")
+    fields += ("max_model_len", "gpu_memory_utilization", "enable_expert_parallel", "data_parallel_size")
+    fields += ("data_parallel_size_local", "data_parallel_start_rank", "data_parallel_address")
+    fields += ("data_parallel_rpc_port", "data_parallel_hybrid_lb", "data_parallel_external_lb")
     found = {name: getattr(engine, name) for name in fields}
     found |= {"headless": config.headless, "gms_shadow_mode": config.gms_shadow_mode}
     found |= {"event_plane": config.event_plane, "namespace": config.namespace, "endpoint": config.endpoint}
+    found["disaggregation_mode"] = config.disaggregation_mode.value
     return found | {"served_model_name": config.served_model_name, "component": config.component}
 
 

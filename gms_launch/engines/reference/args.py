@@ -108,7 +108,9 @@ class Knobs:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One rank of the engine."""
+    """One rank of the engine: the workers of one node. With `replicas` (data parallelism) each of these is whole and on
+    one node, which has `local_replicas` of them from `first_replica` on, and `master_*` is where all workers meet.
+    """
 
     model: Path
     served_model_name: str
@@ -127,15 +129,45 @@ class EngineConfig:
     device: str = "host"
     mode: str = "agg"
     component: str = "backend"
+    replicas: int = 1
+    local_replicas: int = 1
+    first_replica: int = 0
+    expert_parallel: bool = False
     meeting_secret: bytes = field(default=b"", repr=False)
 
     @property
-    def local_workers(self) -> int:
-        return self.tensor_parallel_size // self.nnodes
+    def workers(self) -> int:
+        """All of them, over all nodes."""
+        return self.tensor_parallel_size * self.replicas
 
     @property
-    def is_leader(self) -> bool:
-        return self.node_rank == 0
+    def local_workers(self) -> int:
+        return self.workers // self.nnodes if self.replicas == 1 else self.tensor_parallel_size * self.local_replicas
+
+    @property
+    def first_worker(self) -> int:
+        """The first of this node, among all."""
+        if self.replicas == 1:
+            return self.node_rank * self.local_workers
+        return self.tensor_parallel_size * self.first_replica
+
+    @property
+    def several_nodes(self) -> bool:
+        return self.nnodes > 1 or self.local_replicas < self.replicas
+
+    def part(self, rank: int) -> tuple[int, int]:
+        """Which part of the weights a worker has, of how many: of all workers, or of its replica's.
+
+        With expert parallelism no replica has all of them, and a step of one needs the workers of all.
+        """
+        whole = self.workers if self.expert_parallel else self.tensor_parallel_size
+        return rank % whole, whole
+
+    def workers_of(self, replica: int) -> range:
+        """The workers that a step of a replica's needs."""
+        if self.expert_parallel:
+            return range(self.workers)
+        return range(replica * self.tensor_parallel_size, (replica + 1) * self.tensor_parallel_size)
 
 
 def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
@@ -154,6 +186,12 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--enable-sleep-mode", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="taken as vLLM takes it; nothing here is drawn by chance")
+    parser.add_argument("--data-parallel-size", "-dp", type=int, default=1)
+    parser.add_argument("--data-parallel-size-local", "-dpl", type=int, help="of this node; all when not given")
+    parser.add_argument("--data-parallel-start-rank", "-dpr", type=int, default=0)
+    parser.add_argument("--data-parallel-address", "-dpa", default="127.0.0.1")
+    parser.add_argument("--data-parallel-rpc-port", "-dpp", type=int, default=29550)
+    parser.add_argument("--enable-expert-parallel", "-ep", action="store_true")
     parser.add_argument("--disaggregation-mode", choices=["agg", "prefill", "decode"], default="agg")
     parser.add_argument("--endpoint", default="", help="dyn://NAMESPACE.COMPONENT.generate")
     # The same command line is to do for both engines; this one has no use for these.
@@ -165,8 +203,13 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
         parser.error("--tensor-parallel-size must be a multiple of --nnodes")
     if options.endpoint and not re.fullmatch(r"dyn://[^.]+\.[^.]+\.generate", options.endpoint):
         parser.error("--endpoint: expected dyn://NAMESPACE.COMPONENT.generate")
-    if options.headless != (options.node_rank > 0):
-        parser.error("--headless goes with --node-rank above 0, and only with that")
+    replicas, local = options.data_parallel_size, options.data_parallel_size_local or options.data_parallel_size
+    if replicas > 1 and options.nnodes > 1:
+        parser.error("with --data-parallel-size each replica is on one node: leave out --nnodes")
+    if not 0 <= options.data_parallel_start_rank <= replicas - local:
+        parser.error("--data-parallel-start-rank and --data-parallel-size-local are more than --data-parallel-size")
+    if options.headless != (options.node_rank > 0 or options.data_parallel_start_rank > 0):
+        parser.error("--headless goes with --node-rank or --data-parallel-start-rank above 0, and only with those")
     if environ.get("DYN_VLLM_GMS_SHADOW_MODE", "").lower() not in ("1", "true"):
         parser.error("DYN_VLLM_GMS_SHADOW_MODE must be true: this engine knows shadow mode only")
     try:
@@ -174,7 +217,7 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
         secret = bytes.fromhex(environ.get(MEETING_SECRET, "")) or os.urandom(meeting.PROOF)
     except ValueError:
         parser.error(f"{MEETING_SECRET} is not hexadecimal")
-    if options.nnodes > 1 and not environ.get(MEETING_SECRET):
+    if (options.nnodes > 1 or local < replicas) and not environ.get(MEETING_SECRET):
         parser.error(f"ranks on several nodes need {MEETING_SECRET}: by it they know each other")
     try:
         knobs = Knobs.from_environ(environ)
@@ -186,8 +229,12 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
         tensor_parallel_size=options.tensor_parallel_size,
         nnodes=options.nnodes,
         node_rank=options.node_rank,
-        master_addr=options.master_addr,
-        master_port=options.master_port,
+        master_addr=options.master_addr if replicas == 1 else options.data_parallel_address,
+        master_port=options.master_port if replicas == 1 else options.data_parallel_rpc_port,
+        replicas=replicas,
+        local_replicas=local,
+        first_replica=options.data_parallel_start_rank,
+        expert_parallel=options.enable_expert_parallel,
         headless=options.headless,
         engine_id=int(environ.get("ENGINE_ID", "0")),
         lock_path=environ.get("FAILOVER_LOCK_PATH", "/shared/failover.lock"),

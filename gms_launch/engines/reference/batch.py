@@ -15,10 +15,10 @@ _MASK = (1 << 64) - 1
 
 
 class Batch:
-    """Collects steps and sends them out; one object a leader rank, inside a running loop."""
+    """Collects steps and sends them out to `workers`; one object a replica, inside a running loop."""
 
-    def __init__(self, group: Leader) -> None:
-        self._group = group
+    def __init__(self, group: Leader, workers: range) -> None:
+        self._group, self._workers = group, workers
         self._prompts: list[asyncio.Future[int]] = []
         self._steps: list[tuple[int, int, asyncio.Future[int]]] = []
         self._some = asyncio.Event()
@@ -48,14 +48,13 @@ class Batch:
             self._some.clear()
             if self._prompts:
                 prompts, self._prompts = self._prompts, []
-                replies = await self._group.all(op="prefill")
+                replies = await self._group.some(self._workers, op="prefill")
                 for future in prompts:
                     _tell(future, [r["part"] for r in replies])
             if self._steps:
                 steps, self._steps = self._steps, []
-                replies = await self._group.all(
-                    op="steps", states=[s for s, _, _ in steps], positions=[p for _, p, _ in steps]
-                )
+                states, positions = [s for s, _, _ in steps], [p for _, p, _ in steps]
+                replies = await self._group.some(self._workers, op="steps", states=states, positions=positions)
                 for k, (_, _, future) in enumerate(steps):
                     _tell(future, [r["parts"][k] for r in replies])
 

@@ -15,7 +15,8 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -43,6 +44,7 @@ class _Seat:
     writer: asyncio.StreamWriter
     to: Voice
     of: Voice
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def read(self) -> Reply:
         """Its next answer; for ever if none comes: a dead peer is not noticed."""
@@ -69,7 +71,6 @@ class Leader:
         self._unproved: dict[asyncio.StreamWriter, None] = {}
         self._told = 0
         self._complete = asyncio.Event()
-        self._step = asyncio.Lock()
         self._server: asyncio.Server | None = None
 
     async def listen(self, host: str, port: int) -> int:
@@ -110,11 +111,18 @@ class Leader:
 
     async def all(self, **message: Any) -> list[Reply]:
         """Send `message` to every worker and return all answers by rank. Waits for ever for one that is gone."""
-        async with self._step:
+        return await self.some(range(self._world), **message)
+
+    async def some(self, ranks: range, **message: Any) -> list[Reply]:
+        """The same with some of the workers; those of others answer meanwhile."""
+        seats = [self._workers[r] for r in ranks]
+        async with AsyncExitStack() as turns:
+            for seat in seats:  # in one order, so that nobody waits for somebody who waits for him
+                await turns.enter_async_context(seat.turn)
             body = msgspec.msgpack.encode(message)
-            for seat in self._workers.values():
+            for seat in seats:
                 seat.writer.write(_pack(body, seat.to))
-            return await asyncio.gather(*(self._workers[r].read() for r in sorted(self._workers)))
+            return await asyncio.gather(*(seat.read() for seat in seats))
 
 
 def serve_worker(host: str, port: int, rank: int, secret: bytes, handle: Callable[[Reply], Reply]) -> None:

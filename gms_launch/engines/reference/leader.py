@@ -7,6 +7,7 @@ like any other.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import signal
@@ -27,10 +28,11 @@ log = logging.getLogger("reference")
 class Engine:
     """What the routes and the endpoint act on."""
 
-    def __init__(self, config: EngineConfig, group: Leader) -> None:
-        self.config = config
+    def __init__(self, config: EngineConfig, group: Leader, metrics: FailoverMetrics) -> None:
+        self.config, self.metrics = config, metrics
         self.group = group
-        self.batch = Batch(group)
+        self.replicas = [Batch(group, config.workers_of(k)) for k in range(config.replicas)]
+        self.turns = itertools.cycle(range(config.replicas))
         self.vocabulary, self.context = _sizes(config.model)
         self.asleep = False
         self.endpoint: Any = None
@@ -72,12 +74,13 @@ class Engine:
             raise InjectedError("error at tokens")
         if kind == "hang" or os.path.exists(self.wedge):
             await asyncio.Event().wait()  # a collective that never ends, with everybody alive
+        batch = self._replica(request)
         state = handover.take(request) if self.config.mode == "decode" else None
         if state is None:
-            state = answer.read(await self.batch.digest(), request["token_ids"])
+            state = answer.read(await batch.digest(), request["token_ids"])
         found = answer.answers(request, state, self.vocabulary, self.context)
         if self.config.mode == "prefill":
-            yield await self._prefilled(request, state, found)
+            yield await self._prefilled(batch, request, state, found)
             return
         if all(a.finished for a in found):
             yield {"token_ids": [], "finish_reason": "length", "completion_usage": answer.usage(request, found)}
@@ -86,14 +89,23 @@ class Engine:
                 return
             if self.config.knobs.token_seconds:
                 await asyncio.sleep(self.config.knobs.token_seconds)
-            shares = await asyncio.gather(*(self.batch.step(a.state, a.position) for a in going))
+            shares = await asyncio.gather(*(batch.step(a.state, a.position) for a in going))
             for one, share in zip(going, shares, strict=True):
                 chunk = one.take(share)
                 yield chunk | ({"completion_usage": answer.usage(request, found)} if one.finished else {})
 
-    async def _prefilled(self, request: dict[str, Any], state: int, found: list[answer.Answer]) -> dict[str, Any]:
+    def _replica(self, request: dict[str, Any]) -> Batch:
+        """Which replica answers: the one that was asked for, or each in turn."""
+        asked = (request.get("routing") or {}).get("dp_rank")
+        replica = next(self.turns) if asked is None else int(asked)
+        self.metrics.asked(replica)
+        return self.replicas[replica]
+
+    async def _prefilled(
+        self, batch: Batch, request: dict[str, Any], state: int, found: list[answer.Answer]
+    ) -> dict[str, Any]:
         """A prefill half's whole answer: one token, which nobody keeps, and the handle for who goes on."""
-        first = found[0].take(await self.batch.step(state, found[0].position))
+        first = found[0].take(await batch.step(state, found[0].position))
         handle = handover.give(request, state, self.config.tag)
         usage = answer.usage(request, found[:1])
         return {"token_ids": first["token_ids"], "disaggregated_params": handle, "completion_usage": usage}
@@ -128,16 +140,15 @@ async def run(config: EngineConfig) -> None:
     metrics.enter("init")
 
     log.info("[GMS] Failover enabled: will use scratch KV for initialization until engine is primary")
-    group = Leader(config.tensor_parallel_size, config.meeting_secret)
-    several = config.nnodes > 1
-    host = config.master_addr if several else "127.0.0.1"
+    group = Leader(config.workers, config.meeting_secret)
+    host = config.master_addr if config.several_nodes else "127.0.0.1"
     port = await group.listen(host, config.master_port)
     workers = Workers(config, host, port)
     kept = litter.leave() if config.knobs.litter else None
     watching = loop.create_task(_watch(workers, config.knobs.monitor_seconds))
     await group.everybody()
     await group.all(op="load")
-    engine = Engine(config, group)
+    engine = Engine(config, group, metrics)
     engine.endpoint = endpoint
     runtime.register_engine_route("control/sleep", engine.route_sleep)
     runtime.register_engine_route("control/wake_up", engine.route_wake)
@@ -163,6 +174,7 @@ async def run(config: EngineConfig) -> None:
     limits = llm.ModelRuntimeConfig()
     limits.max_num_seqs = 64
     limits.total_kv_blocks = 1024
+    limits.data_parallel_size = config.replicas
     surface, kind = _registered_as(config.mode)
     await llm.register_model(
         llm.ModelInput.Tokens,

@@ -37,6 +37,9 @@ class FailoverMetrics:
         self._transitions = counter("transitions", "changes of state", "from_state", "to_state")
         self._attempts = counter("switch_attempts", "promotions begun")
         self._successes = counter("switch_success", "promotions that ended in serving")
+        self._asked = Counter(
+            "reference_replica_requests", "requests by replica", [*names, "dp_rank"], registry=self._registry
+        )
         try:
             saved = json.loads(self._file.read_text())
         except (OSError, ValueError):
@@ -70,6 +73,10 @@ class FailoverMetrics:
             temporary.replace(self._file)
         except OSError as exc:  # a count is not worth an engine
             log.warning("%s cannot be written: %s", self._file, exc)
+
+    def asked(self, replica: int) -> None:
+        """Count a request of a replica's."""
+        self._asked.labels(dp_rank=str(replica), **self._labels).inc()
 
     def text(self) -> str:
         return str(generate_latest(self._registry).decode())

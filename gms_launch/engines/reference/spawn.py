@@ -19,7 +19,7 @@ class Workers:
         env = os.environ | {MEETING_SECRET: config.meeting_secret.hex()}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         for local in range(config.local_workers):
-            rank = config.node_rank * config.local_workers + local
+            rank = config.first_worker + local
             which = (str(rank), str(local), host, str(port))
             argv = module(sys.executable, "gms_launch.engines.reference.worker", *which)
             self._processes[f"Worker_TP{rank}"] = subprocess.Popen(

@@ -60,8 +60,8 @@ class Worker:
         disk = 0
         if self._connect(self.weights, mode) is LockType.RW:
             begun = time.monotonic()
-            world = config.tensor_parallel_size
-            disk = weights.load_from_disk(config.model, self.weights, self.compute, self.rank, world)
+            part, parts = config.part(self.rank)
+            disk = weights.load_from_disk(config.model, self.weights, self.compute, part, parts)
             took = time.monotonic() - begun
             rate = disk / GIB / max(took, 1e-9)
             log.info("Loading weights took %.2f seconds (%.2f GiB from disk, %.1f GiB/s)", took, disk / GIB, rate)

@@ -123,7 +123,8 @@ class Group:
         self.asked: list[dict[str, Any]] = []
         self.go = asyncio.Semaphore(0)
 
-    async def all(self, **message: Any) -> list[dict[str, Any]]:
+    async def some(self, ranks: range, **message: Any) -> list[dict[str, Any]]:
+        assert len(ranks) == 2
         self.asked.append(message)
         await self.go.acquire()
         if message["op"] == "prefill":
@@ -134,7 +135,7 @@ class Group:
 def test_what_waits_while_the_group_works_is_one_step() -> None:
     async def scene() -> None:
         group = Group()
-        batch = Batch(group)  # type: ignore[arg-type]
+        batch = Batch(group, range(2))  # type: ignore[arg-type]
         first = asyncio.create_task(batch.step(5, 0))
         await asyncio.sleep(0)
         await asyncio.sleep(0)

@@ -188,6 +188,20 @@ def test_what_an_engine_has_done_is_read_from_its_own_counters() -> None:
     assert signals.counted(METRICS) == signals.Work(0.0, 0.0)
 
 
+def test_replicas_are_shared_out_over_the_nodes_as_upstream_wants() -> None:
+    events = '{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:5557"}'
+    args = ["--enable-expert-parallel", "--kv-events-config", events]
+    plan = layout(resolve({"engine": "vllm", "model": "/m", "tp": "2", "dp": "4"}, {}, engine_args=args))
+    for node_rank in (0, 1):
+        place = topology.Topology(node_rank, 2, "n", f"10.0.0.{node_rank + 1}", "10.0.0.1")
+        argv = " ".join(replace(plan, topology=place).rank_command(1, 1, 29600).argv)
+        assert "--data-parallel-size 4 --data-parallel-size-local 2 --data-parallel-address 10.0.0.1" in argv
+        assert "--data-parallel-rpc-port 29650" in argv and "--enable-expert-parallel" in argv
+        assert "tcp://*:5561" in argv, "the second cohort's four follow the first's"
+        assert ("--data-parallel-start-rank 2" in argv) == ("--headless" in argv) == (node_rank == 1)
+        assert "--nnodes" not in argv and "--master-addr" not in argv
+
+
 def test_a_half_is_told_its_part_and_a_component(tmp_path: Path) -> None:
     plan = layout(resolve({"engine": "vllm", "model": "/m"}, {}))
     command = replace(plan, role="prefill", component="late").rank_command(0, 1, 29600)

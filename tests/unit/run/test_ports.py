@@ -28,6 +28,14 @@ def test_lives_take_turns_and_never_meet_another_cohorts_ports() -> None:
     assert len(set.union(*used.values())) == 4 * ports.INCARNATION_STEPS
 
 
+def test_replicas_meet_beside_the_master_ports_and_each_has_a_port_of_nixls() -> None:
+    found = ports.layout(resolve({"shadows": "2", "dp": "4"}, {}), lambda port: port != 8285)
+    masters = {found.master(k, n) for k in range(3) for n in range(1, 200)}
+    assert not masters & {ports.rpc(port) for port in masters}
+    assert len({ports.rpc(port) for port in masters}) == len(masters)
+    assert found.nixl == (8280, 8286, 8290), "4 beside each other"
+
+
 def test_taken_ports_are_passed_over_and_nothing_is_given_twice() -> None:
     taken = {8000, 8080, 2379, 29500}
     found = ports.layout(resolve({"shadows": "2"}, {}), lambda p: p not in taken)

@@ -36,6 +36,21 @@ def test_equal_groups_of_a_size() -> None:
     assert {(g.nodes, g.gpus, g.whole) for g in groups.expand(of(groups="2", tp="6", pp="2"), 8)} == {(2, 6, True)}
 
 
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"dp": 4, "tp": 2}, (1, 8, False, 2)),
+        ({"dp": 4, "tp": 4}, (2, 8, True, 4)),
+        ({"dp": 3, "tp": 4}, (3, 4, True, 4)),
+        ({"dp": 16, "nodes": 2}, (2, 8, True, 1)),
+        ({"dp": 2, "gpus": 4}, (1, 4, False, 2)),
+    ],
+)
+def test_the_size_of_a_group_with_replicas(table: dict[str, Any], expected: tuple[int, int, bool, int]) -> None:
+    (g,) = groups.expand(of({"name": "a", **table}), 8)
+    assert (g.nodes, g.gpus, g.whole, g.settings.tp) == expected
+
+
 def test_slurms_idea_of_tp_is_that_of_one_engine() -> None:
     slurm = {"tp": 32, "nnodes": 4}
     assert groups.expand(resolve({"groups": "4"}, {}, scheduler=slurm), 8)[0].settings.tp == 8
@@ -84,6 +99,9 @@ def test_a_table_takes_the_rest_from_the_top(tmp_path: Path) -> None:
         ([{"name": "a", "nodes": 2, "tp": 3}], {}, "3 GPUs, which cannot be spread evenly over 2 nodes"),
         ([{"name": "a", "nodes": 2, "tp": 32}], {}, "32 GPUs, 16 on each of 2 nodes, and a node has 8 GPUs"),
         ([{"name": "a", "gpus": 3}], {"pp": "2"}, "gpus 3 cannot be divided by pp 2"),
+        ([{"name": "a", "gpus": 6, "dp": 4}], {}, "gpus 6 cannot be divided by pp 1 times dp 4"),
+        ([{"name": "a", "gpus": 6, "dp": 2, "tp": 2}], {}, "tp 2 times pp 1 times dp 2 is 4 GPUs, and gpus gives it 6"),
+        ([{"name": "a", "nodes": 2, "dp": 3, "tp": 4}], {}, "group a: dp 3 cannot be spread evenly over 2 nodes"),
         ([{"name": "a", "gpus": 1, "engine_args": ["--headless"]}], {}, "group a: engine argument --headless"),
         ([], {"groups": "3"}, r"\(4 / 3\) nor the GPUs of a node \(8 / \(3 / 4\)\)"),
     ],
