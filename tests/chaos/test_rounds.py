@@ -1,4 +1,4 @@
-"""A short run of the chaos test: the kinds of fault that no other test has, in a random order that the output tells."""
+"""Short runs of the chaos tests: the kinds of fault that no other test has, in a random order that the output tells."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import time
 from pathlib import Path
 
-from tests.chaos import chaos
+from tests.chaos import chaos, groups
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
 
@@ -24,3 +24,15 @@ def test_a_few_rounds_of_chaos(model: Path) -> None:
     assert {r["kind"] for r in done} == set(KINDS)
     felt = {"both_cohorts", "kill_agent"}  # where nobody can take over; elsewhere not one may be lost
     assert all(r["failed"] for r in done if r["kind"] in felt), done
+
+
+def test_a_few_rounds_of_chaos_in_one_of_two_groups(tmp_path: Path) -> None:
+    """What happens in one group is not seen in the other: neither by its ranks and events nor by its clients."""
+    seed = int(time.time())
+    print(f"seed {seed}")
+    rng, kinds = random.Random(seed), ["during_promotion", "kill_gms", "no_tokens", "kill_etcd"]
+    models = groups.make_models(tmp_path)
+    with groups.TwoModels(tmp_path, models, *chaos.FLAGS, *PATIENT, **chaos.ENVIRON) as run:
+        done = groups.rounds(run, groups.plan(len(kinds), rng, kinds), rng)
+    assert {r["kind"] for r in done} == set(kinds)
+    assert all(r["group"] for r in done if r["kind"] != "kill_etcd"), done
