@@ -205,7 +205,7 @@ def follow(
         told = events
         if not fresh and time.monotonic() > look:
             told, look = history.events(directory, found), time.monotonic() + LATE
-        for failover in fold(told, found.nnodes) if fresh or told is not events else ():
+        for failover in fold(told, found.nnodes, which.sizes(found)) if fresh or told is not events else ():
             if (failover.group, failover.victim) == (group, victim) and "first_token" in failover.steps:
                 served = failover
                 served_at = served_at or time.monotonic()

@@ -31,7 +31,7 @@ def main(run: str | None, group: str | None, form: str, html: Path | None, all_e
         save(html, page(found, all_events, group=chosen))
         return
     events = history.events(found, run_file) if run_file is not None else history.written(found)
-    failovers = of_group(fold(events, run_file.nnodes if run_file is not None else 1), chosen)
+    failovers = of_group(fold(events, run_file.nnodes if run_file is not None else 1, which.sizes(run_file)), chosen)
     events = of_group(events, chosen)
     if form in ("json", "yaml"):
         data = [dataclasses.asdict(e) for e in events] if all_events else [f.to_json() for f in failovers]
@@ -79,7 +79,7 @@ def page(found: RunDir, all_events: bool, links: Sequence[tuple[str, str]] = (),
         end=last,
         over=over,
         events=of_group(events, group),
-        failovers=of_group(fold(events, nnodes), group),
+        failovers=of_group(fold(events, nnodes, which.sizes(run)), group),
         links=links,
         group=group,
         groups=run.groups if run is not None else {},

@@ -26,6 +26,11 @@ def one_group(found: RunFile, name: str | None) -> str:
     return group(found, name) if name is not None else "".join(found.groups)
 
 
+def sizes(found: RunFile | None) -> dict[str, int]:
+    """How many nodes each group has."""
+    return {name: len(said["nodes"]) for name, said in found.groups.items()} if found is not None else {}
+
+
 def _there(found: RunFile | None) -> str:
     names = list(found.groups) if found is not None else []
     if not names:

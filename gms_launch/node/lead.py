@@ -296,7 +296,8 @@ def _abort(me: Group, action: actions.Abort) -> None:
     if not me.layout.group:
         me.fail(error)
         return
-    me.progress(f"this group is over: {text}")
+    # At a first start the run ends of it, and says all of it then.
+    me.progress(f"this group is over: {text.partition(chr(10))[0] if me.memory.initial else text}")
     me.report.emit("group_over", detail=action.why)
     me.report.run(failed=text, exit_code=error.exit_code, redundancy=Redundancy.DOWN.value)
     me.wake.set()

@@ -61,7 +61,14 @@ def of(shot: snapshot.Snapshot, group: str) -> snapshot.Snapshot:
     found = next((g for g in shot.groups if g.group == group), None)
     if found is None:
         raise NoContactError(f"group {group} of run {shot.run} has not written anything yet")
-    return replace(found, alarms=shot.alarms, frontend_url=shot.frontend_url, stopping=found.stopping or shot.stopping)
+    host = next((n.host for n in shot.nodes if n.node_rank == 0), "")
+    return replace(
+        found,
+        alarms=shot.alarms,
+        frontend_url=shot.frontend_url,
+        frontend_host=host,
+        stopping=found.stopping or shot.stopping,
+    )
 
 
 def now(directory: RunDir, run: RunFile, door: Door) -> snapshot.Snapshot:

@@ -68,6 +68,7 @@ class Snapshot:
     starting: bool = False
     group: str = ""
     leader: int = 0
+    frontend_host: str = ""
     groups: tuple[Snapshot, ...] = ()
     over: str = ""
     alarms: tuple[str, ...] = ()

@@ -62,7 +62,7 @@ def frontend(shot: Snapshot) -> str:
     """Where clients come in; of a loopback address also whose, since it may be read on another machine."""
     if not is_loopback(urlsplit(shot.frontend_url).hostname or ""):
         return shot.frontend_url
-    leader = next((n.host for n in shot.nodes if number(n) == 0), "the leader's node")
+    leader = shot.frontend_host or next((n.host for n in shot.nodes if number(n) == 0), "the leader's node")
     return f"{shot.frontend_url} (only on {leader})"
 
 

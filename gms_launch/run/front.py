@@ -62,6 +62,8 @@ class Front:
         elsewhere = self.topology.nnodes > 1 or "SLURM_JOB_ID" in os.environ
         if not (elsewhere and is_loopback(self.address)):
             return ""
+        if self.topology.node_rank:
+            return ", on the leader's node only"
         port = self.ports.frontend
         tunnel = f"ssh -L {port}:{etcd.host(self.address)}:{port} {self.topology.host}"
         return f", on {self.topology.host} only; from elsewhere: {tunnel}"

@@ -87,6 +87,8 @@ class Shell:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Lab]:
     with Lab(nodes=2, kill_wait=30) as lab:  # as Slurm has it
+        for node in lab.nodes.values():  # a cluster's network has one
+            node.run(["ip", "route", "add", "default", "via", f"{lab.net}.254"], check=True)
         yield lab
 
 
