@@ -21,7 +21,7 @@ from dataclasses import replace
 from gms_launch.cohort import census, controller, membership, reconciler, seats
 from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.reconciler import Desire
-from gms_launch.cohort.records import CommandRecord, RunState, Wanted
+from gms_launch.cohort.records import CommandRecord, RunRecord, RunState, Wanted
 from gms_launch.errors import LaunchError, MovedError, by_code
 from gms_launch.node import begin, end, lead, members, quiet, upkeep
 from gms_launch.node.desk import Clerk
@@ -31,7 +31,9 @@ from gms_launch.node.rank import Rank
 from gms_launch.node.standing import Standing
 from gms_launch.node.takeover import Takeover
 from gms_launch.node.tasks import until
+from gms_launch.numbers import numbered
 from gms_launch.observe import snapshot
+from gms_launch.process import listener
 from gms_launch.process.proc import ProcessId
 from gms_launch.run.plan import Layout
 from gms_launch.spool.writer import Writer
@@ -322,7 +324,7 @@ class Agent:
             self.node.fail(by_code(code, why))
         for name, record in groups.items():
             if self._is_lost(record.leader) and record.leases and not self.node.stopping.is_set():
-                self._forget_engines(name, record.leases)
+                self._forget_engines(name, record)
 
     def _is_lost(self, node_rank: int) -> bool:
         """Whether a node has had no lease for longer than it takes to get another, as after a restart of etcd."""
@@ -335,14 +337,31 @@ class Agent:
             self.node.loop.call_later(controller.NODE_GRACE, self.node.wake.set)
         return now - self._absent_since[node_rank] >= controller.NODE_GRACE
 
-    def _forget_engines(self, name: str, leases: tuple[int, ...]) -> None:
+    def _forget_engines(self, name: str, record: RunRecord) -> None:
         """The node that a group's engines answered from is lost: no request is to be sent there any more."""
-        fresh = set(leases) - self._ended_leases
+        fresh = set(record.leases) - self._ended_leases
         self._ended_leases |= fresh
         for lease in fresh:
             self.node.report.emit("lease_revoked", detail=f"{lease:x}: the leader of group {name} is lost", group=name)
         if fresh:
-            self.node.spawn(self._standing.end(fresh))
+            self.node.spawn(self._let_go(name, fresh, record.leader))
+
+    async def _let_go(self, name: str, leases: set[int], node_rank: int) -> None:
+        """Have the frontend send on what is asked of engines on a lost node, and what they were answering.
+
+        It would wait for the rest of those answers: nothing tells it that no more will come.
+        """
+        await self._standing.end(leases)
+        node, pid = self.node.report.seen.get(node_rank), self.node.near.pid()
+        if node is None or not pid or node.address in ("", self.node.layout.topology.address):
+            return
+        try:
+            count = await self.node.loop.run_in_executor(None, listener.sever, pid, node.address)
+        except (LaunchError, OSError) as exc:
+            self.node.report.emit("not_severed", detail=f"{exc}; answers that {node.host} was giving hang", group=name)
+            return
+        detail = f"{numbered(count, 'connection')} of the frontend with {node.host} ({node.address})"
+        self.node.report.emit("severed", detail=detail, group=name)
 
     def _announce(self) -> None:
         """What the run as a whole amounts to; the first time that it is full, everything is up."""

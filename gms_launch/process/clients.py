@@ -62,10 +62,10 @@ class Clients:
 
         Raises `OSError` where the kernel does not tell.
         """
-        rows = _connections()
+        rows = connections()
         return [self._of(port, rows) for port in ports]
 
-    def _of(self, port: int, rows: list[_Row]) -> dict[Address, Client]:
+    def _of(self, port: int, rows: list[Row]) -> dict[Address, Client]:
         theirs = {row.here: row.inode for row in rows if row.there[1] == port}
         owners = self._owners(port, {inode for inode in theirs.values() if inode})
         found: dict[Address, Client] = {}
@@ -96,14 +96,17 @@ class Clients:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """One TCP connection: its ends, and the inode of our socket (0: its process has closed it)."""
+
     here: Address
     there: Address
     inode: int
 
 
-def _connections() -> list[_Row]:
-    found: list[_Row] = []
+def connections() -> list[Row]:
+    """All that are established or on their way to the end here. Raises `OSError` where the kernel does not tell."""
+    found: list[Row] = []
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as kernel:
         kernel.settimeout(1.0)
         for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
@@ -116,7 +119,7 @@ def _connections() -> list[_Row]:
                     (plain(socket.inet_ntop(family, host[:size])), int.from_bytes(port, "big"))
                     for host, port in zip(hosts, ports, strict=True)
                 )
-                found.append(_Row(here, there, inode))
+                found.append(Row(here, there, inode))
     return found
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from gms_launch.errors import LaunchError
-from gms_launch.process import proc
+from gms_launch.process import clients, proc
 
 #: pidfd_getfd(2), the same number on all architectures; Linux 5.6.
 SYS_PIDFD_GETFD = 438
@@ -53,6 +53,22 @@ def take(group: Iterable[int], port: int) -> socket.socket:
             if inode in inodes:
                 return _checked(_getfd(pid, fd), port, inode)
     raise TakeError(f"none of the processes {', '.join(map(str, looked))} listens on port {port}")
+
+
+def sever(pid: int, host: str) -> int:
+    """End a child's connections with another host, which is lost and will never say so; returns how many there were.
+
+    The child reads the end of each at once, and not when TCP gives up. Raises `TakeError` and `OSError`.
+    """
+    theirs = {str(row.inode) for row in clients.connections() if row.there[0] == host and row.inode}
+    count = 0
+    for fd, inode in _sockets(pid):
+        if inode in theirs:
+            with socket.socket(fileno=_getfd(pid, fd)) as found, contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{found.fileno()}") == f"socket:[{inode}]":  # the number is not anew
+                    found.shutdown(socket.SHUT_RDWR)
+                    count += 1
+    return count
 
 
 def bind(address: str, port: int) -> socket.socket:

@@ -76,3 +76,25 @@ def test_ranks_of_one_group_die_and_nobody_loses_a_request(four: Lab, model: Pat
         assert len(run.of("g1", "exit")) >= kills
         assert all(e["data"]["moves"] is not None for e in run.of("g1", "hold_over")), "node 0 was asked"
         assert any(e["data"]["moves"] for e in run.of("g1", "hold_over"))
+
+
+@pytest.mark.parametrize("node", ["node3", pytest.param("node4", marks=pytest.mark.slow)])
+def test_a_node_of_one_group_is_lost_and_the_other_gives_its_answers(four: Lab, model: Path, node: str) -> None:
+    """Both serve the same model: what the lost one was asked goes on at the other, from the token where it was."""
+    flags = ["--lease-ttl=3", "--node-wait=120", "--groups", "2"]
+    with Groups(four, model, *flags, REFERENCE_TOKEN_SECONDS="0.02").hand() as run:
+        run.full("g0", "g1")
+        untouched, before, number = run.lives("g0"), run.lives("g1"), int(node[-1]) - 1
+        with Load(run.run_file()["frontend_url"], streams=12, unary=4, rate=5, tokens=40) as load:
+            load.wait_busy(1.0)
+            four.node(node).power_off()
+            eventually(lambda: run.of("g1", "severed" if node == "node3" else "node_lost"), LONG, "it is lost")
+            load.wait_busy(1.0)
+        assert load.lost == [] and load.wrong == [], load.said()
+        run.processes.pop(number).wait(60)
+        assert run.lives("g0") == untouched and run.of("g0", "kill") == []
+        four.node(node).start(daemons=False)
+        run.hand(number)
+        run.full("g1")
+        assert not {life[:2] for life in run.lives("g1")} & {life[:2] for life in before}, "all of it is new"
+        assert run.lives("g0") == untouched and run.text()
