@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gms_launch.engines.base import COMPONENTS
+from gms_launch.process.lifecycle import Command
 from gms_launch.run import ports, topology
 from gms_launch.settings.resolve import resolve
 from tests.unit.engines.test_engines import plan_of
@@ -36,7 +37,7 @@ def test_every_rank_is_understood_as_it_was_meant(model: Path) -> None:
             for cohort_id in (0, 1):
                 port = here.ports.master(cohort_id, 1)
                 command = here.rank_command(cohort_id, 1, port)
-                asked.append({"argv": list(command.argv[3:]), "env": dict(command.env)})
+                asked.append({"argv": arguments(command), "env": dict(command.env)})
                 several = {"nnodes": nnodes, "node_rank": node_rank, "master_addr": "10.0.0.1", "master_port": port}
                 meant.append(
                     {
@@ -76,7 +77,7 @@ def test_replicas_and_halves_are_understood_as_they_were_meant(model: Path) -> N
             here = replace(here, role=role, component=component)
             port = here.ports.master(1, 1)
             command = here.rank_command(1, 1, port)
-            asked.append({"argv": list(command.argv[3:]), "env": dict(command.env)})
+            asked.append({"argv": arguments(command), "env": dict(command.env)})
             meant.append(
                 {
                     "headless": node_rank > 0,
@@ -97,6 +98,11 @@ def test_replicas_and_halves_are_understood_as_they_were_meant(model: Path) -> N
             )
     for found, wanted in zip(understood(asked), meant, strict=True):
         assert {k: found[k] for k in wanted} == wanted
+
+
+def arguments(command: Command) -> list[str]:
+    """What follows the name of the module."""
+    return list(command.argv[command.argv.index("dynamo.vllm") + 1 :])
 
 
 def understood(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
