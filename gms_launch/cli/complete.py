@@ -60,10 +60,12 @@ def nodes(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def cohorts(ctx: typer.Context, incomplete: str) -> list[str]:
-    """The cohorts of the run that is meant."""
+    """The cohorts of the run that is meant, or of its group."""
 
     def find() -> list[str]:
-        return [str(k) for k in range(int(_meant(ctx)[1].settings.get("shadows", 0)) + 1)]
+        run = _meant(ctx)[1]
+        said = run.groups.get(ctx.params.get("group") or "", run.settings)
+        return [str(k) for k in range(int(said.get("shadows", 0)) + 1)]
 
     return _bounded(find, incomplete)
 

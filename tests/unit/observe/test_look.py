@@ -1,0 +1,95 @@
+"""What a look at a run of groups says: never more than is known of the nodes that lead them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from gms_launch.cohort.model import Phase, Redundancy
+from gms_launch.cohort.records import DesiredCohort, NodeRecord, RankRecord, RunRecord, Wanted
+from gms_launch.control.door import Door
+from gms_launch.control.keys import Keys
+from gms_launch.observe import look
+from gms_launch.observe.snapshot import Snapshot
+from gms_launch.run.rundir import RunDir, RunFile
+
+FILE = RunFile(
+    "r", "0", 1.0, "host0", "b", 1, 1, "/n", groups={n: {"nodes": [k], "shadows": 1} for k, n in enumerate("ab")}
+)
+
+
+class Etcd(Door):
+    """What etcd holds, and for how many seconds nothing was heard under a key's lease; None without one."""
+
+    def __init__(self) -> None:
+        run = RunRecord("r", "", "", "", 1.0, nnodes=2, redundancy="full", frontend_url="http://127.0.0.1:8000")
+        self.held = {Keys("r").run: run.encode()}
+        self.silent: dict[str, int | None] = {}
+
+    def get_prefix(self, prefix: str) -> dict[str, bytes]:
+        return {k: v for k, v in self.held.items() if k.startswith(prefix)}
+
+    def silence(self, key: str) -> tuple[int, int] | None:
+        ago = self.silent.get(key, 0)
+        return None if ago is None else (ago, 5)
+
+    def alarms(self) -> tuple[str, ...]:
+        return ()
+
+    def group(self, name: str, leader: int) -> None:
+        """A group of one node, full."""
+        keys = Keys("r", name)
+        node = NodeRecord(leader, f"host{leader}", "", "b", 1, 1)
+        self.held[Keys("r").node(leader)] = node.encode()
+        self.held[keys.node(0)] = replace(node, node_rank=0, number=leader).encode()
+        self.held[keys.run] = RunRecord("r", "", "", "", 1.0, redundancy="full", leader=leader).encode()
+        for cohort, phase in enumerate((Phase.ACTIVE, Phase.PARKED)):
+            self.held[keys.cohort(cohort)] = DesiredCohort(cohort, 1, Wanted.RUNNING, 1).encode()
+            self.held[keys.rank(cohort, 0)] = RankRecord(cohort, 0, 1, phase).encode()
+
+
+def seen(etcd: Etcd) -> tuple[Snapshot, dict[str, Snapshot]]:
+    shot = look.now(RunDir(Path("/home/r")), FILE, etcd)
+    return shot, {g.group: g for g in shot.groups}
+
+
+def both() -> Etcd:
+    etcd = Etcd()
+    etcd.group("a", 0)
+    etcd.group("b", 1)
+    return etcd
+
+
+def test_a_run_is_as_redundant_as_its_worst_group() -> None:
+    etcd = both()
+    shot, groups = seen(etcd)
+    assert shot.redundancy is groups["a"].redundancy is groups["b"].redundancy is Redundancy.FULL
+    etcd.held[Keys("r", "b").rank(1, 0)] = RankRecord(1, 0, 1, Phase.STARTING).encode()
+    shot, groups = seen(etcd)
+    assert (shot.redundancy, groups["a"].redundancy) == (Redundancy.NONE, Redundancy.FULL)
+
+
+def test_a_group_whose_leader_is_silent_or_lost_is_not_full_whatever_was_said_last() -> None:
+    etcd = both()
+    etcd.silent[Keys("r").node(1)] = 4
+    shot, groups = seen(etcd)
+    assert (
+        groups["b"].redundancy is shot.redundancy is Redundancy.DEGRADED and groups["a"].redundancy is Redundancy.FULL
+    )
+    assert groups["b"].leader_silent == "the agent of node 1 (pid 1, host1) has not reported for 4 s"
+    assert shot.to_json()["leader_silent"] is False and shot.to_json()["groups"][1]["leader_silent"] is True
+    etcd.silent[Keys("r").node(1)] = None
+    del etcd.held[Keys("r", "b").node(0)], etcd.held[Keys("r").node(1)]
+    shot, groups = seen(etcd)
+    assert groups["b"].redundancy is shot.redundancy is Redundancy.DOWN and groups["a"].redundancy is Redundancy.FULL
+
+
+def test_a_group_that_has_said_nothing_yet_is_listed_as_starting() -> None:
+    etcd = Etcd()
+    etcd.group("a", 0)
+    shot, groups = seen(etcd)
+    assert list(groups) == ["a", "b"] and groups["b"].starting and not groups["a"].starting
+    assert (groups["b"].nnodes, groups["b"].leader, groups["b"].shadows) == (1, 1, 1)
+    assert shot.redundancy is Redundancy.DOWN
+    one = look.of(shot, "a")
+    assert (one.frontend_url, one.frontend_host, one.to_json()["name"]) == ("http://127.0.0.1:8000", "host0", "a")
