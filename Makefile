@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := curl prometheus etcd-server etcd-client nats-server haproxy iproute2 nftables slurm-wlm systemd munge openssh-server
+PACKAGES := curl prometheus etcd-server etcd-client nats-server haproxy nginx-light iproute2 nftables slurm-wlm systemd munge openssh-server
 STAMP := $(VENV)/.installed
 LOCK := requirements.lock
 

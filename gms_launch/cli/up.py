@@ -153,11 +153,12 @@ def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[s
     place = topology.at_leader(layout.topology, found.run.leader_address, chosen=bool(settings.interface))
     rank, seat = found.seat_of(layout.origin)
     layout = replace(layout, topology=replace(place, node_rank=rank), seat=seat)
-    member, free = layout.store.is_member, reservation.free
+    member, front = layout.store.is_member and layout.store.several, layout.front.here
+    free, extra = reservation.free, layout.engine.ports
     return replace(
         layout,
         node_dir=NodeDir.of(layout.run, settings.gms_socket_dir, rank),
-        ports=ports.follow(settings, found.run.ports, free, layout.engine.ports, member and layout.store.several),
+        ports=ports.follow(settings, found.run.ports, free, extra, member, front),
         credentials=layout.run_dir.credentials(),
         attempt=found.run.attempt,
         differences=found.differences,

@@ -218,6 +218,7 @@ class NodeRecord(Record):
     number: int = -1
     origin: int = -1
     etcd: str = ""
+    frontend: str = ""
 
 
 @dataclass(frozen=True)

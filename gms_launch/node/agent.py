@@ -136,6 +136,7 @@ class Agent:
         self.node.herald.inform(self._living())
         self._follow_the_run()
         members.look(self.node)
+        members.look_at_fronts(self.node)
         for group in self.node.groups:
             self._follow_gms(group)
         pause = min(pauses, default=None)

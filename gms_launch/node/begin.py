@@ -88,10 +88,10 @@ async def start(me: Node) -> None:
         for service in group.layout.gms_services():
             await me.start_service(service)
     await me.look_at_gms()
-    if leader:
-        if layout.own_nats:
-            nats.configure(layout.nats_server)
-            await me.start_service(layout.nats_service())
+    if leader and layout.own_nats:
+        nats.configure(layout.nats_server)
+        await me.start_service(layout.nats_service())
+    if layout.front.here and not layout.is_spare:
         await _open_the_door(me)
     for group in me.groups:
         if group.is_leader:
@@ -128,6 +128,9 @@ async def _open_the_door(me: Node) -> None:
     if front.proxied:
         me.spawn(upkeep.follow_keys(me, keys))
     me.progress(f"frontend: {front.url}{front.hint}")
+    if front.number > 1:
+        me.front = front.url
+        me.publish_node()
 
 
 async def clear_node(me: Node) -> None:

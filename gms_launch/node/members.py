@@ -144,6 +144,19 @@ async def gathered(me: Node) -> None:
             await asyncio.wait_for(me.wake.wait(), max(0.0, deadline - me.loop.time()) + 0.1)
 
 
+def look_at_fronts(me: Node) -> None:
+    """On the leader: put into run.json by which URLs clients come in, where there are several."""
+    number = me.layout.front.number
+    if number == 1 or not me.is_leader or me.record is None:
+        return
+    known = dict(enumerate(me.record.frontend_urls))
+    known |= {r: n.frontend for r, n in sorted(me.mirror.nodes.items()) if n.frontend and r < number}
+    found = tuple(known[r] for r in sorted(known))
+    if len(found) == number and found != me.record.frontend_urls:
+        me.record = replace(me.record, frontend_urls=found)
+        _record(me)
+
+
 def look(me: Node) -> None:
     """Take over where the members are: the leader from the nodes' records, and the others from the leader's word."""
     store = me.layout.store
@@ -184,7 +197,8 @@ def _learned(me: Node) -> None:
 def _record(me: Node) -> None:
     """In run.json, for whoever comes later."""
     if me.record is not None:
-        me.record = replace(me.record, etcd_endpoints=me.layout.store.where.known)
+        if me.layout.store.several:
+            me.record = replace(me.record, etcd_endpoints=me.layout.store.where.known)
         text = me.record.to_json()
         me.writer.replace(me.layout.run_dir.run_json, text)
         me.writer.here(me.layout.node_dir.path / me.layout.run_dir.run_json.name, text)

@@ -51,7 +51,8 @@ class Node:
 
     `on_rank(group, rank, kind, detail)` hears what ranks noticed. `ends` says, in the end, how the nodes of the run
     ended, as far as this one knows. `member` is where clients reach this node's member of a cluster of etcd, and
-    `members` where those of all nodes, as far as the leader knows. `record`, on the leader, is what run.json says.
+    `front` where they reach its frontend, where there are several; `members` where those of all nodes are, as far as
+    the leader knows. `record`, on the leader, is what run.json says.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Node:
         self.member = ""
         self.members: dict[int, str] = {}
         self.alone_since: float | None = None
+        self.front = ""
         self.answered: set[str] = set()
         self._on_rank = on_rank
         self._registered: dict[str, Group | None] = {}
@@ -290,6 +292,7 @@ class Node:
             ),
             "alarms": self.alarms,
             "etcd": self.member,
+            "frontend": self.front,
             "strays": self.strays,
             "writing": self.report.places(),
             "internal_errors": self.report.errors,

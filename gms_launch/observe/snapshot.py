@@ -112,6 +112,7 @@ class Snapshot:
             "leader_reported_ago": self.reported_ago,
             "leader_silent": bool(self.leader_silent),
             "frontend_url": self.frontend_url,
+            "frontend_urls": self.frontend_urls,
             "model": self.model_name,
             "created": self.created,
             "nnodes": self.nnodes,
@@ -125,6 +126,11 @@ class Snapshot:
             "nodes": [_node_json(n) for n in self.nodes],
             "spares": [_node_json(n) for n in self.spares],
         }
+
+    @property
+    def frontend_urls(self) -> list[str]:
+        """Where clients ask: at each frontend whose node is there, where there are several."""
+        return [n.frontend for n in self.nodes if n.frontend] or ([self.frontend_url] if self.frontend_url else [])
 
     def group_json(self) -> dict[str, Any]:
         """One of `groups`; of a run without any the one that it is."""

@@ -58,9 +58,15 @@ def place(shot: Snapshot, node_rank: int) -> str:
     return f"rank {node_rank}" if node is None else f"{number(node)} (rank {node_rank})"
 
 
+def _loopback(url: str) -> bool:
+    return is_loopback(urlsplit(url).hostname or "")
+
+
 def frontend(shot: Snapshot) -> str:
     """Where clients come in; of a loopback address also whose, since it may be read on another machine."""
-    if not is_loopback(urlsplit(shot.frontend_url).hostname or ""):
+    if len(several := [n for n in shot.nodes if n.frontend]) > 1:
+        return ", ".join(n.frontend + (f" (only on {n.host})" if _loopback(n.frontend) else "") for n in several)
+    if not _loopback(shot.frontend_url):
         return shot.frontend_url
     leader = shot.frontend_host or next((n.host for n in shot.nodes if number(n) == 0), "the leader's node")
     return f"{shot.frontend_url} (only on {leader})"

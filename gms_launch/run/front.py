@@ -37,11 +37,22 @@ class Front:
     node_dir: NodeDir
 
     @property
+    def here(self) -> bool:
+        """Whether this node has one."""
+        return self.topology.node_rank < self.number
+
+    @property
+    def number(self) -> int:
+        """How many the run has, on its first nodes. Each is one of its own: nothing is before them."""
+        return self.settings.fronts(self.topology.nnodes)
+
+    @property
     def address(self) -> str:
         """Where clients come in. Another address than loopback takes a word of the user's."""
         said = self.settings.frontend_host
         let_in = self.settings.api_key_file or self.settings.open_frontend
-        return said or (self.topology.leader_address if let_in else LOOPBACK)
+        own = self.topology.address if self.here and self.number > 1 else self.topology.leader_address
+        return said or (own if let_in else LOOPBACK)
 
     @property
     def tls(self) -> bool:
@@ -62,7 +73,7 @@ class Front:
         elsewhere = self.topology.nnodes > 1 or "SLURM_JOB_ID" in os.environ
         if not (elsewhere and is_loopback(self.address)):
             return ""
-        if self.topology.node_rank:
+        if not self.here:
             return ", on the leader's node only"
         port = self.ports.frontend
         tunnel = f"ssh -L {port}:{etcd.host(self.address)}:{port} {self.topology.host}"
@@ -124,7 +135,15 @@ class Front:
         return keys
 
     def check(self) -> None:
-        """Raise `UsageError` for what would stop it from coming up; for the leader node only."""
+        """Raise `UsageError` for what would stop it from coming up; for a node that has one only."""
+        if self.number > self.topology.nnodes:
+            nodes = numbered(self.topology.nnodes, "node")
+            raise UsageError(f"frontends {self.number}: each is on a node of its own, and engines are on {nodes}")
+        if self.number > 1 and self.settings.frontend_host not in ("", "0.0.0.0", "::"):
+            raise UsageError(
+                f"--frontend-host {self.settings.frontend_host} is one node's, and --frontends {self.number} are on "
+                "several: leave it out, or say 0.0.0.0"
+            )
         python = self.settings.python
         if installed.look(python, ("dynamo.frontend",)).missing:
             raise UsageError(

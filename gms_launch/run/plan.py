@@ -186,7 +186,7 @@ class Layout:
             lease_ttl=self.settings.dynamo_lease_ttl,
             event_plane="zmq" if self.settings.event_plane == "auto" else self.settings.event_plane,
             nats=self.dynamo_nats,
-            reach=reach.of(self.home, self.wide),
+            reach=reach.of(self.home, self.wide or self.front.number > 1, self.front.number),
         )
 
     @property
@@ -354,10 +354,17 @@ class Layout:
         if not self.settings.grouped:
             enough.check(self.settings, self.engine, self.devices, self.gms_memory == "host")
         self.store.check()
+        if self.front.here:
+            self.front.check()
+            reach.of(self.home, self.front.number > 1, self.front.number)
+        if self.front.number > 1 and self.own_nats and self.settings.event_plane == "nats":
+            raise UsageError(
+                f"--frontends {self.front.number}: the run's own NATS is on the first node's loopback, where the "
+                "others do not reach it: leave --event-plane as it is, or name a NATS of your own (--nats-server)"
+            )
         if self.topology.is_leader:
             if self.own_nats:
                 self.nats_service()
-            self.front.check()
             outside.check(self.settings)
 
     def processes(self) -> list[tuple[str, Command]]:
@@ -367,9 +374,9 @@ class Layout:
             found.append(("etcd", self.store.service(JOINS if self.home.node_rank else "").command))
         if self.is_spare:
             return found
-        if self.topology.is_leader:
-            if self.own_nats:
-                found.append(("nats", self.nats_service().command))
+        if self.topology.is_leader and self.own_nats:
+            found.append(("nats", self.nats_service().command))
+        if self.front.here:
             found += [(s.name, s.command) for s in self.front_services()]
         for cohort_id in range(self.settings.cohorts):
             port = self.ports.master(cohort_id, 1)

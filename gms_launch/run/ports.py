@@ -85,13 +85,19 @@ def follow(
     free: Callable[[int], bool],
     extra: Mapping[str, int] | None = None,
     member: bool = False,
+    front: bool = False,
 ) -> Ports:
     """The ports of a node that is not the leader: its engines' own from this node, everything else the leader's.
 
-    `member`: it has a member of etcd too.
+    `member`: it has a member of etcd too; `front`: and a frontend.
     """
     one = _Chooser(settings, free).one
     cohorts = range(settings.cohorts)
+    leaders = dict(leaders)
+    if front:
+        leaders["frontend"] = one("frontend_port", settings.frontend_port)
+        if settings.api_key_file:
+            leaders["frontend_inner"] = one("frontend_inner_port", settings.frontend_inner_port)
     if member:
         leaders = {**leaders, "etcd": one("etcd_port", settings.etcd_port)}
         leaders["etcd_peer"] = one("etcd_peer_port", settings.etcd_peer_port)

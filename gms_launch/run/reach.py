@@ -19,11 +19,14 @@ from gms_launch.urls import is_loopback
 OUTSIDE = "192.0.2.0"
 
 
-def of(home: Topology, wide: bool) -> Reach:
-    """For the node at `home` in the run; `wide`: others have to reach its Dynamo processes. Raises `UsageError`."""
+def of(home: Topology, wide: bool, frontends: int = 1) -> Reach:
+    """For the node at `home` in the run; `wide`: others have to reach its Dynamo processes. Raises `UsageError`.
+
+    `frontends`: how many there are, on the first nodes.
+    """
     if not wide:
         return Reach()
-    return Reach(home.address, interface(home.address) if home.is_leader else "lo")
+    return Reach(home.address, interface(home.address) if home.node_rank < frontends else "lo")
 
 
 def interface(address: str) -> str:

@@ -112,6 +112,7 @@ class RunFile:
     etcd_endpoints: tuple[str, ...] = ()
     etcd_auth: bool = False
     frontend_url: str = ""
+    frontend_urls: tuple[str, ...] = ()
     model_name: str = ""
     ended: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -299,10 +300,9 @@ class RunDir:
         try:
             data = json.loads(text())
             known = {f.name for f in dataclasses.fields(RunFile)}
-            data = {k: v for k, v in data.items() if k in known}
-            data["etcd_endpoints"] = tuple(data["etcd_endpoints"])
-            data["nodes"] = tuple(NodeEnd(**n) for n in data.get("nodes", ()))
-            return RunFile(**data)
+            data = {"frontend_urls": ()} | {k: v for k, v in data.items() if k in known}
+            data |= {k: tuple(data[k]) for k in ("etcd_endpoints", "frontend_urls")}
+            return RunFile(**data | {"nodes": tuple(NodeEnd(**n) for n in data.get("nodes", ()))})
         except FileNotFoundError:
             return None
         except OSError as exc:

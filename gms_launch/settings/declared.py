@@ -202,6 +202,12 @@ class Settings:
     tls_cert: str = setting("", "certificate (PEM, with its chain) by which clients speak HTTPS", "services")
     tls_key: str = setting("", "private key of --tls-cert (PEM, without a passphrase)", "services")
     haproxy_bin: str = setting("", "haproxy binary, for --api-key-file; found on PATH when empty", "services")
+    frontends: str = setting(
+        "1",
+        "frontends, one on each of the first nodes; auto: one beside each member of etcd",
+        "services",
+        choices=("auto", "1", "2", "3", "4", "5"),
+    )
     migration_limit: int = setting(
         50, "how often a request may move; 0: it ends with its engine", "services", minimum=0, maximum=2**32 - 1
     )
@@ -292,6 +298,10 @@ class Settings:
     def serving_nodes(self) -> int:
         """Nodes that engines run on: those in front of the spares."""
         return max(1, self.nnodes - self.spares)
+
+    def fronts(self, nnodes: int) -> int:
+        """How many frontends there are, in a run of so many nodes."""
+        return self.members(nnodes) if self.frontends == "auto" else int(self.frontends)
 
     @property
     def grouped(self) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from gms_launch.errors import NoContactError
 from gms_launch.process import proc
 from tests.integration.test_groups import Grouped
 from tests.load import Load
-from tests.support import LONG, eventually, free_port, kill
+from tests.support import LONG, complete, eventually, free_port, kill
 
 NAMES = ("g0", "g1", "g2")
 
@@ -163,3 +165,105 @@ def test_without_the_first_node_the_others_stay_until_node_wait_is_over(tmp_path
         assert not any(map(proc.alive, others))
         said = (run.home / run.run / "logs" / "node1" / "agent.log").read_text()
         assert "node 0, which leads the run, was lost and did not come back within 20 s (node_wait)" in said
+
+
+def asked(url: str, prompt: str = "hello", timeout: float = 10.0) -> str | None:
+    """A completion by one of several ways in; None when that one has none."""
+    host, port = url.removeprefix("http://").split(":")
+    return complete(host, int(port), prompt, 8, timeout)
+
+
+@pytest.fixture
+def fronts(tmp_path: Path, model: Path) -> Iterator[Three]:
+    flags = ("--virtual-gpus", "1", "--groups", "3", "--etcd-members", "3", "--frontends", "auto", "--node-wait", "200")
+    with Three(tmp_path, model, *flags) as run:
+        run.full(*NAMES)
+        eventually(lambda: run.run_file["frontend_urls"], LONG, "all are in run.json")
+        yield run
+
+
+def test_each_of_several_frontends_serves_and_a_client_of_two_has_one_that_answers(fronts: Three) -> None:
+    run = fronts
+    urls = run.run_file["frontend_urls"]
+    assert len(set(urls)) == 3 and urls[0] == run.run_file["frontend_url"]
+    assert run.status()["frontend_urls"] == urls
+    assert all(url in run.cli("status").stdout for url in urls)
+    text = run.text()
+    for url in urls:
+        eventually(lambda url=url: asked(url) == text, LONG, url)  # type: ignore[misc]
+    lives = run.standing(*NAMES)
+    for victim in (0, 2):
+        service = run.services(victim)["frontend"]
+        kill(service["pid"])
+        for _ in range(10):
+            assert text in (asked(urls[victim]), asked(urls[1])), "one of two answers"
+
+        def again(victim: int = victim, starts: int = service["starts"]) -> bool:
+            return run.services(victim)["frontend"]["starts"] > starts and asked(urls[victim]) == text
+
+        eventually(again, LONG, "it is back")
+    assert run.standing(*NAMES) == lives
+    # A failover is seen by all of them.
+    assert run.cli("kill-primary", "--group", "g1").returncode == 0
+    run.full(*NAMES)
+    for url in urls:
+        for _ in range(4):
+            assert asked(url) == text
+
+
+def example(word: str, urls: list[str], port: int) -> str:
+    """The guide's configuration of a load balancer in which `word` is, with these addresses."""
+    page = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    text = next(block for block in page.split("```text\n")[1:] if word in block.partition("```")[0]).partition("```")[0]
+    for number, url in enumerate(urls, 1):
+        assert f"10.0.0.{number}:8000" in text
+        text = text.replace(f"10.0.0.{number}:8000", url.removeprefix("http://"))
+    return text.replace("0.0.0.0:9000", f"127.0.0.1:{port}")
+
+
+def test_load_balancers_before_several_frontends_as_the_guide_has_them(fronts: Three, tmp_path: Path) -> None:
+    run = fronts
+    urls, text = run.run_file["frontend_urls"], run.text()
+    ports = {"haproxy": free_port(), "nginx": free_port()}
+    (tmp_path / "haproxy.cfg").write_text(example("backend frontends", urls, ports["haproxy"]))
+    own = f"pid {tmp_path}/nginx.pid;\nerror_log stderr;\n"  # where Debian's would write
+    logless = example("upstream frontends", urls, ports["nginx"]).replace("http {", "http {\n  access_log off;", 1)
+    (tmp_path / "nginx.conf").write_text(own + logless)
+    argvs = (
+        ["haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg")],
+        ["nginx", "-g", "daemon off;", "-c", str(tmp_path / "nginx.conf")],
+    )
+    path = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+    running = [subprocess.Popen(argv, env=path) for argv in argvs]
+    try:
+        for port in ports.values():
+            eventually(lambda port=port: asked(f"http://127.0.0.1:{port}") == text, LONG)  # type: ignore[misc]
+        for victim in range(3):
+            before = run.services(victim)["frontend"]
+            kill(before["pid"])
+            for port in ports.values():
+                for _ in range(6):
+                    assert asked(f"http://127.0.0.1:{port}", timeout=60.0) == text, "another one answers"
+
+            def again(victim: int = victim, starts: int = before["starts"]) -> bool:
+                return run.services(victim)["frontend"]["starts"] > starts and asked(urls[victim]) == text
+
+            eventually(again, LONG, "it is back")
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
+
+
+def test_only_the_first_node_is_told_of_nats(three: Three) -> None:
+    run = three
+    run.full(*NAMES)
+    assert run.services(0)["nats"]["state"] == "ready"
+    for name in ("g1", "g2"):
+        for _, _, pid in run.lives(name):
+            names = {pair.partition("=")[0] for pair in proc_environ(pid)}
+            assert "ETCD_ENDPOINTS" in names and not any(n.startswith("NATS") for n in names), names
+
+
+def proc_environ(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")

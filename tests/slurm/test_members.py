@@ -1,0 +1,105 @@
+"""Three members of etcd on three machines: one is switched off or cut off, without a word to anybody."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gms_launch.control import cluster
+from gms_launch.control.client import Etcd
+from gms_launch.process import proc
+from gms_launch.run.rundir import RunDir
+from tests.slurm.lab import Lab
+from tests.slurm.test_groups import Groups
+from tests.support import LONG, etcdctl, eventually
+
+FLAGS = ("--groups", "3", "--etcd-members", "3", "--lease-ttl=3", "--node-wait=300", "--dynamo-lease-ttl", "10")
+NAMES = ("g0", "g1", "g2")
+
+
+class Three(Groups):
+    """A group, and a member of etcd, on each of three nodes; the frontend is on the first."""
+
+    def engines_of(self, *ranks: int) -> list[proc.ProcessId]:
+        """What runs of engines there, and the frontend with the first."""
+        found = [i.identity for rank in ranks for i in self.engines(rank)]
+        return found + [i.identity for i, tag in proc.tagged(self.run) if "/frontend/" in tag and 0 in ranks]
+
+    def lead(self, rank: int) -> dict[str, cluster.Member]:
+        """Have the member of that node lead etcd; returns all."""
+        access = RunDir(self.home).credentials().access(tuple(self.run_file()["etcd_endpoints"]))
+        one = Etcd(access, brisk=True)
+        found = {m.name: m for m in cluster.members(one)}
+        one.close()
+        etcdctl(access, "move-leader", f"{found[f'{self.run}-{rank}'].id:x}")  # refused where it leads already
+        alone = Etcd(type(access)(found[f"{self.run}-{rank}"].clients, access.ca, access.cert, access.key))
+        eventually(lambda: cluster.standing(alone, retry=5.0).leads, LONG)
+        alone.close()
+        return found
+
+    def dead(self, rank: int) -> bool:
+        return not self.engines(rank)
+
+
+@pytest.fixture
+def three() -> Iterator[Lab]:
+    with Lab(3, slurm=False) as lab:
+        for node in lab.nodes.values():
+            # Dynamo's frontend takes answers at the address of the default route, where an interface has IPv6 too.
+            node.run(["ip", "route", "add", "default", "via", f"{lab.net}.254"], check=True)
+        yield lab
+
+
+def test_a_machine_with_the_leader_of_etcd_is_switched_off(three: Lab, model: Path) -> None:
+    with Three(three, model, *FLAGS).hand() as run:
+        run.full(*NAMES)
+        before = run.text()
+        assert len(run.run_file()["etcd_endpoints"]) == 3
+        run.lead(2)
+        others, lost = run.engines_of(0, 1), run.engines_of(2)
+        assert len(others) > 4
+        three.node("node3").power_off()
+        off = time.monotonic()
+        eventually(lambda: run.status()["missing_nodes"] == [2], LONG, "its lease is over")
+        assert not any(map(proc.alive, lost)), "it is off"
+        print(f"lost after {time.monotonic() - off:.1f} s")
+        while time.monotonic() < off + 15:  # longer than the leases of Dynamo's processes
+            assert all(map(proc.alive, others)), "engines elsewhere and the frontend go on"
+            time.sleep(0.2)
+        assert run.text() == before
+        assert run.cli("kill-primary", "--group", "g1").returncode == 0
+        run.full("g0", "g1")
+
+
+def test_a_machine_that_is_cut_off_kills_its_ranks_and_comes_back(three: Lab, model: Path) -> None:
+    with Three(three, model, *FLAGS).hand() as run:
+        run.full(*NAMES)
+        before = run.text()
+        members = run.lead(2)
+        others = run.engines_of(0, 1)
+        three.node("node3").cut()
+        eventually(lambda: run.dead(2), LONG, "it kills its ranks by itself")
+        eventually(lambda: run.status()["missing_nodes"] == [2], LONG)
+        three.node("node3").join()
+        run.full(*NAMES)
+        assert all(map(proc.alive, others)) and run.text() == before
+        assert run.lead(2) == members, "its member is the one that it was"
+
+
+def test_the_first_machine_is_cut_off_and_kills_its_ranks_too(three: Lab, model: Path) -> None:
+    """A minority of one: its own etcd gives it no lease any more."""
+    with Three(three, model, *FLAGS).hand() as run:
+        run.full(*NAMES)
+        before = run.text()
+        others = [i.identity for rank in (1, 2) for i in run.engines(rank)]
+        three.node("node1").cut()
+        eventually(lambda: run.dead(0), LONG, "it kills its ranks by itself")
+        assert all(map(proc.alive, others))
+        three.node("node1").join()
+        eventually(lambda: not run.dead(0), LONG, "started again")
+        run.full(*NAMES)
+        assert all(map(proc.alive, others)), "nobody else was touched"
+        eventually(lambda: run.text() == before, LONG)
