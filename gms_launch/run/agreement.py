@@ -28,5 +28,5 @@ def settings_digest(settings: Settings) -> str:
 
 def settings_differences(settings: Settings, leaders: Mapping[str, Any]) -> list[str]:
     """The settings in which this node differs from the leader's (`Settings.to_json`), for people."""
-    mine, theirs = _shared(settings.to_json()), _shared(leaders)
+    mine, theirs = json.loads(json.dumps(_shared(settings.to_json()))), _shared(leaders)  # as run.json has them
     return [f"{k} is {mine[k]!r} here and {theirs[k]!r} there" for k in mine if k in theirs and mine[k] != theirs[k]]

@@ -27,7 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gms_launch.control.keys import Keys
+from gms_launch.control.client import Etcd
+from gms_launch.control.door import Door
+from gms_launch.control.keys import DYNAMO_INSTANCES, Keys
 from gms_launch.gms import probe
 from gms_launch.process import proc
 from tests.chaos.chaos import ENVIRON, FLAGS, BrokenError
@@ -64,6 +66,14 @@ class TwoModels(Grouped):
             str(free_port()),
         )
         super().__init__(home, models["a"], *more, *extra, **environ)
+
+    def times_written(self, key: str) -> int:
+        """By the client of the agents: this runs where there is no etcdctl."""
+        store = Etcd(self.access)
+        try:
+            return int(store.call(lambda client: client.get(key)[1].version))
+        finally:
+            store.close()
 
     def place(self, group: str, node: int) -> Path:
         """The directory of a group's part on one of its nodes."""
@@ -271,12 +281,9 @@ def check(run: TwoModels, found: dict[str, dict[str, Any]]) -> None:
                 written = sum(e.kind == "committed" for e in probe.event_history(socket))
                 if written != 1:
                     raise BrokenError(f"the weights of {name} on its node {node} were published {written} times")
-    instances = "v1/instances/"
-    eventually(
-        lambda: len(run.etcdctl("get", instances, "--prefix", "--keys-only").split()) == len(NAMES),
-        LONG,
-        "one registered engine a group, and no dead one",
-    )
+    door = Door(run.access)
+    eventually(lambda: len(door.get_prefix(DYNAMO_INSTANCES)) == len(NAMES), LONG, "one registered engine a group")
+    door.close()
     serving: dict[tuple[str, int, int], float] = {}
     for event in run.events():
         who = (event["group"], event["cohort_id"], event["incarnation"])
