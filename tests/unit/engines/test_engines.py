@@ -165,6 +165,16 @@ def test_doctor_says_when_the_real_engines_processes_have_no_titles(
     assert ("only its main process is watched" in told) is bool(lacking)
 
 
+@pytest.mark.parametrize(("version", "hangs"), [("1.1.1", True), ("1.2.1", False), ("1.6.1", False)])
+def test_replicas_are_refused_where_dynamo_hangs_with_them(
+    monkeypatch: pytest.MonkeyPatch, version: str, hangs: bool
+) -> None:
+    monkeypatch.setattr(installed, "look", lambda *_: installed.Installed((), {"ai-dynamo": version}))
+    found = get("vllm").problems(resolve({"model": "/models/q", "dp": "2"}, {}))
+    assert [p for p in found if "--dp needs 1.2" in p] == found and bool(found) == hangs
+    assert get("vllm").problems(resolve({"model": "/models/q"}, {})) == []
+
+
 METRICS = """
 # HELP dynamo_component_engine_failover_state 1 for the state
 dynamo_component_engine_failover_state{dynamo_component="backend",engine_id="1",model="m",state="init"} 0

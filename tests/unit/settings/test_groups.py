@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from gms_launch.cli import background
 from gms_launch.errors import UsageError
 from gms_launch.settings import groups
 from gms_launch.settings.declared import Settings
-from gms_launch.settings.resolve import read_toml, resolve
+from gms_launch.settings.resolve import TABLES_ENV, read_toml, resolve
 
 
 def of(*tables: dict[str, Any], nnodes: int = 4, **flags: Any) -> Settings:
@@ -109,6 +110,15 @@ def test_a_table_takes_the_rest_from_the_top(tmp_path: Path) -> None:
 def test_what_is_refused(tables: list[dict[str, Any]], flags: dict[str, str], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         groups.expand(of(*tables, **flags), 8)
+
+
+def test_an_agent_that_another_process_starts_gets_the_tables_too() -> None:
+    said = of({"name": "a", "gpus": 1, "engine_args": ["--x", "1"]}, {"name": "b", "gpus": 2})
+    told = resolve({}, background.as_environment(said))
+    assert groups.expand(told, 8) == groups.expand(said, 8)
+    assert background.as_environment(resolve({}, {})) == {}
+    with pytest.raises(UsageError, match="no list of tables"):
+        resolve({}, {TABLES_ENV: "none"})
 
 
 @pytest.mark.parametrize("wrong", [1, "a", {"name": "a"}, ["a"]])

@@ -136,6 +136,13 @@ def test_engine_arguments_that_break_shadow_mode_are_refused_with_the_reason(arg
     resolve({"engine": "command"}, {}, engine_args=args)
 
 
+def test_the_number_of_replicas_is_said_once() -> None:
+    with pytest.raises(UsageError, match=r"--data-parallel-size 1, and dp 2 \(from --dp\); leave one out"):
+        resolve({"dp": "2"}, {}, engine_args=["-dp", "1"])
+    assert resolve({"dp": "2"}, {}, scheduler={"tp": 16, "nnodes": 2}).tp == 8, "Slurm's GPUs, of one replica"
+    assert resolve({"dp": "2"}, {}, scheduler={"nnodes": 2}).tp == 1
+
+
 def test_other_engine_arguments_pass() -> None:
     args = ["--load-format", "gms", "--distributed-executor-backend=mp", "--max-model-len", "-1", "-dp", "1"]
     args += ["--kv-events-config", '{"endpoint": "tcp://*:5557"}', "--no-enforce-eager"]
