@@ -26,6 +26,7 @@ from gms_launch.errors import LaunchError, MovedError, by_code
 from gms_launch.node import begin, end, lead, members, quiet, upkeep
 from gms_launch.node.desk import Clerk
 from gms_launch.node.group import Group
+from gms_launch.node.herald import agent_number
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
 from gms_launch.node.standing import Standing
@@ -328,10 +329,12 @@ class Agent:
                 self._forget_engines(name, record)
 
     def _is_lost(self, node_rank: int) -> bool:
-        """Whether a node has had no lease for longer than it takes to get another, as after a restart of etcd."""
-        if node_rank in self.node.mirror.nodes:
+        """Whether a node's agent is dead, by its guard's word, or has had no lease for longer than it takes to get
+        another, as after a restart of etcd.
+        """
+        if (record := self.node.mirror.nodes.get(node_rank)) is not None:
             self._absent_since.pop(node_rank, None)
-            return False
+            return self.node.dead_agents.get(node_rank) == agent_number(record.agent_pid, record.agent_start)
         now = self.node.loop.time()
         if node_rank not in self._absent_since:
             self._absent_since[node_rank] = now

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable, Iterable
 
 from gms_launch.cohort.records import EndedRecord, NodeRecord, PeersRecord
 from gms_launch.control.mirror import Mirror
-from gms_launch.process import word
-from gms_launch.process.deputy import Duty, Leash
+from gms_launch.process import proc, word
+from gms_launch.process.deputy import Duty, Groups, Leash, others
 from gms_launch.process.proc import ProcessId
 from gms_launch.process.word import Peer, Word
 from gms_launch.run.plan import Layout
@@ -40,7 +41,9 @@ class Herald:
         self._leash: Leash | None = None
         self._retired = not layout.settings.group_kill
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._known: tuple[PeersRecord, tuple[Peer, ...]] = (PeersRecord(), ())
+        self._known: tuple[PeersRecord, Groups] = (PeersRecord(), ())
+        me = proc.identity(os.getpid())
+        self._agent = agent_number(me.pid, me.start) if me is not None else 0
         self._living: dict[tuple[int, int], ProcessId] = {}
         self._until = 0.0
         self.line: socket.socket | None = None
@@ -91,21 +94,34 @@ class Herald:
 
     def _say_once(self, said: Word) -> None:
         if self.line is not None:
-            word.say(self.line, said, self._key, self._peers())
+            word.say(self.line, said, self._key, others(self._peers(), said.cohort_id))
 
-    def _peers(self) -> tuple[Peer, ...]:
+    def _peers(self) -> Groups:
+        """Of each group of this node's, who else is in it."""
         record, peers = self._known
         if record is not self._mirror.peers:
-            record, me = self._mirror.peers, self._layout.topology.node_rank
-            peers = tuple((address, port) for rank, address, port in record.peers if rank != me and port)
-            self._known = record, peers
+            record = self._mirror.peers
+            self._known = record, (peers := tuple((g.slot(0), self._others(record, g)) for g in self._layout.groups))
         return peers
+
+    def _others(self, record: PeersRecord, group: Layout) -> tuple[Peer, ...]:
+        place, me = group.topology, self._layout.topology.node_rank
+        first = me - place.node_rank  # the nodes of a group lie beside each other
+        own = range(first, first + place.nnodes) if group.group else None
+        return tuple((a, p) for rank, a, p in record.peers if rank != me and p and (own is None or rank in own))
+
+    def _leader(self) -> tuple[Peer, ...]:
+        """Who hears that this node's agent is dead: the run's leader, in a run of groups, ends what must not be asked
+        any more.
+        """
+        far = self._layout.number_of_groups and not self._layout.topology.is_leader
+        return tuple((a, p) for rank, a, p in self._mirror.peers.peers if far and rank == 0 and p)
 
     def inform(self, living: dict[tuple[int, int], ProcessId]) -> None:
         """Let the guard know what lives here now, by slot and incarnation; cheap when nothing has changed."""
         self._living = living
         if self._leash is not None and not self._retired:
-            self._leash.tell(Duty(living, self._peers(), self._key, self._until))
+            self._leash.tell(Duty(living, self._peers(), self._key, self._until, self._leader(), self._agent))
 
     def prolong(self, until: float) -> None:
         """Let the guard know until when (monotonic seconds) nobody takes this node's place."""
@@ -145,6 +161,11 @@ class Herald:
             self._acted(life)
         if self._leash.ended:  # `guarded` follows the process itself
             self._loop.remove_reader(self._leash.fileno())
+
+
+def agent_number(pid: int, start: int) -> int:
+    """One agent among all that a node had: what a word says of one that is dead, so that its successor is not meant."""
+    return start << 22 | pid
 
 
 def peers_of(nodes: Iterable[NodeRecord], before: PeersRecord) -> PeersRecord:

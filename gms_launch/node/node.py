@@ -31,7 +31,7 @@ from gms_launch.node.rank import Rank
 from gms_launch.node.reporter import Reporter
 from gms_launch.node.session import Part, Session
 from gms_launch.node.tasks import Tasks
-from gms_launch.process import lifecycle, listener
+from gms_launch.process import lifecycle, listener, word
 from gms_launch.process.follow import FileWatcher
 from gms_launch.run.plan import Layout
 from gms_launch.run.rundir import NodeEnd, RunFile
@@ -83,6 +83,7 @@ class Node:
         self.groups = tuple(self._group(mine) for mine in layout.groups)
         self.guard = Guarded(layout, [g.gates for g in self.groups], self.herald, self._guard_changed)
         self.exporter = Exporter(layout, self.report)
+        self.dead_agents: dict[int, int] = {}
         self.claims = Claims(self.report.take, self.spawn, self.control_changed)
         self.failure: LaunchError | None = None
         self.hurry = False
@@ -180,7 +181,11 @@ class Node:
         return next(((g, k) for g, k in found if 0 <= k < g.settings.cohorts), None)
 
     def heard(self, said: EndedRecord) -> None:
-        """Another node says that a life has ended."""
+        """Another node says that a life has ended, or a guard that its agent has."""
+        if said.cohort_id == word.AGENT:
+            self.dead_agents[said.node_rank] = said.incarnation
+            self.wake.set()
+            return
         if (found := self.of_slot(said.cohort_id)) is None:
             return
         group, cohort_id = found

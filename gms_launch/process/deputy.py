@@ -32,30 +32,42 @@ UNREAD = 4096
 LONGEST = 128 * 1024
 
 Life = tuple[int, int]
+#: Of each group the number of its first cohort, ascending, and the other nodes that have ranks of it.
+Groups = tuple[tuple[int, tuple[Peer, ...]], ...]
+
+
+def others(groups: Groups, cohort_id: int) -> tuple[Peer, ...]:
+    """Who else has a rank of a cohort."""
+    return next((peers for first, peers in reversed(groups) if first <= cohort_id), ())
 
 
 @dataclass(frozen=True)
 class Duty:
-    """What the agent tells: the living ranks of this node by life, the other nodes, and the key of their words.
+    """What the agent tells: the living ranks of this node by life, its groups' other nodes, the key of their words.
 
     `until`: this node's place is surely its own until then (monotonic seconds), and another may have it afterwards; 0
-    where nobody takes it.
+    where nobody takes it. `leader`: who hears that this `agent` is dead, if anybody has to.
     """
 
     ranks: dict[Life, ProcessId]
-    peers: tuple[Peer, ...] = ()
+    peers: Groups = ()
     key: bytes = b""
     until: float = 0.0
+    leader: tuple[Peer, ...] = ()
+    agent: int = 0
 
     def encode(self) -> bytes:
         ranks = [[*life, who.pid, who.start] for life, who in self.ranks.items()]
-        return json.dumps({"ranks": ranks, "peers": self.peers, "key": self.key.hex(), "until": self.until}).encode()
+        said = {"ranks": ranks, "peers": self.peers, "key": self.key.hex(), "until": self.until}
+        return json.dumps(said | {"leader": self.leader, "agent": self.agent}).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Duty:
         found = json.loads(data)
         ranks = {(c, i): ProcessId(pid, start) for c, i, pid, start in found["ranks"]}
-        return cls(ranks, tuple((a, p) for a, p in found["peers"]), bytes.fromhex(found["key"]), found["until"])
+        peers = tuple((first, tuple((a, p) for a, p in some)) for first, some in found["peers"])
+        leader = tuple((a, p) for a, p in found["leader"])
+        return cls(ranks, peers, bytes.fromhex(found["key"]), found["until"], leader, found["agent"])
 
 
 class Deputy:
@@ -75,6 +87,12 @@ class Deputy:
             self._poller.register(line, select.POLLIN)
 
     def serve(self) -> None:
+        self._stand_by()
+        duty = self._duty
+        if duty.ranks and self._line is not None:
+            word.say(self._line, Word(word.AGENT, duty.agent, self._node_rank), duty.key, duty.leader)
+
+    def _stand_by(self) -> None:
         while True:
             wait = min([*self._due.values(), *self._out_of_place()], default=None)
             ready = self._poller.poll(None if wait is None else max(0.0, wait - time.monotonic()) * 1000)
@@ -157,7 +175,7 @@ class Deputy:
         self._acted.add(life)
         lifecycle.kill_group(who)
         if life in self._own and self._line is not None:
-            word.say(self._line, Word(*life, self._node_rank), self._duty.key, self._duty.peers)
+            word.say(self._line, Word(*life, self._node_rank), self._duty.key, others(self._duty.peers, life[0]))
         # What had left the group holds the lock as well as what had not.
         lifecycle.kill_tagged(f"{self._run}/{life[0]}/{life[1]}", PATIENCE, node_rank=self._node_rank)
         with contextlib.suppress(OSError):  # it may never read it

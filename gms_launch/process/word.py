@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAGIC = b"gms-launch-ended 1"
+#: In a cohort's place: the node's agent itself is dead, which one is in the incarnation's, and all of that node ends.
+AGENT = -1
 #: Longest datagram that is looked at (bytes).
 LONGEST = 256
 #: So many datagrams are read before something else has its turn.

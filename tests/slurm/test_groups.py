@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,19 @@ def test_a_node_of_one_group_is_lost_and_the_other_gives_its_answers(four: Lab, 
         run.full("g1")
         assert not {life[:2] for life in run.lives("g1")} & {life[:2] for life in before}, "all of it is new"
         assert run.lives("g0") == untouched and run.text()
+
+
+def test_an_agent_of_one_group_is_killed_and_the_run_knows_before_its_lease_is_over(four: Lab, model: Path) -> None:
+    """Nobody holds what its engine was asked: the port is closed. So the frontend must not go on asking there."""
+    with Groups(four, model, "--lease-ttl=3", "--node-wait=120", "--groups", "2").hand() as run:
+        run.full("g0", "g1")
+        untouched = run.lives("g0")
+        killed = time.time()
+        os.kill(run.agents()[2], signal.SIGKILL)
+        eventually(lambda: run.of("g1", "lease_revoked"), LONG, "its engine is forgotten")
+        # The lease is 4 s, and was renewed half a second before at most; then a second is waited.
+        assert run.of("g1", "lease_revoked")[0]["time"] - killed < 4.4
+        run.processes.pop(2).wait(60)
+        run.hand(2)
+        run.full("g1")
+        assert run.lives("g0") == untouched and len(run.of("g1", "lease_revoked")) == 1, "its successor is not meant"

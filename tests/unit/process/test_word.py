@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from gms_launch.process import deputy, proc, word
-from gms_launch.process.deputy import Deputy, Duty, Leash
+from gms_launch.process.deputy import Deputy, Duty, Leash, others
 from gms_launch.process.proc import ProcessId
 from gms_launch.process.word import Word
 from tests.support import eventually
@@ -69,7 +69,7 @@ class Guarded:
         self.who: ProcessId = found
 
     def duty(self, ranks: dict[tuple[int, int], ProcessId]) -> None:
-        self.leash.tell(Duty(ranks, (self.peer.getsockname(),), KEY))
+        self.leash.tell(Duty(ranks, ((0, (self.peer.getsockname(),)),), KEY))
 
     def hear(self, *words: Word, key: bytes = KEY) -> None:
         for said in words:
@@ -127,3 +127,30 @@ def test_a_deputy_leaves_alone_what_its_agent_takes_care_of(guarded: Guarded) ->
     word.hear(guarded.line, KEY)  # as the agent does
     time.sleep(2 * deputy.PATIENCE)  # nothing is to happen
     assert word.hear(guarded.peer, KEY) == [] and list(guarded.leash.acted()) == []
+
+
+def test_a_deputy_says_that_its_agent_is_dead_to_whom_it_concerns(guarded: Guarded) -> None:
+    leader = (guarded.peer.getsockname(),)
+    guarded.leash.tell(Duty({(0, 1): guarded.who}, (), KEY, 0.0, leader, 77))
+    guarded.leash.close()
+    heard: list[Word] = []
+    eventually(lambda: heard.extend(word.hear(guarded.peer, KEY)) or heard, what="the word")  # type: ignore[func-returns-value]
+    assert heard == [Word(word.AGENT, 77, 4)]
+    assert guarded.child.poll() is None, "what is left is the guard's"
+
+
+def test_an_agent_that_ends_in_order_is_not_called_dead(guarded: Guarded) -> None:
+    leader = (guarded.peer.getsockname(),)
+    guarded.leash.tell(Duty({(0, 1): guarded.who}, (), KEY, 0.0, leader, 77))
+    guarded.leash.tell(Duty({}))
+    guarded.leash.close()
+    guarded.thread.join(60)
+    assert word.hear(guarded.peer, KEY) == []
+
+
+def test_a_word_goes_to_the_nodes_of_its_group_alone() -> None:
+    first, second = (("10.0.0.2", 1),), (("10.0.0.3", 1),)
+    groups = ((0, first), (20, second))
+    assert [others(groups, k) for k in (0, 9, 20, 21)] == [first, first, second, second]
+    assert others((), 3) == ()
+    assert Duty.decode(Duty({}, groups, KEY, 1.5, first, 7).encode()) == Duty({}, groups, KEY, 1.5, first, 7)
