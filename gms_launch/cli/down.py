@@ -168,22 +168,22 @@ def recorded(directory: RunDir, end: RunFile) -> str:
     return "" if said == "well" else said
 
 
-def known_nodes(directory: RunDir, found: RunFile) -> dict[int, Target]:
-    """Every node that the run is known to have had."""
-    targets = {0: Target(found.leader_host, found.leader_address, found.slurm_job)}
+def known_nodes(directory: RunDir, found: RunFile) -> dict[tuple[int, str], Target]:
+    """Every node that the run is known to have had, by node rank and host: a spare has that of a lost node."""
+    targets = {(0, found.leader_host): Target(found.leader_host, found.leader_address, found.slurm_job)}
     try:
         listed = json.loads(directory.text(directory.ranks_json))["nodes"]
     except (OSError, ValueError, KeyError):
         listed = []
     for row in listed:
-        targets[row["node_rank"]] = Target(row["host"], row["address"], found.slurm_job)
+        targets[row["node_rank"], row["host"]] = Target(row["host"], row["address"], found.slurm_job)
     return targets
 
 
-def nodes(targets: dict[int, Target], found: RunFile) -> list[Node]:
+def nodes(targets: dict[tuple[int, str], Target], found: RunFile) -> list[Node]:
     """The same with how their agents ended."""
-    ends = {e.node_rank: e for e in found.nodes} if found.ended is not None else {}
-    return [Node(rank, target, ends.get(rank)) for rank, target in sorted(targets.items())]
+    ends = {(e.node_rank, e.host): e for e in found.nodes} if found.ended is not None else {}
+    return [Node(which[0], target, ends.get(which)) for which, target in sorted(targets.items())]
 
 
 def clear(directory: RunDir, found: RunFile, node: Node) -> NodeEnd:

@@ -123,7 +123,7 @@ async def _leader_rank_ended(me: Node, group: Group, rank: Rank) -> None:
 async def _others(me: Node, deadline: float) -> None:
     """Wait until every other node has stopped, and note how it did."""
     others = [r for r in range(me.settings.nnodes) if r != me.node_rank]
-    hosts = {r: n.host for r, n in me.report.seen.items()}
+    seen = dict(me.report.seen)
 
     def all_stopped() -> bool:
         return all(r not in me.mirror.nodes or me.mirror.nodes[r].stopped for r in others)
@@ -134,8 +134,9 @@ async def _others(me: Node, deadline: float) -> None:
         node = me.mirror.nodes.get(rank) or me.report.seen.get(rank)
         if node is not None and node.stopped:
             ends.append(NodeEnd(rank, node.host, not node.left, node.left))
-        elif rank in hosts:
-            ends.append(NodeEnd(rank, hosts[rank], False, "its agent did not report that it stopped"))
+        elif rank in seen:  # of one whose place a spare has, under the rank that it had: what it left carries that
+            which = seen[rank].node_rank, seen[rank].host
+            ends.append(NodeEnd(*which, False, "its agent did not report that it stopped"))
     me.ends = tuple(ends)
 
 

@@ -135,3 +135,36 @@ def test_a_node_that_slurm_calls_down_is_not_waited_for(fragile_lab: Lab, model:
         assert all(host in down.stdout + down.stderr for host in ("node1", "node2", "node3")), down
         run.processes[0].terminate()  # this Slurm's srun waits for the lost node
     run.wait_gone()
+
+
+def test_a_groups_leader_that_has_a_member_of_etcd_is_followed_by_a_spare(model: Path) -> None:
+    """Two groups of two nodes and a spare; the third node leads a group, and the run's etcd has a member there."""
+    flags = ("--groups=2", "--spares=1", "--etcd-members=3", "--lease-ttl=3", "--spare-wait=4", "--node-wait=300")
+
+    def group(name: str) -> dict[str, Any]:
+        (found,) = (g for g in run.status()["groups"] if g["name"] == name)
+        return dict(found)
+
+    def lives(name: str) -> list[tuple[int, list[int]]]:
+        return [(c["incarnation"], [r["pid"] for r in c["ranks"]]) for c in group(name)["cohorts"]]
+
+    with Lab(nodes=5, slurm=False) as lab:
+        # Dynamo's frontend takes answers at the address of the default route, where an interface has IPv6 too.
+        lab.node("node1").run(["ip", "route", "add", "default", "via", f"{lab.net}.254"], check=True)
+        run = LabRun(lab, model, *flags).hand()
+        with run:
+            untouched, before = lives("g0"), run.text()
+            lab.node("node3").power_off()
+            off = time.monotonic()
+            run.processes.pop(2).wait(60)
+            eventually(lambda: run.events("spare_takes_over"), LONG)
+            eventually(lambda: hosts(group("g1")) == ["node5", "node4"], LONG, "the spare leads the group")
+            run.wait_full()
+            print(f"full on the spare after {since(off):.1f} s")
+            eventually(lambda: len([e for e in run.events("member_joined") if e["node_rank"] == 2]) == 2, LONG, "etcd")
+            assert lives("g0") == untouched, "nobody noticed there"
+            assert {run.text() for _ in range(4)} == {before} and not errors(run)
+            # The group that has moved fails over as before.
+            assert run.cli("kill-primary", "--group", "g1").returncode == 0
+            run.wait_full()
+            assert lives("g0") == untouched
