@@ -40,7 +40,7 @@ def main(run: str | None, group: str | None, port: int) -> None:
     except OSError as exc:
         raise UsageError(f"--port {port}: 127.0.0.1 port {port} cannot be listened on: {exc.strerror}") from None
     with server:
-        print(f"run {directory.run}: {server.url}", flush=True)
+        print(f"run {directory.run}{f', group {name}' if name else ''}: {server.url}", flush=True)
         print("Ctrl-C ends it. Whoever has this address can read the pages; nothing can be changed there.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
