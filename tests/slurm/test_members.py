@@ -14,19 +14,31 @@ from gms_launch.process import proc
 from gms_launch.run.rundir import RunDir
 from tests.slurm.lab import Lab
 from tests.slurm.test_groups import Groups
-from tests.support import LONG, etcdctl, eventually
+from tests.support import LONG, complete, etcdctl, eventually
 
-FLAGS = ("--groups", "3", "--etcd-members", "3", "--lease-ttl=3", "--node-wait=300", "--dynamo-lease-ttl", "10")
+FLAGS = (
+    "--groups",
+    "3",
+    "--etcd-members",
+    "3",
+    "--frontends",
+    "auto",
+    "--lease-ttl=3",
+    "--node-wait=300",
+    "--dynamo-lease-ttl",
+    "10",
+)
 NAMES = ("g0", "g1", "g2")
 
 
 class Three(Groups):
-    """A group, and a member of etcd, on each of three nodes; the frontend is on the first."""
+    """A group, a member of etcd and a frontend, on each of three nodes."""
 
     def engines_of(self, *ranks: int) -> list[proc.ProcessId]:
-        """What runs of engines there, and the frontend with the first."""
+        """The engines and the frontends there."""
         found = [i.identity for rank in ranks for i in self.engines(rank)]
-        return found + [i.identity for i, tag in proc.tagged(self.run) if "/frontend/" in tag and 0 in ranks]
+        tags = {f"{self.run}/frontend/1/{rank}" for rank in ranks}
+        return found + [i.identity for i, tag in proc.tagged(self.run) if tag in tags]
 
     def lead(self, rank: int) -> dict[str, cluster.Member]:
         """Have the member of that node lead etcd; returns all."""
@@ -39,6 +51,11 @@ class Three(Groups):
         eventually(lambda: cluster.standing(alone, retry=5.0).leads, LONG)
         alone.close()
         return found
+
+    def served(self, rank: int) -> str | None:
+        """The completion of the fixed prompt, by that node's frontend; None when it gives none in time."""
+        host, port = self.run_file()["frontend_urls"][rank].removeprefix("http://").split(":")
+        return complete(host, int(port), "hello", 8, 5.0)
 
     def dead(self, rank: int) -> bool:
         return not self.engines(rank)
@@ -58,6 +75,7 @@ def test_a_machine_with_the_leader_of_etcd_is_switched_off(three: Lab, model: Pa
         run.full(*NAMES)
         before = run.text()
         assert len(run.run_file()["etcd_endpoints"]) == 3
+        eventually(lambda: len(run.run_file()["frontend_urls"]) == 3)
         run.lead(2)
         others, lost = run.engines_of(0, 1), run.engines_of(2)
         assert len(others) > 4
@@ -94,10 +112,12 @@ def test_the_first_machine_is_cut_off_and_kills_its_ranks_too(three: Lab, model:
     with Three(three, model, *FLAGS).hand() as run:
         run.full(*NAMES)
         before = run.text()
+        eventually(lambda: len(run.run_file()["frontend_urls"]) == 3)
         others = [i.identity for rank in (1, 2) for i in run.engines(rank)]
         three.node("node1").cut()
         eventually(lambda: run.dead(0), LONG, "it kills its ranks by itself")
         assert all(map(proc.alive, others))
+        eventually(lambda: run.served(1) == before and run.served(2) == before, LONG, "the other frontends serve on")
         three.node("node1").join()
         eventually(lambda: not run.dead(0), LONG, "started again")
         run.full(*NAMES)
