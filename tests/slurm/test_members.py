@@ -12,6 +12,8 @@ from gms_launch.control import cluster
 from gms_launch.control.client import Etcd
 from gms_launch.process import proc
 from gms_launch.run.rundir import RunDir
+from tests import listening
+from tests.listening import Row
 from tests.slurm.lab import Lab
 from tests.slurm.test_groups import Groups
 from tests.support import LONG, complete, etcdctl, eventually
@@ -29,6 +31,18 @@ FLAGS = (
     "10",
 )
 NAMES = ("g0", "g1", "g2")
+#: As docs/security.md has it; the door is open in tests, and engines of one node meet on its loopback.
+ROWS = listening.documented(4) - {
+    Row("etcd", "peers", "loopback"),
+    Row("frontend", "clients", "loopback"),
+    Row("engine", "requests", "loopback"),
+    Row("engine", "meeting", "network"),
+}
+ROWS |= {
+    Row("etcd", "peers", "network"),
+    Row("frontend", "clients", "network"),
+    Row("engine", "meeting", "loopback"),
+}
 
 
 class Three(Groups):
@@ -77,6 +91,7 @@ def test_a_machine_with_the_leader_of_etcd_is_switched_off(three: Lab, model: Pa
         assert len(run.run_file()["etcd_endpoints"]) == 3
         eventually(lambda: len(run.run_file()["frontend_urls"]) == 3)
         run.lead(2)
+        assert listening.of_run(run.run, run.run_file()["ports"])[0] == ROWS
         others, lost = run.engines_of(0, 1), run.engines_of(2)
         assert len(others) > 4
         three.node("node3").power_off()
