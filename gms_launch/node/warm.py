@@ -2,7 +2,8 @@
 
 A re-arm takes one of them and is spared the imports. One process a slot, for one life: nothing is forked from it, since
 neither CUDA nor the threads that imports start would survive that. They hold no lock, no GMS session and no GPU memory;
-what they are is told by their tag (`<run>/warm/<number>/<node>`), and they die with the agent as its other children do.
+what they are is told by their tag (`<run>/warm/<group and number>/<node>`), and they die with the agent as its other
+children do.
 
 Started once redundancy is full, so that they never compete with a failover or a start for the processor. Nothing waits
 for them: where none is ready, or the one that is asked does not answer in time, a life is started cold.
@@ -74,9 +75,13 @@ class WarmSlots:
     @property
     def status(self) -> tuple[ServiceStatus, ...]:
         words = {"empty": "stopped", "imports": "starting", "dying": "stopping"}
+        whose = f"{self._layout.group}." if self._layout.group else ""
         return tuple(
             ServiceStatus(
-                s.name, words.get(s.state, "ready"), s.waiting.child.pid if s.waiting is not None else 0, s.starts
+                f"{whose}{s.name}",
+                words.get(s.state, "ready"),
+                s.waiting.child.pid if s.waiting is not None else 0,
+                s.starts,
             )
             for s in self._slots
         )
@@ -141,8 +146,8 @@ class WarmSlots:
         loop, layout = asyncio.get_running_loop(), self._layout
         self._number += 1
         slot.directory = layout.node_dir.warm_scratch(self._number)
-        # Long enough for the tag that takes its place.
-        tag = f"{layout.run}/warm/{self._number:012d}/{layout.topology.node_rank}"
+        # Long enough for the tag that takes its place, and no other group's of this node.
+        tag = f"{layout.run}/warm/{layout.index:04d}{self._number:08d}/{layout.home.node_rank}"
         made = layout.warm_environment() | {"TMPDIR": str(slot.directory)}
         try:
             layout.node_dir.make_warm_scratch(self._number)

@@ -248,8 +248,9 @@ class Metrics:
     def _node(self, node: NodeRecord, parts: Sequence[tuple[str, NodeRecord]]) -> Iterator[Metric]:
         """`parts` are the groups that this node is in, each with its record there."""
         up = GaugeMetricFamily("gms_launch_service_up", "1 while a service is ready.", labels=["service"])
-        for service in (s for s in node.services if not s.name.startswith("warm-")):  # nobody's page if it is not
-            up.add_metric([service.name], float(service.state == "ready"))
+        for service in node.services:
+            if not service.name.rpartition(".")[2].startswith("warm-"):  # nobody's page if it is not
+                up.add_metric([service.name], float(service.state == "ready"))
         yield up
         gms = self._gauges("gms_bytes", "Memory that GMS owns, at the last look.", "device", "tag")
         gpu = self._gauges("gpu_memory_bytes", "Memory of a GPU by NVML, at the last look.", "gpu", "state")

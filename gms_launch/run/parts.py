@@ -25,7 +25,7 @@ def check(layout: Layout) -> None:
     found = placed(layout)
     reach.of(layout.home, any(p.leader for p in found))
     for p in found:
-        _not_yet(p, layout)
+        _check_events(p, layout)
         if layout.is_spare or layout.home.node_rank in p.nodes:
             try:
                 model.check(p.group.settings)
@@ -36,8 +36,8 @@ def check(layout: Layout) -> None:
                 raise UsageError(f"group {p.group.name}: {problems[0]}")
 
 
-def _not_yet(p: Placed, layout: Layout) -> None:
-    """Raise `UsageError` for what can be planned and not yet be run."""
+def _check_events(p: Placed, layout: Layout) -> None:
+    """Raise `UsageError` for events that would not get from a group's engines to the frontend."""
     if p.leader and layout.own_nats and layout.settings.event_plane == "nats":
         raise UsageError(
             f"group {p.group.name} is led by node {p.leader}, and the run's own NATS is on the first node's loopback: "

@@ -165,12 +165,14 @@ def of_groups(
     """
     taken = {run.frontend, run.etcd, run.etcd_peer, run.nats, run.word, run.frontend_inner}
     made = []
+    ranges = replicas = 0  # what the groups before this one have taken
     for s, seat, extra in wanted:
         chooser = _Chooser(s, free, taken)
         cohorts, span = range(s.cohorts), COHORT_STRIDE * s.cohorts
         system = tuple(chooser.one("system_port", s.system_port + 10 * seat + k) for k in cohorts)
-        nixl = _nixl(chooser.one, s, s.nixl_port + 10 * seat)
-        vllm = tuple(chooser.one("vllm_port", s.vllm_port + span * seat + COHORT_STRIDE * k) for k in cohorts)
+        nixl = _nixl(chooser.one, s, s.nixl_port + replicas)
+        vllm = tuple(chooser.one("vllm_port", s.vllm_port + COHORT_STRIDE * (ranges + k)) for k in cohorts)
+        ranges, replicas = ranges + s.cohorts, replicas + max(10, s.dp * s.cohorts)
         own = _extra(chooser.one, {name: first + 10 * seat for name, first in extra.items()}, cohorts)
         base = s.master_port + span * seat
         while not all(chooser.usable(base + COHORT_STRIDE * k) for k in cohorts):

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from gms_launch.process import proc, warm_child
-from tests.support import Deployment, eventually
+from tests.integration.test_groups import Grouped
+from tests.support import Deployment, eventually, kill
 
 
 def warm(run: Deployment) -> dict[str, Any]:
@@ -128,3 +129,23 @@ def test_what_has_opened_the_gpu_becomes_no_engine(tmp_path: Path, monkeypatch: 
     assert warm_child.uses_gpu() == ""
     with open(device):
         assert warm_child.uses_gpu() == str(device)
+
+
+def test_the_slot_of_one_group_is_no_business_of_another(tmp_path: Path, model: Path) -> None:
+    flags = ["--virtual-gpus", "2", "--groups", "2", "--warm-slots", "1", "--no-canary"]
+    with Grouped(tmp_path, model, *flags) as run:
+        run.full("g0", "g1")
+
+        def slots(other_than: int = 0) -> dict[str, int]:
+            """The processes that wait, once each group has one."""
+            rows = [s for s in run.status()["nodes"][0]["services"] if "warm-" in s["name"]]
+            found = {s["name"]: int(s["pid"]) for s in rows if s["state"] == "ready" and s["pid"] != other_than}
+            return found if len(found) == 2 else {}
+
+        before = eventually(slots, what="a warm process of each")
+        assert set(before) == {"g0.warm-1", "g1.warm-1"}
+        assert len({proc.tag_of(pid) for pid in before.values()}) == 2
+        kill(before["g0.warm-1"])
+        after = eventually(lambda: slots(before["g0.warm-1"]), what="another one of g0")
+        assert after["g1.warm-1"] == before["g1.warm-1"]
+        assert {e["group"] for e in run.events("warm_lost")} == {"g0"}

@@ -36,6 +36,20 @@ def test_replicas_meet_beside_the_master_ports_and_each_has_a_port_of_nixls() ->
     assert found.nixl == (8280, 8286, 8290), "4 beside each other"
 
 
+def test_groups_of_one_node_have_ranges_of_their_own_however_many_cohorts_and_replicas_each_has() -> None:
+    """Also where the first number was fixed: it is taken by the run's own groups, and by nobody else."""
+    fixed = {"vllm_port": "21000", "nixl_port": "8280"}
+    sizes = [("2", "8"), ("1", "1"), ("3", "2")]
+    several = [resolve({"shadows": s, "dp": dp} | fixed, {}) for s, dp in sizes]
+    made = ports.of_groups(ports.layout(several[0], lambda _: True), [(s, k, {}) for k, s in enumerate(several)], _any)
+    assert [p for own in made for p in own.vllm] == [21000 + 100 * k for k in range(3 + 2 + 4)]
+    assert [own.nixl for own in made] == [(8280, 8288, 8296), (8304, 8305), (8314, 8316, 8318, 8320)]
+
+
+def _any(port: int) -> bool:
+    return True
+
+
 def test_taken_ports_are_passed_over_and_nothing_is_given_twice() -> None:
     taken = {8000, 8080, 2379, 29500}
     found = ports.layout(resolve({"shadows": "2"}, {}), lambda p: p not in taken)
