@@ -15,6 +15,18 @@ from gms_launch.cohort.records import NodeRecord, SeatRecord
 
 
 @dataclass(frozen=True)
+class Rules:
+    """The ranks below `serving` have work, the `spares` behind them wait. One that is lost for `wait` seconds is given
+    to a spare; one whose node the scheduler calls down, after `least`.
+    """
+
+    serving: int
+    spares: int
+    wait: float
+    least: float
+
+
+@dataclass(frozen=True)
 class Exchange:
     """The agents of `node_rank`, which is lost, and of the rank `spare` change places; `seats` are the new records."""
 
@@ -67,26 +79,23 @@ def look(
 def decide(
     nodes: Mapping[int, NodeRecord],
     seats: Mapping[int, SeatRecord],
-    serving: int,
-    spares: int,
+    rules: Rules,
     seen: Seen,
-    wait: float,
-    least: float,
     down: Collection[int],
     now: float,
 ) -> list[Exchange]:
-    """Which spares take whose places now: of ranks below `serving` that are lost for `wait` seconds, of those that the
-    scheduler calls `down` for `least`. Rank 0 leads the run and is nobody else's.
+    """Which spares take whose places now; `down` are the ranks whose nodes the scheduler calls so. Rank 0 leads the run
+    and is nobody else's.
     """
     free = [
         rank
-        for rank in range(serving, serving + spares)
+        for rank in range(rules.serving, rules.serving + rules.spares)
         if here(nodes, seats, rank) and not nodes[rank].stopping and not nodes[rank].failed
     ]
     serial = max((seat.serial for seat in seats.values()), default=0)
     found = []
     for rank, (since, _) in sorted(seen.absent.items()):
-        if rank in nodes or now - since < (least if rank in down else wait) or not free:
+        if rank in nodes or now - since < (rules.least if rank in down else rules.wait) or not free:
             continue  # a lost one's key goes with its lease, and not before that
         spare = free.pop(0)
         serial += 1
@@ -95,7 +104,7 @@ def decide(
     return found
 
 
-def next_look(seen: Seen, wait: float, least: float, down: Collection[int], now: float) -> float | None:
+def next_look(seen: Seen, rules: Rules, down: Collection[int], now: float) -> float | None:
     """When `decide` might say something else although nothing happened; None for never."""
-    times = [since + (least if rank in down else wait) for rank, (since, _) in seen.absent.items()]
+    times = [since + (rules.least if rank in down else rules.wait) for rank, (since, _) in seen.absent.items()]
     return min((t for t in times if t > now), default=None)

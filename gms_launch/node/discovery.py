@@ -49,7 +49,7 @@ class Discovery:
         self._waking: dict[Life, float] = {}
         self._standing = Standing(lambda: report.link, layout.settings.dynamo_lease_ttl)
         on = bool(layout.settings.migration_limit)
-        self._holds = Holds(on, report, spawn, self._around, self._keep, self._revoke, desk.moves, desk.pid, desk.host)
+        self._holds = Holds(on, report, spawn, self._around, self._keep, self._revoke, desk)
 
     def ended(self, life: Life) -> None:
         """A life has ended: hold what it was asked, and end its leases in time. Once said is enough."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from gms_launch.cohort import hold
 from gms_launch.cohort.hold import Act, Around
+from gms_launch.node.desk import Desk
 from gms_launch.node.reporter import Reporter
 from gms_launch.numbers import numbered
 from gms_launch.process import listener
@@ -116,8 +117,7 @@ class Holds:
     """All that is held on a node. `around` says how things stand for a dead life; `keep` lets the frontends go on
     knowing it, and `revoke` ends that.
 
-    `count` asks the frontend how many requests have moved and failed so far; it may block. `frontend` is the pid of the
-    run's own one, 0 when there is none; on another node than that `host` is its address.
+    `desk` is where the run's frontend is asked.
     """
 
     def __init__(
@@ -128,14 +128,12 @@ class Holds:
         around: Callable[[Life], Around],
         keep: Callable[[Life], Awaitable[None]],
         revoke: Callable[[Life], Awaitable[None]],
-        count: Callable[[], tuple[float, float] | None],
-        frontend: Callable[[], int],
-        host: str = "",
+        desk: Desk,
     ) -> None:
         self.on = on
-        self._clients = Clients(frontend, host)
+        self._clients = Clients(desk.pid, desk.host)
         self._blind = False
-        self._count_now = count
+        self._count_now = desk.moves
         self._moved: float | None = None
         self._report, self._spawn, self._around = report, spawn, around
         self._keep, self._revoke = keep, revoke

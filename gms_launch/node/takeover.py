@@ -34,16 +34,16 @@ class Takeover:
         """Decide and act once; returns when to look again though nothing happened. `now` in monotonic seconds."""
         me, s = self._me, self._me.settings
         nodes, known = me.mirror.nodes, me.mirror.seats
+        rules = seats.Rules(s.serving_nodes, s.spares, s.spare_wait + NODE_GRACE, LEAST_SPARE_WAIT)
         self._seen = seats.look(nodes, known, s.serving_nodes, self._seen, now)
         self._down &= self._seen.absent.keys()
         self._ask_slurm(now)
         if not self._busy:
-            wait, least = s.spare_wait + NODE_GRACE, LEAST_SPARE_WAIT
-            found = seats.decide(nodes, known, s.serving_nodes, s.spares, self._seen, wait, least, self._down, now)
+            found = seats.decide(nodes, known, rules, self._seen, self._down, now)
             if found:
                 self._busy = True
                 me.spawn(self._exchange(found))
-        again = seats.next_look(self._seen, s.spare_wait + NODE_GRACE, LEAST_SPARE_WAIT, self._down, now)
+        again = seats.next_look(self._seen, rules, self._down, now)
         asked = [at + ASK_AGAIN for rank, at in self._asked.items() if rank not in self._down]
         return min([*asked, *([] if again is None else [again])], default=None)
 

@@ -34,6 +34,18 @@ sys.stdin.read()
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LISTEN!r}, sys.argv[1]])"
 
 
+class Nobody:
+    """A frontend that is not there."""
+
+    host = ""
+
+    def pid(self) -> int:
+        return 0
+
+    def moves(self) -> None:
+        return None
+
+
 class Owner:
     """A process that leads a group in which somebody listens."""
 
@@ -131,7 +143,7 @@ class Stage:
         self.revoked.append(life)
 
     def make(self) -> Holds:
-        return Holds(True, self, self.spawn, lambda _: self.around, self.keep, self.revoke, lambda: None, lambda: 0)  # type: ignore[arg-type]
+        return Holds(True, self, self.spawn, lambda _: self.around, self.keep, self.revoke, Nobody())  # type: ignore[arg-type]
 
     async def hold(self, owner: Owner) -> Holds:
         """Life 0.1 takes requests where `owner` listened, and has died."""

@@ -99,8 +99,10 @@ class SpareWorld(World):
         nodes = self.present()
         self.seen = seats.look(nodes, self.seats, self.serving, self.seen, self.now)
         if not self.decided and not self.memory.initial:
-            more = (self.seats, self.serving, self.spares, self.seen, WAIT, LEAST, (), self.now)
-            self.decided = seats.decide(nodes, *more)
+            self.decided = seats.decide(nodes, self.seats, self.rules(), self.seen, (), self.now)
+
+    def rules(self) -> seats.Rules:
+        return seats.Rules(self.serving, self.spares, WAIT, LEAST)
 
     def exchange(self, x: Exchange) -> None:
         """Etcd does it, or refuses it."""
@@ -211,7 +213,7 @@ class SpareWorld(World):
         for x in list(self.decided):
             self.exchange(x)
         pause = super().turn()
-        at = seats.next_look(self.seen, WAIT, LEAST, (), self.now)
+        at = seats.next_look(self.seen, self.rules(), (), self.now)
         if pause and at is not None:
             return min(pause, max(0.1, at - self.now))
         return pause

@@ -181,6 +181,18 @@ def test_what_is_usable_alone_needs_nothing_else(module: str) -> None:
     assert not loaded & {"node", "cli", "run", "services", "engines", "control"}
 
 
+def test_what_belongs_together_is_handed_over_together() -> None:
+    """Nobody can check by reading in which order nine things come."""
+    wrong = []
+    for module, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")]
+                if len(names) > 8:
+                    wrong.append(f"{module}.{node.name}")
+    assert wrong == []
+
+
 def test_modules_stay_readable() -> None:
     """A module that passes 400 lines is asking to be split."""
     assert [p.name for p in PACKAGE.rglob("*.py") if len(p.read_text().splitlines()) > 400] == []

@@ -10,7 +10,7 @@ from gms_launch.cohort.seats import Exchange, Seen
 
 #: Three nodes and two spares.
 NODES = {r: NodeRecord(r, f"n{r}", "", "", 1, 1, origin=r) for r in range(5)}
-WAIT, LEAST = 10.0, 3.0
+RULES = seats.Rules(serving=3, spares=2, wait=10.0, least=3.0)
 
 
 def without(*ranks: int) -> dict[int, NodeRecord]:
@@ -20,7 +20,7 @@ def without(*ranks: int) -> dict[int, NodeRecord]:
 def decide(
     nodes: dict[int, NodeRecord], known: dict[int, SeatRecord], seen: Seen, now: float, *down: int
 ) -> list[Exchange]:
-    return seats.decide(nodes, known, 3, 2, seats.look(nodes, known, 3, seen, now), WAIT, LEAST, down, now)
+    return seats.decide(nodes, known, RULES, seats.look(nodes, known, 3, seen, now), down, now)
 
 
 def lost_at(moment: float, *ranks: int) -> Seen:
@@ -31,7 +31,7 @@ def test_nobody_moves_while_all_are_there_and_none_before_the_wait_is_over() -> 
     assert decide(NODES, {}, Seen.nothing(), 100.0) == []
     seen = lost_at(100.0, 1)
     assert decide(without(1), {}, seen, 109.9) == []
-    assert seats.next_look(seen, WAIT, LEAST, (), 105.0) == 110.0
+    assert seats.next_look(seen, RULES, (), 105.0) == 110.0
     (x,) = decide(without(1), {}, seen, 110.0)
     assert (x.node_rank, x.spare) == (1, 3)
     assert x.seats == (SeatRecord(1, 3, 1), SeatRecord(3, 1, 1)), "they change places"
@@ -45,7 +45,7 @@ def test_one_that_is_back_in_time_keeps_its_place() -> None:
 def test_one_that_the_scheduler_calls_down_is_not_waited_for_but_its_ranks_must_be_dead() -> None:
     seen = lost_at(100.0, 1)
     assert decide(without(1), {}, seen, 102.9, 1) == []
-    assert seats.next_look(seen, WAIT, LEAST, (1,), 102.9) == 103.0
+    assert seats.next_look(seen, RULES, (1,), 102.9) == 103.0
     assert [x.node_rank for x in decide(without(1), {}, seen, 103.0, 1)] == [1]
 
 
