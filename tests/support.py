@@ -58,6 +58,13 @@ def _reserved(made: list[Reservation] = []) -> Reservation:  # noqa: B006 - one 
     return made[0]
 
 
+def _stopped(thread: Path) -> bool:
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except FileNotFoundError:
+        return True  # it has ended
+
+
 def eventually(look: Callable[[], T], timeout: float = PATIENCE, what: str | Callable[[], str] = "") -> T:
     """Call `look` until its result is true, and return that. `what` is missed when it does not become so."""
     deadline = time.monotonic() + timeout
@@ -173,8 +180,12 @@ class EtcdServer:
         return self
 
     def send(self, sig: int) -> None:
+        """Send it a signal; SIGSTOP has stopped all its threads when this returns."""
         assert self._process is not None
         self._process.send_signal(sig)
+        if sig == signal.SIGSTOP:
+            threads = Path(f"/proc/{self._process.pid}/task")
+            eventually(lambda: all(_stopped(t) for t in threads.iterdir()), what="stopped")
 
     def kill(self) -> None:
         if self._process is not None:

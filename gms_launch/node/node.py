@@ -21,6 +21,7 @@ from gms_launch.cohort.records import EndedRecord
 from gms_launch.control.claims import Claims
 from gms_launch.control.mirror import Mirror
 from gms_launch.errors import InterruptedRunError, LaunchError
+from gms_launch.node import whose
 from gms_launch.node.desk import Near
 from gms_launch.node.exporter import Exporter
 from gms_launch.node.group import Group
@@ -31,7 +32,7 @@ from gms_launch.node.rank import Rank
 from gms_launch.node.reporter import Reporter
 from gms_launch.node.session import Part, Session
 from gms_launch.node.tasks import Tasks
-from gms_launch.process import lifecycle, listener, word
+from gms_launch.process import lifecycle, word
 from gms_launch.process.follow import FileWatcher
 from gms_launch.run.plan import Layout
 from gms_launch.run.rundir import NodeEnd, RunFile
@@ -98,7 +99,8 @@ class Node:
         self.front = ""
         self.answered: set[str] = set()
         self._on_rank = on_rank
-        self._registered: dict[str, Group | None] = {}
+        self._whose = whose.Whose(self.groups, layout.home.address)
+        self._instances: dict[str, bytes] = {}
 
     def _group(self, mine: Layout) -> Group:
         """This node's part in one group; the run's own records are those of a run without groups."""
@@ -226,16 +228,16 @@ class Node:
         if not self.layout.number_of_groups and self.groups:
             self.groups[0].ranks.discovery.seen(found)
             return
-        whose = {key: self._whose(key, record) for key, record in found.items()}
-        for group in self.groups:
-            group.ranks.discovery.seen({k: r for k, r in found.items() if whose[k] is group})
+        self._instances = found
+        self._tell_whose(whose.PAUSE)
 
-    def _whose(self, key: str, record: bytes) -> Group | None:
-        """The group of an engine that has registered: of the rank here that listens where it says. Asked once."""
-        if key not in self._registered:
-            where = listener.advertised(record)
-            self._registered[key] = None if where is None else next((g for g in self.groups if g.listens(*where)), None)
-        return self._registered[key]
+    def _tell_whose(self, pause: float) -> None:
+        """Tell each group of its engines."""
+        found = self._whose.look(self._instances)
+        for group in self.groups:
+            group.ranks.discovery.seen({k: r for k, r in self._instances.items() if found[k] is group})
+        if not self.stopping.is_set() and not self._whose.settled(found):
+            self.loop.call_later(pause, self._tell_whose, 2 * pause)
 
     def cut_off(self, why: str) -> None:
         self.progress(f"{why}: killing this node's ranks, since the others go on without them")

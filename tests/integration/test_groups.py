@@ -18,7 +18,7 @@ from gms_launch.control.keys import Keys
 from tests.load import Load
 from tests.support import GMS_LAUNCH, LONG, Deployment, complete, eventually, free_port, gms_launch, kill
 
-KILLS = 6
+KILLS = 2
 
 
 class Grouped(Deployment):
@@ -205,6 +205,7 @@ def test_pages_show_every_group_and_one_of_them(one_node: Grouped, tmp_path: Pat
     assert "group g2: failovers" in page("timeline", "--group", "g2")
 
 
+@pytest.mark.slow
 def test_one_group_is_killed_while_etcd_is_away(patient: Grouped) -> None:
     run = patient
     found = run.full("g0", "g1")

@@ -59,11 +59,12 @@ def kill_worker(cohort: dict[str, Any]) -> None:
     kill(proc.children(cohort["ranks"][0]["pid"])[0])
 
 
-def test_streams_go_on_over_five_failovers_in_a_row(run: Deployment) -> None:
+@pytest.mark.parametrize("failovers", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_streams_go_on_over_failovers_in_a_row(run: Deployment, failovers: int) -> None:
     before = len(run.events("released"))
-    whole(run, kill_group, failovers=5, tokens=700)
+    whole(run, kill_group, failovers=failovers, tokens=140 * failovers)
     released = run.events("released")[before:]
-    assert len(released) == 5 and all(e["data"]["moved"] for e in released)
+    assert len(released) == failovers and all(e["data"]["moved"] for e in released)
     assert sum(e["data"]["connections"] for e in released) > 0, "somebody waited"
 
 

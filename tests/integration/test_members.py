@@ -146,6 +146,7 @@ def test_nothing_is_left_of_three_members(three: Three) -> None:
     assert ended["exit_code"] == 0 and len(ended["nodes"]) == 3
 
 
+@pytest.mark.slow
 def test_without_the_first_node_the_others_stay_until_node_wait_is_over(tmp_path: Path, model: Path) -> None:
     ports = ["--frontend-port", str(free_port())]
     flags = ("--virtual-gpus", "1", "--groups", "3", "--etcd-members", "3", "--node-wait", "20", *ports)
@@ -221,6 +222,7 @@ def example(word: str, urls: list[str], port: int) -> str:
     return text.replace("0.0.0.0:9000", f"127.0.0.1:{port}")
 
 
+@pytest.mark.slow
 def test_load_balancers_before_several_frontends_as_the_guide_has_them(fronts: Three, tmp_path: Path) -> None:
     run = fronts
     urls, text = run.run_file["frontend_urls"], run.text()

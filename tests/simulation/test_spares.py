@@ -18,11 +18,12 @@ def one(seed: int, steps: int = 40, faults: int = 3) -> SpareWorld:
 
 
 @pytest.mark.timeout(900)
-def test_six_thousand_interleavings_with_spares() -> None:
+@pytest.mark.parametrize("number", [2_000, pytest.param(60_000, marks=pytest.mark.slow)])
+def test_interleavings_with_spares(number: int) -> None:
     """Never two ranks in one place, and none begun before its predecessor is dead, wherever that was."""
-    runs = [one(seed) for seed in range(6_000)]
-    assert sum(w.taken for w in runs) > 400, "spares took places"
-    assert sum(bool(w.aborted) for w in runs) < 2000
+    runs = [one(seed) for seed in range(number)]
+    assert sum(w.taken for w in runs) > number // 15, "spares took places"
+    assert sum(bool(w.aborted) for w in runs) < number // 3
 
 
 def full(serving: int, number: int) -> SpareWorld:

@@ -107,6 +107,7 @@ def test_a_machine_with_the_leader_of_etcd_is_switched_off(three: Lab, model: Pa
         run.full("g0", "g1")
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_cut_off_kills_its_ranks_and_comes_back(three: Lab, model: Path) -> None:
     with Three(three, model, *FLAGS).hand() as run:
         run.full(*NAMES)
@@ -122,6 +123,7 @@ def test_a_machine_that_is_cut_off_kills_its_ranks_and_comes_back(three: Lab, mo
         assert run.lead(2) == members, "its member is the one that it was"
 
 
+@pytest.mark.slow
 def test_the_first_machine_is_cut_off_and_kills_its_ranks_too(three: Lab, model: Path) -> None:
     """A minority of one: its own etcd gives it no lease any more."""
     with Three(three, model, *FLAGS).hand() as run:

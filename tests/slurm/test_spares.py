@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from gms_launch.process import proc
 from gms_launch.transport import sbatch
 from tests.slurm.lab import Lab
@@ -97,6 +99,7 @@ def test_an_agent_that_stood_still_finds_its_place_taken_and_does_no_harm(bare_l
         assert run.text() == before
 
 
+@pytest.mark.slow
 def test_a_stopped_agent_on_a_node_that_is_cut_off_has_no_ranks_when_the_spare_starts(
     bare_lab: Lab, model: Path
 ) -> None:
@@ -137,6 +140,7 @@ def test_a_node_that_slurm_calls_down_is_not_waited_for(fragile_lab: Lab, model:
     run.wait_gone()
 
 
+@pytest.mark.slow
 def test_a_groups_leader_that_has_a_member_of_etcd_is_followed_by_a_spare(model: Path) -> None:
     """Two groups of two nodes and a spare; the third node leads a group, and the run's etcd has a member there."""
     flags = ("--groups=2", "--spares=1", "--etcd-members=3", "--lease-ttl=3", "--spare-wait=4", "--node-wait=300")
