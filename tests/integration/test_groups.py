@@ -248,6 +248,7 @@ def test_one_group_is_killed_while_etcd_is_away(patient: Grouped) -> None:
         assert f'gms_launch_slots_given_up{{group="{group}"}} 0.0' in shown
 
 
+@pytest.mark.slow
 def test_every_rank_of_one_group_dies_and_the_other_serves_on(pairs: Four) -> None:
     run = pairs
     assert [g["nnodes"] for g in run.full("g0", "g1").values()] == [2, 2]

@@ -197,6 +197,7 @@ def test_an_engine_that_registers_again_by_itself_is_not_killed(run: Deployment)
     assert run.status()["primary"] == old["cohort_id"] and primary(run)["incarnation"] == old["incarnation"]
 
 
+@pytest.mark.slow
 def test_requests_wait_for_longer_than_the_dead_engines_lease(tmp_path: Path, model: Path) -> None:
     """Nobody renews the lease of an engine that is dead, or hangs; without it the frontend ends what waits."""
     flags = ("--dynamo-lease-ttl", "8", "--health-interval", "1", "--health-timeout", "12")

@@ -84,6 +84,7 @@ def three() -> Iterator[Lab]:
         yield lab
 
 
+@pytest.mark.slow
 def test_a_machine_with_the_leader_of_etcd_is_switched_off(three: Lab, model: Path) -> None:
     with Three(three, model, *FLAGS).hand() as run:
         run.full(*NAMES)
