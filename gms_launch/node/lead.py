@@ -12,7 +12,6 @@ import shlex
 import time
 import uuid
 from dataclasses import replace
-from functools import partial
 from typing import Any, NoReturn
 
 from gms_launch.cohort import actions, controller, membership
@@ -32,14 +31,11 @@ from gms_launch.node.tokens import Asked
 from gms_launch.observe import snapshot
 from gms_launch.process import clock
 from gms_launch.run import ports
-from gms_launch.services.base import excerpt, log_excerpt
+from gms_launch.services.base import copied_excerpt, excerpt
 from gms_launch.settings.declared import Settings
-from gms_launch.spool.reading import within
 
 #: How long the agent of a node has to begin a drill (seconds).
 DRILL_TIME = 10.0
-#: What reading another node's log may take while the run waits (seconds).
-EXCERPT = 1.0
 #: Pause between two looks for a first token (seconds); the frontend announces nothing.
 CONFIRM_PAUSE = 0.005
 
@@ -316,9 +312,7 @@ def _log_of(me: Group, cohort_id: int) -> str:
         return ""
     path = me.layout.logs_of(found.node_rank) / os.path.basename(found.log)
     here = me.ranks.said(found)
-    # Another node's log is on the shared home, which may hang, and this is the event loop.
-    lost = "  | (the home does not answer)"
-    text = within(EXCERPT, partial(log_excerpt, path), lost) if here is None else excerpt(here)
+    text = copied_excerpt(path) if here is None else excerpt(here)  # another node's is on the shared home
     return f"\n  log: {path}\n{text}"
 
 

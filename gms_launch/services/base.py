@@ -11,10 +11,13 @@ import shutil
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gms_launch.errors import UsageError
 from gms_launch.process.lifecycle import Command
+from gms_launch.spool.output import Output
+from gms_launch.spool.reading import within
 
 #: A service that ran this long before it died is started again without delay (seconds).
 STABLE_AFTER = 30.0
@@ -25,6 +28,8 @@ ESSENTIAL_MAX = 5.0
 LOOP = 3
 #: As much of a log is searched for a traceback (bytes).
 LOG_READ = 8 * 1024 * 1024
+#: What reading a log may take while the agent waits (seconds).
+EXCERPT = 1.0
 
 
 class NotReadyError(Exception):
@@ -129,6 +134,17 @@ def log_excerpt(path: Path, lines: int = 15) -> str:
     except OSError as exc:
         return f"(no log: {exc})"
     return excerpt(text, lines)
+
+
+def copied_excerpt(path: Path) -> str:
+    """The same while the event loop waits: the log may be on a home that hangs, and is then not waited for."""
+    return within(EXCERPT, partial(log_excerpt, path), "  | (the home does not answer)")
+
+
+def last_words(output: Output) -> str:
+    """What a child of this agent said last, for an error message; of its copy where the memory has been given back."""
+    kept = output.kept()
+    return copied_excerpt(output.path) if kept is None else excerpt(kept)
 
 
 def excerpt(text: str, lines: int = 15) -> str:

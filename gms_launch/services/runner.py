@@ -23,7 +23,7 @@ from gms_launch.services.base import (
     STABLE_AFTER,
     NotReadyError,
     Service,
-    excerpt,
+    last_words,
     restart_delay,
 )
 from gms_launch.spool.output import Output
@@ -148,7 +148,7 @@ class ServiceRunner:
         command = " ".join(self.service.command.argv)
         assert self._child is not None
         output = self._child.output
-        said = excerpt(output.kept() or "")
+        said = last_words(output)
         return ServiceError(f"{self.service.name} {text}\n  command: {command}\n  log: {output.path}\n{said}")
 
     async def _keep(self) -> None:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gms_launch.control.door import Door
 from gms_launch.gms import probe
@@ -60,6 +60,22 @@ MAY_LOSE = {
 DEAF_AFTER = ("kill_etcd", "freeze_etcd")
 #: A token's time, so that there always are requests in the middle of an answer.
 ENVIRON = {"REFERENCE_TOKEN_SECONDS": "0.02"}
+
+
+class Struck(Protocol):
+    """What a fault needs of a round that it has in common with those of `groups`."""
+
+    rng: random.Random
+
+    @property
+    def primary(self) -> int: ...
+
+    @property
+    def shadow(self) -> int: ...
+
+    def processes(self, cohort_id: int, /) -> list[proc.Stat]: ...
+
+    def wait_next_life(self, cohort_id: int, /) -> None: ...
 
 
 @dataclass
@@ -138,15 +154,15 @@ def during_promotion(r: Round) -> str:
     return first
 
 
-def stop_primary(r: Round) -> str:
+def stop_primary(r: Struck) -> str:
     return _stop(r, r.primary)
 
 
-def stop_shadow(r: Round) -> str:
+def stop_shadow(r: Struck) -> str:
     return _stop(r, r.shadow)
 
 
-def _stop(r: Round, cohort_id: int) -> str:
+def _stop(r: Struck, cohort_id: int) -> str:
     who = r.rng.choice(r.processes(cohort_id))
     os.kill(who.pid, signal.SIGSTOP)
     r.wait_next_life(cohort_id)

@@ -32,7 +32,7 @@ from gms_launch.control.door import Door
 from gms_launch.control.keys import DYNAMO_INSTANCES, Keys
 from gms_launch.gms import probe
 from gms_launch.process import proc
-from tests.chaos.chaos import ENVIRON, FLAGS, BrokenError
+from tests.chaos.chaos import ENVIRON, FLAGS, BrokenError, stop_primary, stop_shadow
 from tests.integration.test_groups import Grouped
 from tests.load import Load
 from tests.support import LONG, eventually, free_port, kill
@@ -158,21 +158,6 @@ def during_promotion(r: Round) -> str:
     first, pause = r.any_rank(r.primary), r.rng.uniform(0.0, 0.25)
     time.sleep(pause)  # the moment is the point: anywhere in the promotion
     return f"{first}, and {pause * 1000:.0f} ms later {r.any_rank(r.shadow)}"
-
-
-def stop_primary(r: Round) -> str:
-    return _stop(r, r.primary)
-
-
-def stop_shadow(r: Round) -> str:
-    return _stop(r, r.shadow)
-
-
-def _stop(r: Round, cohort_id: int) -> str:
-    who = r.rng.choice(r.processes(cohort_id))
-    os.kill(who.pid, signal.SIGSTOP)
-    r.wait_next_life(cohort_id)
-    return f"process {who.pid} of cohort {cohort_id} stopped"
 
 
 def no_tokens(r: Round) -> str:

@@ -338,7 +338,7 @@ def test_an_etcd_that_cannot_be_brought_back_ends_the_run_with_its_log(deploy: D
     real, broken = shutil.which("etcd"), tmp_path / "broken"
     wrapper = tmp_path / "etcd"
     said = "write /data: no space left on device"
-    wrapper.write_text(f'#!/bin/sh\ntest -e {broken} && echo "{said}" && sleep 0.3 && exit 1\nexec {real} "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\ntest -e {broken} && echo "{said}" && exit 1\nexec {real} "$@"\n')
     wrapper.chmod(0o755)
     run = deploy("--etcd-bin", str(wrapper), "--service-timeout", "15")
     broken.touch()

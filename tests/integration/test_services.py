@@ -232,6 +232,27 @@ def test_a_service_that_is_never_ready_is_ended_at_its_deadline(run: str, fast_d
     assert runner.pid == 0
 
 
+class Hasty(Output):
+    """Its memory is given back the moment that somebody wants to read it, as the writer may do when a child ended."""
+
+    def kept(self) -> str | None:
+        self.copy()
+        self.close()
+        return super().kept()
+
+
+def test_the_last_words_of_a_service_are_told_when_only_the_copy_is_left(run: str, fast_dir: Path) -> None:
+    service = Service("brief", Command(("sh", "-c", "echo no room; exit 1"), {}), lambda: None, 60.0, port=free_port())
+
+    async def live() -> None:
+        runner = ServiceRunner(service, f"{run}/brief", 0, lambda name: Hasty(fast_dir / name), lambda *_: None)
+        with pytest.raises(ServiceError, match="ended while it was starting") as caught:
+            await runner.start()
+        assert "| no room" in str(caught.value)
+
+    asyncio.run(live())
+
+
 def test_gms_is_ready_when_every_socket_answers(run: str, fast_dir: Path) -> None:
     devices = virtual_devices(2, 64)
 
