@@ -120,7 +120,8 @@ def _with_groups(settings: Settings, job: sbatch.Job) -> tuple[sbatch.Job, list[
         _check_model(p.group.settings, p.group.name)
     options = job.options if said else (*job.options, f"--gpus-per-node={gpus}")
     drawn = placement.drawing(placed, nodes, gpus, own.spares)
-    return replace(job, nodes=nodes, options=options), [placement.summary(placed, nodes, gpus), *drawn]
+    job = replace(job, nodes=nodes, options=options, groups=len(placed))
+    return job, [placement.summary(placed, nodes, gpus), *drawn]
 
 
 def as_toml(settings: Settings, secret: Callable[[str], str] = str) -> str:

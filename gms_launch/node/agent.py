@@ -22,7 +22,7 @@ from gms_launch.cohort import census, controller, membership, reconciler, seats
 from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.reconciler import Desire
 from gms_launch.cohort.records import CommandRecord, RunRecord, RunState, Wanted
-from gms_launch.errors import LaunchError, MovedError, by_code
+from gms_launch.errors import LaunchError, MovedError, UsageError, by_code
 from gms_launch.node import begin, end, lead, members, quiet, upkeep
 from gms_launch.node.desk import Clerk
 from gms_launch.node.group import Group
@@ -150,12 +150,15 @@ class Agent:
         return pause
 
     def _formed(self, group: Group) -> bool:
-        """Whether all of a group's nodes have taken their places in it once: until then none of them is lost."""
+        """Whether all of a group's nodes have taken their places in it once, and fit: until then none is lost."""
         if not group.formed:
-            group.formed = not membership.missing(group.mirror.nodes, group.layout.topology.nnodes)
+            nodes, nnodes = group.mirror.nodes, group.layout.topology.nnodes
+            group.formed = not membership.missing(nodes, nnodes)
             if group.formed:
-                group.report.emit("group_formed", nodes=group.layout.topology.nnodes)
-        return group.formed
+                group.report.emit("group_formed", nodes=nnodes)
+                if group.memory.initial and (found := membership.objections(nodes, nnodes)):
+                    lead.end(group, UsageError("; ".join(found)))
+        return group.formed and not group.over
 
     def _decide(self, group: Group, now: float) -> float | None:
         """The leader's part for one group; returns when it has to look again though nothing happened."""

@@ -289,12 +289,17 @@ def _abort(me: Group, action: actions.Abort) -> None:
     if action.cohort_id >= 0:
         text = f"cohort {action.cohort_id} did not come up: {action.why}{_log_of(me, action.cohort_id)}"
     error = DeadlineError(text) if action.late else LaunchError(text)
-    if not me.layout.group:
+    if me.layout.group:
+        end(me, error, action.why)
+    else:
         me.fail(error)
-        return
-    # At a first start the run ends of it, and says all of it then.
+
+
+def end(me: Group, error: LaunchError, why: str = "") -> None:
+    """End a group for good, `why` in short. At a first start the run ends of it, and says all of it then."""
+    text = str(error)
     me.progress(f"this group is over: {text.partition(chr(10))[0] if me.memory.initial else text}")
-    me.report.emit("group_over", detail=action.why)
+    me.report.emit("group_over", detail=why or text)
     me.report.run(failed=text, exit_code=error.exit_code, redundancy=Redundancy.DOWN.value)
     me.wake.set()
 

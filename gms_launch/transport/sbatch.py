@@ -29,7 +29,7 @@ _HETEROGENEOUS = (
 class Job:
     """What is asked of Slurm. `options` are sbatch's own, as on its command line.
 
-    Of the `nodes` so many are `spares`.
+    Of the `nodes` so many are `spares`; `groups` of the run, 0 without.
 
     `drain` (seconds) and `successor` (minutes) are times before the limit. `pyxis` and `apptainer` are images that the
     agents run in, `mounts` SRC:DST[:FLAGS], and `shared` what is to be there under the name that it has out here.
@@ -50,6 +50,12 @@ class Job:
     shared: tuple[str, ...] = ()
     mounts: tuple[str, ...] = ()
     spares: int = 0
+    groups: int = 0
+
+    @property
+    def outlives(self) -> bool:
+        """Whether a node, or an agent, that is lost is not the run's end."""
+        return bool(self.spares) or self.groups > 1
 
     def check(self) -> None:
         """Raise `UsageError` for what Slurm could not do, or what nobody could have meant."""
@@ -143,7 +149,7 @@ def script(job: Job, engine_args: Sequence[str], body: str) -> str:
     lines += [f"#SBATCH --output={job.directory / out}", f"#SBATCH --{'' if job.requeues else 'no-'}requeue"]
     if job.requeues:
         lines.append("#SBATCH --open-mode=append")  # what the life before has said stays
-    if job.spares:
+    if job.outlives:
         lines.append("#SBATCH --no-kill")  # a node that is lost does not end the job
     if job.array:
         lines.append(f"#SBATCH --array={job.array}")
@@ -177,7 +183,7 @@ def _container(job: Job) -> list[str]:
     named = {mount.split(":")[1] if ":" in mount else mount for mount in job.mounts}
     mounts = [f"{place}:{place}" for place in (str(job.home), "/dev/shm", *job.shared) if place not in named]
     mounts += job.mounts
-    step = list(SURVIVES) if job.spares else []
+    step = list(SURVIVES) if job.outlives else []
     if job.pyxis:
         options = [*step, f"--container-image={job.pyxis}", f"--container-mounts={','.join(mounts)}"]
         options.append("--no-container-remap-root")  # another user's number in there would make it another user's run

@@ -5,8 +5,8 @@
 Four agents on this machine's loopback, two groups of two nodes behind one frontend. Each round injects one fault into a
 group chosen at random (or, for what they share, into that), waits until both are full again, and checks from outside
 what `chaos` does, for each group, and of the other one: the same ranks in the same lives, with the same pids, nothing
-said of its redundancy, no event of it, and not one of its requests lost, wrong or late. The same seed injects the same
-faults. The first broken invariant ends it. Needs no root.
+said of its redundancy, no event of it, and not one of its requests lost or wrong. How long its answers took is told.
+The same seed injects the same faults. The first broken invariant ends it. Needs no root.
 """
 
 from __future__ import annotations

@@ -80,6 +80,12 @@ class Four(Grouped):
     nodes = 4
 
 
+class Shared(Grouped):
+    """Four groups, of which each node has two."""
+
+    nodes = 2
+
+
 class Two(Grouped):
     """Two groups of one node each; the engines of the second fail from their slots' second lives on."""
 
@@ -108,6 +114,13 @@ def patient(tmp_path: Path, model: Path) -> Iterator[Grouped]:
 def pairs(tmp_path: Path, model: Path) -> Iterator[Four]:
     ports = ["--frontend-port", str(free_port())]
     with Four(tmp_path, model, "--virtual-gpus", "1", "--groups", "2", "--node-wait", "25", *ports) as run:
+        yield run
+
+
+@pytest.fixture
+def shared(tmp_path: Path, model: Path) -> Iterator[Shared]:
+    flags = ["--virtual-gpus", "2", "--groups", "4", "--node-wait", "120", "--frontend-port", str(free_port())]
+    with Shared(tmp_path, model, *flags) as run:
         yield run
 
 
@@ -287,6 +300,21 @@ def test_the_node_that_leads_a_group_comes_back(pairs: Four) -> None:
     run.full("g1")
     assert not {pid for *_, pid in run.lives("g1")} & {pid for *_, pid in before}
     assert run.lives("g0") == untouched and run.text()
+
+
+def test_a_node_is_lost_with_all_of_its_groups_and_they_come_back_with_it(shared: Shared) -> None:
+    run, own = shared, ("g2", "g3")
+    found = run.full("g0", "g1", *own)
+    assert [g["leader"] for g in found.values()] == [0, 0, 1, 1]
+    untouched, before = [run.lives(n) for n in ("g0", "g1")], [pid for n in own for *_, pid in run.lives(n)]
+    kill(run.agent_of(1))
+    eventually(lambda: all(run.groups()[n]["redundancy"] == "down" for n in own), LONG, "both are lost")
+    eventually(run.text, LONG, "an answer, once nothing is sent to those any more")
+    assert run.status()["missing_nodes"] == [1]
+    assert run.node(1).returncode == 0
+    run.full(*own)
+    assert not {pid for n in own for *_, pid in run.lives(n)} & set(before)
+    assert [run.lives(n) for n in ("g0", "g1")] == untouched and run.text()
 
 
 def test_an_engine_that_gives_no_tokens_is_found_although_another_serves_the_same_model(two: Two) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gms_launch.engines.reference import demo_model
 from tests import listening
 from tests.listening import Row
 from tests.load import Load
@@ -77,6 +78,21 @@ def test_ranks_of_one_group_die_and_nobody_loses_a_request(four: Lab, model: Pat
         assert len(run.of("g1", "exit")) >= kills
         assert all(e["data"]["moves"] is not None for e in run.of("g1", "hold_over")), "node 0 was asked"
         assert any(e["data"]["moves"] for e in run.of("g1", "hold_over"))
+
+
+def test_a_group_whose_nodes_do_not_fit_together_ends_the_start_and_says_why(
+    four: Lab, model: Path, tmp_path: Path
+) -> None:
+    run = Groups(four, model, *QUICK, "--groups", "2")
+    demo_model.make(tmp_path, 8, seed=7)
+    four.node("node4").run(["mount", "--bind", str(tmp_path), str(run.model)], check=True)
+    try:
+        assert run.hand().exit_codes() == [2] * 4, run.output()
+        says = "group g1: node 3 (node4) has another model in the same place than node 2 (node3)"
+        assert says in run.output() and run.of("g1", "started") == [], run.output()
+    finally:
+        four.node("node4").run(["umount", str(run.model)], check=True)
+        run.__exit__()
 
 
 @pytest.mark.parametrize("node", ["node3", pytest.param("node4", marks=pytest.mark.slow)])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gms_launch.process import proc
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
 from tests.slurm.test_manners import job
@@ -23,6 +28,14 @@ def submit(run: LabRun, *flags: str, **environ: str) -> subprocess.CompletedProc
     own = ["--run", run.run, "--engine", "reference", "--model", str(run.model), "--served-model-name", "tiny"]
     own += [] if run.closed else ["--open-frontend"]  # it is asked from the login node
     return run.lab.run(["gms-launch", "submit", *own, *run.flags, *flags], env=environ, timeout=300)
+
+
+def groups(run: LabRun) -> dict[str, dict[str, Any]]:
+    return {g["name"]: g for g in run.status()["groups"]}
+
+
+def ranks(group: dict[str, Any]) -> list[tuple[int, int]]:
+    return [(c["incarnation"], r["pid"]) for c in group["cohorts"] for r in c["ranks"]]
 
 
 def at_the_limit(lab: Lab, number: str) -> None:
@@ -55,6 +68,38 @@ def test_what_was_settled_here_is_what_runs_there(lab: Lab, model: Path) -> None
         eventually(lambda: job(lab, number)["Restarts"] == "1" and job(lab, number)["JobState"] == "PENDING", LONG)
         assert run.run_file()["exit_code"] == 0 and run.left() == {}
         assert "the time limit is near" in (saved / f"slurm-{number}.out").read_text()
+    finally:
+        cleared(lab, run)
+
+
+@pytest.fixture
+def routed() -> Iterator[Lab]:
+    """Two nodes, of which the first has a default route: Dynamo's frontend takes answers there, where there is IPv6."""
+    with Lab(nodes=2) as made:
+        made.node("node1").run(["ip", "route", "add", "default", "via", f"{made.net}.254"], check=True)
+        yield made
+
+
+def test_a_job_of_groups_outlives_an_agent_and_the_other_groups_serve_on(routed: Lab, model: Path) -> None:
+    lab = routed
+    run = LabRun(lab, model, "--lease-ttl=2", "--groups=2", "--node-wait=300")
+    try:
+        done = submit(run, "-N2", "--gpus-per-node=1", *WAIT)
+        assert done.returncode == 0, done
+        number = done.stdout.split()[1]
+        before = groups(run)
+        host = run.status()["nodes"][1]["host"]
+        found = lab.node(host).pids("gms-launch", "python", "python3")
+        (agent,) = (pid for pid in found if "up" in proc.command_line(pid).split())
+        os.kill(agent, signal.SIGKILL)
+        eventually(lambda: groups(run)["g1"]["redundancy"] == "down", LONG, "the lost agent's group")
+        eventually(lambda: 1 in run.status()["missing_nodes"], LONG)
+        after = groups(run)["g0"]
+        assert after["redundancy"] == "full" and ranks(after) == ranks(before["g0"])
+        eventually(run.text, LONG, "an answer, once nothing is sent to the other any more")
+        assert not run.events("stopping") and job(lab, number)["JobState"] == "RUNNING"
+        run.cli("down")
+        eventually(lambda: job(lab, number)["JobState"] not in ("RUNNING", "COMPLETING"), LONG)
     finally:
         cleared(lab, run)
 

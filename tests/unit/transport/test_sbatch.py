@@ -55,6 +55,14 @@ def test_containers_get_what_nodes_share() -> None:
     assert f"GL_AGENT=(apptainer exec --nv {binds} /images/v.sif gms-launch)" in found
 
 
+def test_a_job_of_spares_or_groups_outlives_a_node_and_an_agent() -> None:
+    for job in (replace(JOB, spares=1), replace(JOB, groups=2)):
+        assert "#SBATCH --no-kill" in lines(job)
+        assert f"GL_STEP=({' '.join(sbatch.SURVIVES)})" in lines(job)
+    alone = lines(replace(JOB, groups=1))
+    assert "#SBATCH --no-kill" not in alone and not [line for line in alone if line.startswith("GL_STEP=")]
+
+
 def test_a_job_that_is_queued_again_adds_to_its_output() -> None:
     assert "#SBATCH --open-mode=append" in lines(replace(JOB, requeues=1))
     assert "#SBATCH --open-mode=append" not in lines(JOB)
