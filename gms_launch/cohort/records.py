@@ -236,6 +236,18 @@ class SeatRecord(Record):
 
 
 @dataclass(frozen=True)
+class LeadRecord(Record):
+    """`lead`, on its holder's lease: who leads the run, where that role moves. With its `lease`, which nobody else ever
+    has, it is the holder's token (`leadership`).
+    """
+
+    node_rank: int
+    origin: int
+    host: str
+    lease: int
+
+
+@dataclass(frozen=True)
 class DesiredCohort(Record):
     """`desired/cohorts/<id>`: what the controller wants. `why` is for people.
 

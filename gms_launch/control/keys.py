@@ -39,6 +39,7 @@ class Keys:
         self.events = f"{top}events/"
         self.commands = f"{self.prefix}commands/"
         self.peers = f"{top}peers"
+        self.lead = f"{top}lead"
         self.refusals = f"{top}refusals/"
         self.seats = f"{top}seats/"
         self.asked = f"{top}asked/"
