@@ -170,7 +170,7 @@ def recorded(directory: RunDir, end: RunFile) -> str:
 
 def known_nodes(directory: RunDir, found: RunFile) -> dict[tuple[int, str], Target]:
     """Every node that the run is known to have had, by node rank and host: a spare has that of a lost node."""
-    targets = {(0, found.leader_host): Target(found.leader_host, found.leader_address, found.slurm_job)}
+    targets = {(found.leader_rank, found.leader_host): Target(found.leader_host, found.leader_address, found.slurm_job)}
     try:
         listed = json.loads(directory.text(directory.ranks_json))["nodes"]
     except (OSError, ValueError, KeyError):
@@ -190,12 +190,12 @@ def clear(directory: RunDir, found: RunFile, node: Node) -> NodeEnd:
     """The proof for one node: its agent's own, or what `down --here` finds and does there."""
     if node.end is not None and node.end.clean:
         return node.end
-    here = node.node_rank == 0 and found.local
+    here = node.node_rank == found.leader_rank and found.local
     try:
         if here:
-            killed = clear_here(directory.run, 0, str(found.settings.get("gms_socket_dir") or ""))
+            killed = clear_here(directory.run, node.node_rank, str(found.settings.get("gms_socket_dir") or ""))
             return NodeEnd(
-                0,
+                node.node_rank,
                 node.target.host,
                 True,
                 f"killed {numbered(killed, 'process', 'processes')}" if killed else "",

@@ -23,7 +23,7 @@ from gms_launch.errors import DeadlineError, LaunchError, NoContactError, Refuse
 from gms_launch.observe import look
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.run import contact, model, placement
-from gms_launch.run.plan import cache_dir
+from gms_launch.run.nodedir import cache_dir
 from gms_launch.run.rundir import RunDir, RunFile, home, new_run_id
 from gms_launch.settings import groups
 from gms_launch.settings.declared import BY_NAME, SETTINGS, Settings

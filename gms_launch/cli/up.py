@@ -65,20 +65,18 @@ def main(settings: Settings, detach: bool, notify_fd: int, until_eof: bool) -> N
 
 def _agent(layout: Layout, reservation: ports.Reservation, reporter: Notify | Terminal, until_eof: bool) -> None:
     """Look for the leader if it is another node, and be this node's agent."""
-    leads = layout.topology.is_leader
+    moved = not layout.founds
     try:
-        if not leads:
-            while run_agent(
-                parts.with_groups(follow(layout, reservation, reporter.progress), reservation.free), reporter, until_eof
-            ):
-                pass  # it has another node rank now
-        else:
+        if layout.founds:
             place = layout.topology
             hosts = (place.leader_address, place.address)
-            layout = replace(layout, credentials=credentials.make(hosts, outside.pem(layout.settings)))
-            if moved := ports.moved(layout.settings, layout.ports):
-                reporter.progress(f"ports in use here, so others were taken: {moved}")
-            run_agent(parts.with_groups(layout, reservation.free), reporter, until_eof)
+            begun = replace(layout, credentials=credentials.make(hosts, outside.pem(layout.settings)))
+            if others := ports.moved(layout.settings, layout.ports):
+                reporter.progress(f"ports in use here, so others were taken: {others}")
+            moved = run_agent(parts.with_groups(begun, reservation.free), reporter, until_eof)
+        while moved:  # it has another node rank now
+            followed = follow(layout, reservation, reporter.progress)
+            moved = run_agent(parts.with_groups(followed, reservation.free), reporter, until_eof)
     except LaunchError as exc:
         reporter.failed(exc)
         raise
@@ -139,8 +137,16 @@ def prepare(settings: Settings, place: Topology, reservation: ports.Reservation)
     dead.make_room(layout.node_dir.path.name, layout.local_room)
     if place.is_leader:
         topology.must_be_ours(settings.frontend_host, "--frontend-host")
+        if layout.role_moves and _goes_on(layout):
+            return replace(layout, follows=True)
         layout.run_dir.refuse_live(rundir.slurm_step(os.environ))
     return layout
+
+
+def _goes_on(layout: Layout) -> bool:
+    from gms_launch.run import rendezvous
+
+    return rendezvous.goes_on(layout.run_dir)
 
 
 def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[str], None]) -> Layout:
@@ -152,7 +158,8 @@ def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[s
     layout.store.learn(found.run.etcd_endpoints if layout.store.several else ())
     place = topology.at_leader(layout.topology, found.run.leader_address, chosen=bool(settings.interface))
     rank, seat = found.seat_of(layout.origin)
-    layout = replace(layout, topology=replace(place, node_rank=rank), seat=seat)
+    first = place.address if rank == 0 else place.leader_address
+    layout = replace(layout, topology=replace(place, node_rank=rank, leader_address=first), seat=seat, follows=True)
     member, front = layout.store.is_member and layout.store.several, layout.front.here
     free, extra = reservation.free, layout.engine.ports
     return replace(
@@ -174,7 +181,7 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> b
     from gms_launch.node.agent import Agent
 
     record = run_file(layout)
-    leader = layout.topology.is_leader
+    leader = layout.founds
     _make_places(layout, record)
     writer = Writer(layout.run_dir.path, layout.log_dir, layout.node_dir.path, layout.settings.log_max_mib * 2**20)
     agent_log = layout.run_dir.agent_log if leader else layout.log_dir / "agent.log"
@@ -224,6 +231,7 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> b
         reason = public(f"internal error in the agent: {exc!r}")
         raise LaunchError(reason) from exc
     finally:
+        leader = agents[0].node.ends_run if agents else leader
         if leader:
             ends = agents[0].node.ends if agents else ()
             end = replace(
@@ -253,7 +261,7 @@ def _make_places(layout: Layout, record: RunFile) -> None:
             part.node_dir.check()
             part.node_dir.path.mkdir(mode=0o700, exist_ok=True)
             part.node_dir.gms.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if layout.topology.is_leader:
+        if layout.founds:
             layout.run_dir.create(record, layout.credentials)
             layout.run_dir.keep(layout.node_dir, record, layout.credentials)
             if layout.settings.metrics_port:
@@ -319,7 +327,8 @@ def run_file(layout: Layout) -> RunFile:
         settings=layout.settings.to_json(),
         attempt=layout.attempt,
         nnodes=layout.topology.nnodes,
-        leader_address=layout.topology.leader_address,
+        leader_address=layout.topology.leader_address if layout.founds else layout.topology.address,
+        leader_rank=layout.home.node_rank,
         slurm=rundir.slurm_step(os.environ),
         ports=asdict(layout.ports),
         groups={p.group.name: p.recorded() for p in parts.placed(layout)} if layout.settings.grouped else {},

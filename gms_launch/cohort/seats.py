@@ -64,11 +64,18 @@ class Seen:
 
 
 def look(
-    nodes: Mapping[int, NodeRecord], seats: Mapping[int, SeatRecord], serving: int, seen: Seen, now: float
+    nodes: Mapping[int, NodeRecord],
+    seats: Mapping[int, SeatRecord],
+    serving: int,
+    seen: Seen,
+    now: float,
+    first: int = 1,
 ) -> Seen:
-    """What is to be remembered now. Whoever is given a rank anew has its time anew to come to it."""
+    """What is to be remembered now of ranks from `first` on. Whoever is given a rank anew has its time anew to come to
+    it. Rank 0 is nobody else's where the run's leader role is bound to it, and is looked at (`first` 0) where it moves.
+    """
     absent = {}
-    for rank in range(1, serving):
+    for rank in range(first, serving):
         if not here(nodes, seats, rank):
             serial = seats[rank].serial if rank in seats else 0
             before = seen.absent.get(rank)
@@ -84,9 +91,7 @@ def decide(
     down: Collection[int],
     now: float,
 ) -> list[Exchange]:
-    """Which spares take whose places now; `down` are the ranks whose nodes the scheduler calls so. Rank 0 leads the run
-    and is nobody else's.
-    """
+    """Which spares take whose places now; `down` are the ranks whose nodes the scheduler calls so."""
     free = [
         rank
         for rank in range(rules.serving, rules.serving + rules.spares)

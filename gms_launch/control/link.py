@@ -53,11 +53,18 @@ class ControlLink:
         self._etcd = Etcd(access, brisk=brisk)
         self._post = post
         self._conditions: Conditions = {}
+        self._lead: Conditions = {}
         self._publisher = Publisher(self._etcd)
+        self._leading: Publisher | None = None
         self._keeper: LeaseKeeper | None = None
         self._lease = 0
         self._sent = 0.0
         self._watch: Watch | None = None
+
+    @property
+    def lease(self) -> int:
+        """That of `claim`."""
+        return self._lease
 
     def learn(self, endpoints: tuple[str, ...]) -> None:
         """Use these endpoints from the next connection on."""
@@ -86,8 +93,31 @@ class ControlLink:
         return conditional.write(self._etcd, self._conditions, {key: value}, lease)
 
     def write_if(self, conditions: Conditions, records: Mapping[str, bytes]) -> bool:
-        """Store records in one step if these conditions hold too; says whether. Blocks. Raises `NoContactError`."""
-        return conditional.write(self._etcd, {**self._conditions, **conditions}, records)
+        """Store records in one step if we lead the run and these conditions hold too; says whether. Blocks.
+
+        Raises `NoContactError`.
+        """
+        return conditional.write(self._etcd, {**self._conditions, **self._lead, **conditions}, records)
+
+    def take_lead(self, key: str, value: bytes, lease: int = 0) -> bool:
+        """Take the role that `key` stands for under our lease, if nobody has it and we may write at all; says whether
+        that was written. Blocks. Raises `NoContactError`.
+        """
+        return conditional.write(
+            self._etcd, {**self._conditions, key: None}, {key: value}, lease or self._lease, retry=1.0
+        )
+
+    def lead_while(self, key: str, value: bytes) -> None:
+        """`say` from now on only as long as `key` holds `value`."""
+        before, self._lead = self._leading, {key: value}
+        self._leading = Publisher(self._etcd, {**self._conditions, **self._lead})
+        self._leading.start()
+        if before is not None:
+            before.stop(0.0)
+
+    def say(self, key: str, value: bytes) -> None:
+        """Store soon what the run's leader says, if we still are it."""
+        (self._leading or self._publisher).put(key, value)
 
     def claim(self, key: str, value: bytes, lease_ttl: float) -> bytes | None:
         """Store `value` under a new lease, which `listen` then keeps; blocks. Returns who has the key, if not we.
@@ -163,6 +193,10 @@ class ControlLink:
         """What a key holds now. Blocks. Raises `NoContactError`."""
         return self._etcd.get(key)
 
+    def under(self, prefix: str) -> dict[str, bytes]:
+        """What keys hold that begin so. Blocks. Raises `NoContactError`."""
+        return self._etcd.get_prefix(prefix)
+
     def put_now(self, key: str, value: bytes) -> None:
         """Store a value before going on. Blocks. Raises `NoContactError`."""
         self._etcd.put(key, value)
@@ -231,8 +265,9 @@ class ControlLink:
             self._watch.stop()
         if self._keeper is not None:
             self._keeper.stop()
-        if self._publisher.is_alive():
-            self._publisher.stop(timeout)
+        for publisher in (self._leading, self._publisher):
+            if publisher is not None and publisher.is_alive():
+                publisher.stop(timeout)
         if leave and self._keeper is not None and self._keeper.lease:
             with contextlib.suppress(NoContactError):
                 self._etcd.revoke(self._keeper.lease, retry=0.0)

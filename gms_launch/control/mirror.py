@@ -13,6 +13,7 @@ from gms_launch.cohort.records import (
     CommandResult,
     DesiredCohort,
     EndedRecord,
+    LeadRecord,
     NodeRecord,
     PeersRecord,
     QuestionRecord,
@@ -40,6 +41,7 @@ class Mirror:
 
     def _clear(self) -> None:
         self.run: RunRecord | None = None
+        self.lead: LeadRecord | None = None
         self.groups: dict[str, RunRecord] = {}
         self.nodes: dict[int, NodeRecord] = {}
         self.desired: dict[int, DesiredCohort] = {}
@@ -67,6 +69,8 @@ class Mirror:
         try:
             if key == keys.run:
                 self.run = RunRecord.decode(value) if value is not None else None
+            elif key == keys.lead:
+                self.lead = LeadRecord.decode(value) if value is not None else None
             elif key.startswith(keys.groups):
                 _set(self.groups, key[len(keys.groups) :], RunRecord, value)
             elif key == keys.peers:

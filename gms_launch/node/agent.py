@@ -29,6 +29,7 @@ from gms_launch.node.group import Group
 from gms_launch.node.herald import agent_number
 from gms_launch.node.node import Node
 from gms_launch.node.rank import Rank
+from gms_launch.node.role import Role
 from gms_launch.node.standing import Standing
 from gms_launch.node.takeover import Takeover
 from gms_launch.node.tasks import until
@@ -68,6 +69,12 @@ class Agent:
         self._clerk = Clerk(layout.run, self.node.near, self.node.report)
         self._absent_since: dict[int, float] = {}
         self._takeover = Takeover(self.node)
+        self._role = Role(self.node, self._begin_to_lead)
+
+    def _begin_to_lead(self) -> None:
+        """What was seen when this agent led before, if it did, is long over."""
+        self._absent_since = {}
+        self._takeover = Takeover(self.node)
 
     async def run(self) -> None:
         """Start everything, keep it running until told to stop, stop it. Raises what ended the run early."""
@@ -94,7 +101,7 @@ class Agent:
         """The loop: look, decide, act; sleep until something happens or a deadline comes."""
         self.node.spawn(upkeep.keep_up(self.node))
         self.node.spawn(upkeep.notice_stalls(self.node))
-        if self.node.is_leader:
+        if self.node.layout.may_lead:
             self.node.spawn(upkeep.watch_alarms(self.node))
         failed = 0
         while not self.node.stopping.is_set():
@@ -130,7 +137,9 @@ class Agent:
                 and (at := self._decide(group, now)) is not None
             ):
                 pauses.append(max(0.0, at - now))
-        if self.node.is_leader:
+        if (at := self._role.look(now)) is not None:
+            pauses.append(max(0.0, at - now))
+        if self.node.leads:
             lead.tell_peers(self.node)
             if self.node.settings.spares and self.node.session.may_act and (at := self._takeover.look(now)) is not None:
                 pauses.append(max(0.0, at - now))
@@ -224,12 +233,12 @@ class Agent:
         if seats.seat_of(self.node.mirror.seats, self.node.layout.origin) != self.node.node_rank:
             self.node.moved()
         run = self.node.mirror.run
-        if run is not None and not self.node.is_leader:
+        if run is not None and not self.node.leads:
             if run.failed:
                 self.node.fail(by_code(run.exit_code, run.failed))
             elif run.state is RunState.STOPPING:
                 self.node.stop("the run is being stopped")
-        if self.node.is_leader:
+        if self.node.leads:
             lead.tell_refusals(self.node)
             quiet.answer(self.node)
             self._clerk.look(self.node.mirror.asked)
@@ -278,15 +287,17 @@ class Agent:
             if group.is_leader:
                 self._show_group(group, shot)
             self._follow_redundancy(group)
-        if self.node.is_leader:
+        if self.node.leads:
             if self.node.layout.number_of_groups:
                 self._sum_up()
             self.node.report.ranks()
             self.node.report.targets()
+        elif self.node.layout.may_lead:
+            self.node.report.look()
         self._announce()
         shot = snapshot.build(self.node.mirror)
         if self.node.layout.number_of_groups:
-            shot = snapshot.as_known_here(shot, shots, self.node.mirror.groups if self.node.is_leader else {})
+            shot = snapshot.as_known_here(shot, shots, self.node.mirror.groups if self.node.leads else {})
         self.node.exporter.look(shot)
         self._on_change(shot)
 

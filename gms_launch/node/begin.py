@@ -32,7 +32,7 @@ SOON = 2.0
 
 async def start(me: Node) -> None:
     """Bring this node up to the point where cohorts can be started. Raises `LaunchError`."""
-    layout, leader = me.layout, me.is_leader
+    layout, leader = me.layout, me.layout.founds
     nnodes = layout.topology.nnodes
     place = f"node {me.node_rank} of {nnodes}, " if nnodes > 1 else ""
     place = f"node {me.node_rank}, a spare, " if layout.is_spare else place
@@ -88,7 +88,7 @@ async def start(me: Node) -> None:
         for service in group.layout.gms_services():
             await me.start_service(service)
     await me.look_at_gms()
-    if leader and layout.own_nats:
+    if layout.topology.is_leader and layout.own_nats:
         nats.configure(layout.nats_server)
         await me.start_service(layout.nats_service())
     if layout.front.here and not layout.is_spare:
@@ -128,7 +128,7 @@ async def _open_the_door(me: Node) -> None:
     if front.proxied:
         me.spawn(upkeep.follow_keys(me, keys))
     me.progress(f"frontend: {front.url}{front.hint}")
-    if front.number > 1:
+    if front.number > 1 or me.layout.role_moves:
         me.front = front.url
         me.publish_node()
 

@@ -28,7 +28,6 @@ AT_ONCE = 64
 class Desk(Protocol):
     """How the frontend is asked. Blocks: in a thread."""
 
-    @property
     def host(self) -> str:
         """By which address its connections come from another node; empty where it is on this one."""
 
@@ -53,10 +52,11 @@ class Desk(Protocol):
 class Near:
     """On the frontend's own node."""
 
-    host = ""
-
     def __init__(self, where: Where, pid: Callable[[], int]) -> None:
         self._where, self.pid = where, pid
+
+    def host(self) -> str:
+        return ""
 
     def one_token(self, model: str, instance: int, timeout: float, name: str, fresh: bool) -> bool:
         try:
@@ -73,14 +73,17 @@ class Near:
 
 
 class Far:
-    """On another node than the frontend's, at `host`."""
+    """On another node than the first. The frontend that is asked is that of the run's leader: at the address that
+    `leader` says, or `near`, where that is empty since this very agent leads the run by now.
+    """
 
-    def __init__(self, host: str, group: str, keys: Keys, report: Reporter) -> None:
-        self.host, self._group, self._keys, self._report = host, group, keys, report
+    def __init__(self, leader: Callable[[], str], near: Near, group: str, keys: Keys, report: Reporter) -> None:
+        self.host, self._near = leader, near
+        self._group, self._keys, self._report = group, keys, report
         self._waiting: dict[str, Future[AnswerRecord]] = {}
 
     def pid(self) -> int:
-        return 0
+        return 0 if self.host() else self._near.pid()
 
     def hear(self, answers: Mapping[str, AnswerRecord]) -> None:
         """On the loop: what has been answered so far."""

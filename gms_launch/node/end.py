@@ -36,9 +36,10 @@ async def shut_down(me: Node) -> None:
     begun = time.monotonic()
     me.herald.retire()
     linked = me.report.link is not None
+    me.ends_run = me.leads and not me.has_moved
     for group in me.groups:
         group.ranks.discovery.stop()
-    if me.is_leader and linked:
+    if me.ends_run and linked:
         failure = me.failure
         me.report.run(state=RunState.STOPPING, failed=str(failure or ""), exit_code=failure.exit_code if failure else 0)
     me.publish_node()
@@ -53,7 +54,7 @@ async def shut_down(me: Node) -> None:
     await asyncio.gather(hook, *(_whatever_happens(me, f"stopping {n}", s.stop(grace)) for n, s in others))
     wait = me.settings.kill_wait if me.hurry else max(me.settings.kill_wait, CALM)
     deadline = begun + wait - LAST_STEPS
-    if me.is_leader and linked:
+    if me.ends_run and linked:
         if "etcd" in me.services and me.services["etcd"].state == "failed":
             deadline = begun  # nobody can say anything: they end when they read our end in run.json
         await _others(me, deadline)
@@ -61,7 +62,7 @@ async def shut_down(me: Node) -> None:
     left = await _leftovers(me)
     if left and me.failure is None:
         me.failure = LaunchError(f"on {me.layout.topology.host}: {left}")
-    if not me.is_leader:
+    if not me.ends_run:
         await _clear(me, left)  # before this node says that nothing is left
     me.report.emit("stopped", detail=left)
     me.publish_node(stopped=True, left=left)
@@ -70,7 +71,7 @@ async def shut_down(me: Node) -> None:
     await me.loop.run_in_executor(None, me.session.close, me.has_moved)
     if "etcd" in me.services:
         await me.services["etcd"].stop()
-    if me.is_leader:
+    if me.ends_run:
         await _clear(me, left)
     me.files.close()
     own = NodeEnd(me.node_rank, me.layout.topology.host, not left, left)

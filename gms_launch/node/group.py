@@ -49,6 +49,9 @@ class Host(Protocol):
     def spawn(self, work: Coroutine[Any, Any, Any], /) -> None:
         """Let something run beside."""
 
+    def front_host(self) -> str:
+        """Where the leader of the run is, with the frontend that groups ask; empty where that is this node."""
+
     def fail(self, error: LaunchError) -> None:
         """End the run with an error."""
 
@@ -83,7 +86,7 @@ class Group:
         self.gates = Gates(layout.gates)
         self.writer = host.writer
         far = not layout.home.is_leader
-        self.far = Far(layout.home.leader_address, layout.group, mirror.keys, report) if far else None
+        self.far = Far(host.front_host, near, layout.group, mirror.keys, report) if far else None
         self.desk: Desk = self.far or near
         self._on_rank, self._on_end = on_rank, on_end
         self.warm = WarmSlots(layout, host.writer.output, self.spawn, self._warm_told, host.control_changed)

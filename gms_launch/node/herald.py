@@ -114,8 +114,9 @@ class Herald:
         """Who hears that this node's agent is dead: the run's leader, in a run of groups, ends what must not be asked
         any more.
         """
-        far = self._layout.number_of_groups and not self._layout.topology.is_leader
-        return tuple((a, p) for rank, a, p in self._mirror.peers.peers if far and rank == 0 and p)
+        leader = self._mirror.lead.node_rank if self._mirror.lead is not None else 0
+        far = self._layout.number_of_groups and self._layout.topology.node_rank != leader
+        return tuple((a, p) for rank, a, p in self._mirror.peers.peers if far and rank == leader and p)
 
     def inform(self, living: dict[tuple[int, int], ProcessId]) -> None:
         """Let the guard know what lives here now, by slot and incarnation; cheap when nothing has changed."""

@@ -35,7 +35,8 @@ class Hook:
 
     def __init__(self, layout: Layout, writer: Writer, changed: Callable[[str, str], None]) -> None:
         self._layout, self._writer, self._changed = layout, writer, changed
-        self._command = layout.settings.on_event if layout.topology.is_leader else ""
+        self._command = layout.settings.on_event if layout.may_lead else ""
+        self.leads: Callable[[], bool] = lambda: layout.founds
         self._condition = threading.Condition()
         self._waiting: deque[EventRecord] = deque()
         self._dropped = 0
@@ -56,7 +57,7 @@ class Hook:
 
     def hear(self, event: EventRecord) -> None:
         """Have the hook run for an event, in its turn. Returns at once."""
-        if not self._command or event.kind.startswith("hook_"):
+        if not self._command or not self.leads() or event.kind.startswith("hook_"):
             return
         with self._condition:
             if self._until is not None or len(self._waiting) >= QUEUE:

@@ -244,7 +244,7 @@ def tell_peers(me: Node) -> None:
     record = herald.peers_of(me.mirror.nodes.values(), me.mirror.peers)
     if record != me.mirror.peers:
         me.mirror.peers = record
-        me.report.put(me.mirror.keys.peers, record.encode())
+        me.report.say(me.mirror.keys.peers, record.encode())
 
 
 async def _withdraw(me: Group, uuid: str) -> None:

@@ -97,7 +97,7 @@ def _promote(store: Store) -> None:
 async def leave(me: Node) -> None:
     """End this node's member, if it is not the last: those who stay need not count on it any more."""
     store, runner = me.layout.store, me.services.get("etcd")
-    if not store.several or me.is_leader or runner is None:
+    if not store.several or me.ends_run or runner is None:
         return
     runner.let_go()
     if me.report.link is not None:
@@ -147,14 +147,21 @@ async def gathered(me: Node) -> None:
 def look_at_fronts(me: Node) -> None:
     """On the leader: put into run.json by which URLs clients come in, where there are several."""
     number = me.layout.front.number
-    if number == 1 or not me.is_leader or me.record is None:
+    if not me.leads or me.record is None:
+        return
+    first = me.mirror.nodes[0].frontend if 0 in me.mirror.nodes else ""
+    if first and first != me.record.frontend_url:  # another node is in the first one's place
+        me.record = replace(me.record, frontend_url=first)
+        me.report.run(frontend_url=first)
+        record(me)
+    if number == 1:
         return
     known = dict(enumerate(me.record.frontend_urls))
     known |= {r: n.frontend for r, n in sorted(me.mirror.nodes.items()) if n.frontend and r < number}
     found = tuple(known[r] for r in sorted(known))
     if len(found) == number and found != me.record.frontend_urls:
         me.record = replace(me.record, frontend_urls=found)
-        _record(me)
+        record(me)
 
 
 def look(me: Node) -> None:
@@ -162,11 +169,11 @@ def look(me: Node) -> None:
     store = me.layout.store
     if not store.several:
         return
-    if me.is_leader:
+    if me.leads:
         me.members |= {r: n.etcd for r, n in me.mirror.nodes.items() if n.etcd and r < store.members}
         if store.learn(me.members):
             me.report.run(etcd=store.where.known)
-            _record(me)
+            record(me)
             _learned(me)
         return
     if me.mirror.run is not None and me.mirror.run.etcd and store.learn(me.mirror.run.etcd):
@@ -176,17 +183,16 @@ def look(me: Node) -> None:
 
 
 def _follow_leader(me: Node) -> None:
-    """Etcd outlives the run's leader here, and nobody else takes its place: without it the run is over in the end."""
-    wait = me.settings.node_wait
-    if 0 in me.mirror.nodes:
+    """Etcd outlives the run's leader here: without one the run is over in the end."""
+    wait, moves = me.settings.node_wait, me.layout.role_moves
+    if me.mirror.lead is not None if moves else 0 in me.mirror.nodes:
         me.alone_since = None
     elif me.alone_since is None:
         me.alone_since = me.loop.time()
         me.loop.call_later(wait + 0.1, me.wake.set)
     elif me.loop.time() - me.alone_since >= wait:
-        me.fail(
-            DeadlineError(f"node 0, which leads the run, was lost and did not come back within {wait:g} s (node_wait)")
-        )
+        lost = "the run's leader was lost, and nobody took over" if moves else "node 0, which leads the run, was lost"
+        me.fail(DeadlineError(f"{lost}{'' if moves else ' and did not come back'} within {wait:g} s (node_wait)"))
 
 
 def _learned(me: Node) -> None:
@@ -194,7 +200,7 @@ def _learned(me: Node) -> None:
         me.report.link.learn(me.layout.store.endpoints)
 
 
-def _record(me: Node) -> None:
+def record(me: Node) -> None:
     """In run.json, for whoever comes later."""
     if me.record is not None:
         if me.layout.store.several:

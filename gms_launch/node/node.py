@@ -53,7 +53,8 @@ class Node:
     `on_rank(group, rank, kind, detail)` hears what ranks noticed. `ends` says, in the end, how the nodes of the run
     ended, as far as this one knows. `member` is where clients reach this node's member of a cluster of etcd, and
     `front` where they reach its frontend, where there are several; `members` where those of all nodes are, as far as
-    the leader knows. `record`, on the leader, is what run.json says.
+    the leader knows. `record`, on the leader, is what run.json says; `ends_run`, in the end, whether this agent says
+    how the run has ended.
     """
 
     def __init__(
@@ -66,7 +67,6 @@ class Node:
         self.layout = layout
         self.settings = layout.settings
         self.node_rank = layout.topology.node_rank
-        self.is_leader = layout.topology.is_leader
         self.mirror = Mirror(layout.run)
         self.services: dict[str, ServiceRunner] = {}
         self.ready = asyncio.Event()
@@ -92,6 +92,7 @@ class Node:
         self.strays: tuple[str, ...] = ()
         self.alarms: tuple[str, ...] = ()
         self.ends: tuple[NodeEnd, ...] = ()
+        self.ends_run = layout.founds
         self.record: RunFile | None = None
         self.member = ""
         self.members: dict[int, str] = {}
@@ -133,7 +134,18 @@ class Node:
         self.files = FileWatcher(self.loop)
         parts = [Part(g.layout, g.mirror, g.report) for g in self.groups if g.layout.group]
         self.session = Session(self.layout, self.mirror, self.report, self, parts)
+        self.report.leads = self.hook.leads = lambda: self.leads
         self.exporter.start(self.session)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this agent leads the run, as far as it knows."""
+        return self.session.leads
+
+    def front_host(self) -> str:
+        if not self.layout.role_moves or self.mirror.run is None:
+            return self.layout.topology.leader_address
+        return "" if self.leads else self.mirror.run.leader_address
 
     def stop(self, why: str, hurry: bool = False) -> None:
         """Begin an orderly stop. `hurry`: whoever sent the signal may send SIGKILL after kill_wait."""

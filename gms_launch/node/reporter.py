@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,9 @@ class Reporter:
         self._listed: dict[str, Any] = {}
         self.seen: dict[int, NodeRecord] = {}
         self.listeners: list[Callable[[EventRecord], None]] = []
+        self.leads: Callable[[], bool] = lambda: layout.founds
+        self._held: list[bytes] | None = None
+        self._filled: frozenset[bytes] = frozenset()
         self._targets: list[dict[str, Any]] = []
         self._link: ControlLink | None = None
         self._lease = 0
@@ -114,6 +117,11 @@ class Reporter:
         """Store a record in etcd, at once, or `later` when nobody waits for it."""
         assert self.link is not None, "nothing is reported before there is etcd"
         self.link.put(key, value, lease, later)
+
+    def say(self, key: str, value: bytes) -> None:
+        """Store in etcd what the run's leader says, at once."""
+        assert self.link is not None, "nothing is reported before there is etcd"
+        self.link.say(key, value)
 
     def put_once(self, key: str, value: bytes) -> None:
         """Store a record in etcd, at once, unless somebody did."""
@@ -166,10 +174,27 @@ class Reporter:
             self._heard(event)
 
     def _heard(self, event: EventRecord) -> None:
-        if self._layout.topology.is_leader:
-            self._writer.append(self._layout.run_dir.events, event.encode() + b"\n")
+        if self.leads():
+            self._keep(event.encode() + b"\n")
         for listener in self.listeners:
             listener(event)
+
+    def _keep(self, line: bytes) -> None:
+        """In the journal, once."""
+        if self._held is not None:
+            self._held.append(line)
+        elif line not in self._filled:
+            self._writer.append(self._layout.run_dir.events, line)
+
+    def hold_journal(self) -> None:
+        """Wait with the journal until it is known what it lacks."""
+        self._held = []
+
+    def fill_journal(self, missed: Sequence[bytes]) -> None:
+        """Put down what it lacks, and what has come meanwhile."""
+        lines, self._held, self._filled = dict.fromkeys([*missed, *(self._held or ())]), None, frozenset(missed)
+        for line in lines:
+            self._writer.append(self._layout.run_dir.events, line)
 
     def unexpected(self, what: str, error: BaseException) -> None:
         """An error of ours, which the run outlives: logged, counted, told."""
@@ -212,7 +237,10 @@ class Reporter:
         )
         record = replace(known, **changes)
         self._mirror.run = record
-        self.put(self._keys.run, record.encode())
+        if self._above is None:
+            self.say(self._keys.run, record.encode())
+        else:
+            self.put(self._keys.run, record.encode())
 
     def record(self) -> NodeRecord:
         """This node as it comes to the run."""
@@ -252,14 +280,18 @@ class Reporter:
             self._mirror.nodes[self._node_rank] = record
             self.put(self._keys.node(self._node_rank), record.encode(), self.lease)
 
+    def look(self) -> None:
+        """Note how the nodes are, for the day when one is lost."""
+        for node in self._mirror.nodes.values():
+            if self._above is not None or node.origin == seats.owner(self._mirror.seats, node.node_rank):
+                self.seen[node.node_rank] = node
+
     def ranks(self) -> None:
         """Keep the list of all nodes and ranks in the run directory, for whoever must act while etcd is away.
 
         Of a group its leader keeps one.
         """
-        for node in self._mirror.nodes.values():
-            if self._above is not None or node.origin == seats.owner(self._mirror.seats, node.node_rank):
-                self.seen[node.node_rank] = node
+        self.look()
         ranks = [
             {
                 "cohort_id": r.cohort_id,

@@ -8,19 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 
-from gms_launch.cohort import arrival, membership
-from gms_launch.cohort.records import EventRecord, NodeRecord, RunRecord, RunState, SeatRecord
+from gms_launch.cohort import arrival
+from gms_launch.cohort.records import EventRecord, LeadRecord, NodeRecord, SeatRecord
 from gms_launch.control import terms
 from gms_launch.control.keys import DYNAMO_ROOT, Range, Share, followed, prefix
 from gms_launch.control.mirror import Mirror
+from gms_launch.control.sounding import reach
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, UsageError, by_code
+from gms_launch.node import returning
 from gms_launch.node.reporter import Reporter
 from gms_launch.run.credentials import DYNAMO, USES
 from gms_launch.run.plan import Layout
@@ -121,13 +121,13 @@ class Session:
         self._link = self._report.link = link
         # A leader's etcd is young; the others have just heard from it.
         long = self._settings.service_timeout
-        link.connect(keys, long if layout.topology.is_leader else arrival.patience(layout.topology.nnodes, long))
-        if layout.topology.is_leader:
+        link.connect(keys, long if layout.founds else arrival.patience(layout.topology.nnodes, long))
+        if layout.founds:
             if layout.own_etcd:
                 link.establish(roles())
             link.forget(keys)
         else:
-            self._compare(link, record)
+            returning.check(link, keys, record, self._settings.lease_ttl, layout.role_moves)
         key = keys.node(layout.topology.node_rank)
         if self._settings.spares:
             seat = layout.seat
@@ -143,40 +143,39 @@ class Session:
             )
             link.put_now(keys.refusal(f"{record.boot_id}-{record.agent_pid}"), text.encode())
             raise UsageError(text)
+        if layout.founds and layout.role_moves:
+            lead = self.lead_record(link.lease).encode()
+            link.take_lead(keys.lead, lead)
+            link.lead_while(keys.lead, lead)
         leads = any(p.layout.topology.is_leader for p in (self._groups or self._parts))
         link.listen(self._followed(), self._settings.lease_ttl, self, self._settings.namespace if leads else None)
 
     def _followed(self) -> list[Range]:
         """What this agent has to know."""
         keys, spares = self.mirror.keys, self._settings.spares
-        run, *groups = (
-            Share(p.mirror.keys, p.layout.topology.is_leader, p.layout.settings.cohorts) for p in self._parts
-        )
-        found = keys.everywhere() if self._layout.is_spare else followed(run, groups)
+        layout = self._layout
+        run = Share(keys, layout.may_lead, self._settings.cohorts)
+        groups = [Share(p.mirror.keys, p.layout.topology.is_leader, p.layout.settings.cohorts) for p in self._groups]
+        found = keys.everywhere() if layout.is_spare else followed(run, groups)
         found = [*found, prefix(keys.seats)] if spares and not run.leads else found
-        if self._layout.store.several and not self._layout.topology.is_leader:
+        if layout.role_moves:
+            found = [*found, Range(keys.lead)]
+        elif layout.store.several and not run.leads:
             # Where etcd has one member, that is with the leader, and tells of it by its own end.
-            found = list(dict.fromkeys([*found, Range(self.mirror.keys.node(0))]))
+            found = list(dict.fromkeys([*found, Range(keys.node(0))]))
         return found
 
-    def _compare(self, link: ControlLink, record: NodeRecord) -> None:
-        """A run that goes on takes back only a node that it would have begun with. Raises `UsageError`.
+    @property
+    def leads(self) -> bool:
+        """Whether this agent leads the run, as far as it knows: until its lease may be over, where the role moves."""
+        if not self._layout.role_moves or not self.mirrored.is_set():
+            return self._layout.founds
+        lead = self.mirror.lead
+        return lead is not None and lead.lease == self._report.lease and (self.lease_left() or 0.0) > 0
 
-        Before this node takes its place, so that a run that it does not fit is not disturbed.
-        """
-        keys, deadline = self.mirror.keys, time.monotonic() + 2 * self._settings.lease_ttl
-        value = link.get(keys.run)
-        if value is None or (run := RunRecord.decode(value)).state is not RunState.ADMITTED:
-            return  # the leader compares all nodes when all have come
-        while (leader := link.get(keys.node(0))) is None:
-            if time.monotonic() > deadline:
-                raise NoContactError("the leader's own record is not in etcd, so this node cannot be compared with it")
-            time.sleep(0.2)  # it has lost its lease, and takes a new one
-        found = membership.objections_to(record, NodeRecord.decode(leader), run.nnodes + run.spares)
-        if found:
-            text = "; ".join(found)
-            link.put_now(keys.refusal(f"{record.boot_id}-{record.agent_pid}"), text.encode())
-            raise UsageError(f"{text}; run {run.run} goes on without this node until one comes that fits")
+    def lead_record(self, lease: int) -> LeadRecord:
+        place = self._layout.home
+        return LeadRecord(place.node_rank, self._layout.origin, place.host, lease)
 
     def _establish_again(self) -> None:
         """Our etcd may have lost its data, and knows nobody then. Blocks."""
@@ -192,6 +191,17 @@ class Session:
         """Write what is left and end; `leave` this node's place to others. Blocks for a second at most."""
         if self._link is not None:
             self._link.close(1.0, leave)
+
+    def ask_to_lead(self) -> None:
+        """Ask for the run's leader role. Blocks. Raises `NoContactError`."""
+        assert self._link is not None
+        lease = self._report.lease
+        self._link.take_lead(self.mirror.keys.lead, self.lead_record(lease).encode(), lease)
+
+    def lead(self) -> None:
+        """The role is ours: what the leader says is written from now on as long as that is so."""
+        assert self._link is not None and self.mirror.lead is not None
+        self._link.lead_while(self.mirror.keys.lead, self.mirror.lead.encode())
 
     def exchange(self, seats: Sequence[SeatRecord], lost: int) -> bool:
         """Give node ranks to other agents, if the rank `lost` is without one; says whether. Blocks.
@@ -225,7 +235,8 @@ class Session:
         known, run, known_by_us = dict(mirror.desired), mirror.run, self.mirrored.is_set()
         seats = dict(mirror.seats)
         mirror.replace(found)
-        if not known_by_us or not part.layout.topology.is_leader:
+        leads = self.leads if part is self._parts[0] else part.layout.topology.is_leader
+        if not known_by_us or not leads:
             return
         if part is self._parts[0] and mirror.run is None and self._layout.own_etcd:
             self._loop.run_in_executor(None, self._establish_again)
@@ -256,8 +267,11 @@ class Session:
         """Whether we say that ourselves: it is known here before etcd says it, and may be newer than its echo."""
         keys, topology = part.mirror.keys, part.layout.topology
         own_rank = key.startswith(keys.ranks) and key.endswith(f"/{topology.node_rank}")
-        of_all = part is self._parts[0] and key == keys.peers
-        return own_rank or (topology.is_leader and (key.startswith(keys.desired) or key == keys.run or of_all))
+        of_all = part is self._parts[0]
+        leads = self.leads if of_all else topology.is_leader
+        return own_rank or (
+            leads and (key.startswith(keys.desired) or key == keys.run or (of_all and key == keys.peers))
+        )
 
     def control_state(self, reason: str | None) -> None:
         if reason is not None:
@@ -378,18 +392,3 @@ class Session:
 def roles() -> dict[str, tuple[str, ...]]:
     """Who may what in the run's own etcd, besides its agents, which may all."""
     return {USES[DYNAMO].cn: (DYNAMO_ROOT,)}
-
-
-def reach(endpoints: tuple[str, ...], timeout: float) -> str:
-    """How the machine of an endpoint reacts to a connection: "silent" (it accepts), "refused" or "unreachable"."""
-    found = "unreachable"
-    for url in endpoints:
-        parts = urlsplit(url)
-        try:
-            with socket.create_connection((parts.hostname, parts.port or 80), timeout):
-                return "silent"
-        except ConnectionRefusedError:
-            found = "refused"
-        except OSError:
-            continue
-    return found

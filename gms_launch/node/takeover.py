@@ -35,7 +35,7 @@ class Takeover:
         me, s = self._me, self._me.settings
         nodes, known = me.mirror.nodes, me.mirror.seats
         rules = seats.Rules(s.serving_nodes, s.spares, s.spare_wait + NODE_GRACE, LEAST_SPARE_WAIT)
-        self._seen = seats.look(nodes, known, s.serving_nodes, self._seen, now)
+        self._seen = seats.look(nodes, known, s.serving_nodes, self._seen, now, 0 if me.layout.role_moves else 1)
         self._down &= self._seen.absent.keys()
         self._ask_slurm(now)
         if not self._busy:

@@ -83,6 +83,8 @@ async def watch_alarms(me: Node) -> None:
     tried = 0.0
     while True:
         await asyncio.sleep(ALARMS)
+        if not me.leads:
+            continue
         try:
             found = await asyncio.to_thread(link.alarms)
         except NoContactError:

@@ -89,8 +89,10 @@ def now(directory: RunDir, run: RunFile, door: Door) -> snapshot.Snapshot:
             silent = ago >= max(SILENT, granted / 2)
         return ago, f"{who} has not reported for {'more than ' if heard is None else ''}{ago} s" if silent else ""
 
-    ago, silent = silence(0, f"the leader's agent (pid {run.agent_pid}, {run.leader_host})")
-    said = {0: (ago, silent)} | {k: silence(k, _agent(mirror, k)) for k in {g.leader for g in shot.groups} - {0}}
+    first = mirror.lead.node_rank if mirror.lead is not None else 0
+    ago, silent = silence(first, f"the leader's agent (pid {run.agent_pid}, {run.leader_host})")
+    others = {g.leader for g in shot.groups} - {first}
+    said = {first: (ago, silent)} | {k: silence(k, _agent(mirror, k)) for k in others}
     groups = tuple(replace(g, reported_ago=said[g.leader][0], leader_silent=said[g.leader][1]) for g in shot.groups)
     return snapshot.with_groups(replace(shot, reported_ago=ago, leader_silent=silent), groups)
 

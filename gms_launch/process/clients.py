@@ -43,17 +43,17 @@ class Client:
 
 class Clients:
     """Remembers whose a connection is once it was found. `likely` names the pid to look at first, 0 for none; where
-    that one is on another machine, `host` is its address.
+    that one is on another machine, `host` says its address.
     """
 
-    def __init__(self, likely: Callable[[], int] = lambda: 0, host: str = "") -> None:
+    def __init__(self, likely: Callable[[], int] = lambda: 0, host: Callable[[], str] = lambda: "") -> None:
         self._likely, self._host = likely, host
         self._found: dict[int, dict[int, ProcessId | None]] = {}
 
     def own(self) -> Client | None:
         """The likely one, if it runs, or its machine."""
-        if self._host:
-            return Client(self._host)
+        if host := self._host():
+            return Client(host)
         who = proc.identity(pid) if (pid := self._likely()) else None
         return None if who is None else Client("", who)
 

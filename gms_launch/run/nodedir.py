@@ -283,3 +283,9 @@ def _one_at_a_time() -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def cache_dir(chosen: str) -> Path:
+    """The directory that `--cache-dir` means, given or not."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(chosen or f"{base}/gms-launch").expanduser()

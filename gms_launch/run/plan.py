@@ -42,7 +42,7 @@ JOINS = "(all members that are there)"
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that is decided before the first process starts.
+    """Everything that is decided before the first process starts. `follows`: the first node, in a run that goes on.
 
     `attempt` names this run among those of the same id; `differences` and `clock_skew` say how this node compares with
     the leader.
@@ -75,6 +75,7 @@ class Layout:
     number_of_groups: int = 0
     wide: bool = False
     origin: int = 0
+    follows: bool = False
     seat: SeatRecord | None = None
     where: Whereabouts = field(default_factory=Whereabouts, compare=False)
 
@@ -87,6 +88,20 @@ class Layout:
     def is_spare(self) -> bool:
         """Whether no engine runs here until another node is lost."""
         return self.home.node_rank >= self.settings.serving_nodes and not self.group
+
+    @property
+    def founds(self) -> bool:
+        """Whether this agent begins the run: the first node's, unless it comes to one that goes on."""
+        return self.home.is_leader and not self.follows
+
+    @property
+    def role_moves(self) -> bool:
+        """Whether another agent may come to lead the run: where its groups are led by themselves."""
+        return self.settings.grouped and self.store.several
+
+    @property
+    def may_lead(self) -> bool:
+        return self.founds or (self.role_moves and self.store.is_member)
 
     @property
     def home(self) -> Topology:
@@ -133,7 +148,7 @@ class Layout:
     @property
     def cache_dir(self) -> Path:
         """Where engines keep what they compile, for the next life and the next run."""
-        return cache_dir(self.settings.cache_dir)
+        return nodedir.cache_dir(self.settings.cache_dir)
 
     @property
     def kind_of_start(self) -> str:
@@ -345,10 +360,9 @@ class Layout:
         if why := installed.unusable(self.settings.python):
             raise UsageError(f"--python {why}")
         if "ENGINE_ID" in os.environ:
-            raise UsageError(
-                f"ENGINE_ID={os.environ['ENGINE_ID']} is set in the environment; every cohort gets its own number, and "
-                "exactly one of them may write the weights: unset it"
-            )
+            said = f"ENGINE_ID={os.environ['ENGINE_ID']} is set in the environment"
+            why = "every cohort gets its own number, and exactly one of them may write the weights"
+            raise UsageError(f"{said}; {why}: unset it")
         rules.check_spares(self.settings)
         self.node_dir.check()
         if not self.settings.grouped:
@@ -384,9 +398,3 @@ class Layout:
             found.append((name, self.rank_command(cohort_id, 1, port)))
         warm = waiting.command(self.python, self.engine.imports, self.warm_environment())
         return found + [(f"warm-{n}", warm) for n in range(1, self.settings.warm_slots + 1)]
-
-
-def cache_dir(chosen: str) -> Path:
-    """The directory that `--cache-dir` means, given or not."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(chosen or f"{base}/gms-launch").expanduser()

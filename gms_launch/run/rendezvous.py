@@ -14,6 +14,7 @@ from gms_launch.cohort import arrival, seats
 from gms_launch.cohort.records import RecordError, RunRecord, RunState, SeatRecord
 from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError, RefusedError, UsageError, by_code
+from gms_launch.process.proc import alive
 from gms_launch.run import contact
 from gms_launch.run.agreement import settings_differences
 from gms_launch.run.rundir import RunDir, RunFile
@@ -75,6 +76,26 @@ def find_leader(directory: RunDir, settings: Settings, place: Topology, progress
                 f"the leader was not found within {settings.node_wait:g} s (node_wait): {directory.run_json}: {reason}"
             )
         time.sleep(POLL)  # the file may be on another node's file system: nothing announces it
+
+
+def goes_on(directory: RunDir) -> bool:
+    """Whether the run of that name goes on without its first node, which is to follow it then."""
+    try:
+        run = directory.read()
+        if run is None or run.ended is not None or len(run.etcd_endpoints) < 2:
+            return False
+        if run.local and alive(run.agent):
+            return False
+        door = contact.door(directory, run, timeout=2.0)
+        try:
+            keys = Keys(directory.run)
+            value = door.get_prefix(keys.run).get(keys.run)
+        finally:
+            door.close()
+        record = RunRecord.decode(value) if value is not None else None
+    except (NoContactError, RefusedError, RecordError):
+        return False
+    return record is not None and record.attempt == run.attempt and record.state is RunState.ADMITTED
 
 
 def _ask(directory: RunDir, run: RunFile, settings: Settings) -> Found | None:

@@ -128,6 +128,7 @@ class RunFile:
     etcd_ca: str = ""
     pid_namespace: str = ""
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    leader_rank: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -157,10 +158,11 @@ class RunFile:
 
     @property
     def live(self) -> bool:
-        """False when the run is known to have ended; True when it runs or cannot be judged from here."""
+        """False when the run is known to have ended; True when it runs, others without this node, or who knows."""
         if self.ended is not None:
             return False
-        return proc.alive(self.agent) if self.local else True
+        others = self.grouped and len(self.etcd_endpoints) > 1
+        return not self.local or proc.alive(self.agent) or (others and self.responds())
 
     def responds(self, timeout: float = 2.0) -> bool:
         """True when the run's etcd answers: one that holds a certificate of this run, and not another one's.
@@ -387,14 +389,12 @@ def all_runs() -> list[tuple[RunDir, RunFile]]:
             paths |= {p for p in [Path(places.read_own(note))] if p.parent == home().absolute()}
     for directory in map(RunDir, paths):
         with contextlib.suppress(NoContactError, RefusedError):
-            run = directory.read()
-            if run is not None:
+            if (run := directory.read()) is not None:
                 found.append((directory, run))
     return sorted(found, key=lambda pair: pair[1].created, reverse=True)
 
 
 def _known() -> str:
-    names = [d.run for d, _ in all_runs()][:5]
-    if not names:
-        return f"No run is recorded in {home()}; start one with `gms-launch up`."
-    return f"Recorded in {home()}, newest first: {', '.join(names)}."
+    if names := [d.run for d, _ in all_runs()][:5]:
+        return f"Recorded in {home()}, newest first: {', '.join(names)}."
+    return f"No run is recorded in {home()}; start one with `gms-launch up`."

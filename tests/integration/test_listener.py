@@ -37,7 +37,8 @@ PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LISTEN
 class Nobody:
     """A frontend that is not there."""
 
-    host = ""
+    def host(self) -> str:
+        return ""
 
     def pid(self) -> int:
         return 0

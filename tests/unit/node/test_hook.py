@@ -25,7 +25,9 @@ async def heard_of(tmp_path: Path, count: int, leader: bool = True) -> tuple[lis
         settings=SimpleNamespace(
             on_event=f"cat >> {out}; until test -e {tmp_path}/go; do sleep 0.05; done", on_event_timeout=600.0
         ),
-        topology=SimpleNamespace(is_leader=leader, node_rank=0),
+        topology=SimpleNamespace(node_rank=0),
+        founds=leader,
+        may_lead=leader,
         log_dir=tmp_path,
     )
     made = hook.Hook(

@@ -144,7 +144,7 @@ def question_of(etcd: Etcd) -> QuestionRecord:
 )
 def test_another_node_is_asked_through_etcd(answer: AnswerRecord, raised: type[Exception] | None) -> None:
     etcd = Etcd()
-    far = Far("10.0.0.1", "g1", Keys("r", "g1"), etcd)  # type: ignore[arg-type]
+    far = Far(lambda: "10.0.0.1", None, "g1", Keys("r", "g1"), etcd)  # type: ignore[arg-type]
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(far.one_token, "tiny", 7, 1.0, "x", True)
         question = question_of(etcd)
@@ -161,7 +161,7 @@ def test_another_node_is_asked_through_etcd(answer: AnswerRecord, raised: type[E
 
 def test_nobody_who_answers_says_nothing_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gms_launch.node.desk.WAY", 0.05)
-    far = Far("10.0.0.1", "g1", Keys("r", "g1"), Etcd())  # type: ignore[arg-type]
+    far = Far(lambda: "10.0.0.1", None, "g1", Keys("r", "g1"), Etcd())  # type: ignore[arg-type]
     with pytest.raises(AwayError, match="run's leader"):
         far.one_token("tiny", 7, 0.0, "x", True)
     assert far.moves() is None
