@@ -147,7 +147,7 @@ def test_nothing_is_left_of_three_members(three: Three) -> None:
 
 
 @pytest.mark.slow
-def test_without_the_first_node_the_others_stay_until_node_wait_is_over(tmp_path: Path, model: Path) -> None:
+def test_without_the_first_node_another_leads_and_the_others_stay(tmp_path: Path, model: Path) -> None:
     ports = ["--frontend-port", str(free_port())]
     flags = ("--virtual-gpus", "1", "--groups", "3", "--etcd-members", "3", "--node-wait", "20", *ports)
     flags += ("--dynamo-lease-ttl", "5")
@@ -159,13 +159,11 @@ def test_without_the_first_node_the_others_stay_until_node_wait_is_over(tmp_path
         kill(run.agent_of(0))
         gone = time.monotonic()
         eventually(lambda: run.missing() == [0], LONG, "its lease is over")
-        while time.monotonic() < gone + 15:
-            assert all(map(proc.alive, others)), "neither their leases nor their agents' are lost"
+        eventually(lambda: run.run_file["leader_rank"] == 1, LONG, "the next one leads")
+        while time.monotonic() < gone + 25:  # and longer than node_wait
+            assert all(map(proc.alive, [*others, *agents])), "neither their leases nor their agents' are lost"
             time.sleep(0.2)
-        eventually(lambda: not any(map(proc.alive, agents)), LONG, "they give up")
-        assert not any(map(proc.alive, others))
-        said = (run.home / run.run / "logs" / "node1" / "agent.log").read_text()
-        assert "node 0, which leads the run, was lost and did not come back within 20 s (node_wait)" in said
+        assert run.run_file["ended"] is None
 
 
 def asked(url: str, prompt: str = "hello", timeout: float = 10.0) -> str | None:
