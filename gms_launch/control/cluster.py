@@ -52,10 +52,15 @@ class Standing:
 
 
 def members(etcd: Etcd, retry: float = 8.0) -> tuple[Member, ...]:
-    """All of them. Raises `NoContactError`."""
+    """All of them, as those decide who have the majority. Raises `NoContactError`."""
     rpc = etcd3.etcdrpc
-    found = etcd.call(lambda c: c.clusterstub.MemberList(rpc.MemberListRequest(), timeout=etcd.timeout), retry)
-    return tuple(_member(m) for m in found.members)
+
+    def ask(client: Any) -> Any:
+        # A server lists what it knows itself, which may be long past: not before it has caught up with the others.
+        client.kvstub.Range(rpc.RangeRequest(key=b"/"), timeout=etcd.timeout)
+        return client.clusterstub.MemberList(rpc.MemberListRequest(), timeout=etcd.timeout)
+
+    return tuple(_member(m) for m in etcd.call(ask, retry).members)
 
 
 def _member(found: Any) -> Member:

@@ -13,7 +13,7 @@ import logging
 from dataclasses import replace
 
 from gms_launch.cohort.membership import name
-from gms_launch.errors import DeadlineError, LaunchError
+from gms_launch.errors import DeadlineError, LaunchError, NoContactError
 from gms_launch.node.node import Node
 from gms_launch.run import credentials
 from gms_launch.run.store import Store
@@ -87,9 +87,10 @@ def _promote(store: Store) -> None:
     here = store.member()
     asked = Etcd(store.credentials.access(_others(store)), brisk=True)
     try:
-        for member in cluster.members(asked):
-            if here.peer_url in member.peers:
-                cluster.promote(asked, member.id, PATIENCE)
+        mine = next((m for m in cluster.members(asked) if here.peer_url in m.peers), None)
+        if mine is None:
+            raise NoContactError(f"etcd's member at {here.peer_url} was removed before it had its vote")
+        cluster.promote(asked, mine.id, PATIENCE)
     finally:
         asked.close()
 

@@ -84,7 +84,7 @@ class Three:
         joins = cluster.started_with(found, member.name, member.peer_url)
         self.services[number] = etcd.service(self.member(number, joins), "etcd", 30.0)
         self.spawn(number)
-        (new,) = (m for m in cluster.members(asked) if m.name == member.name)
+        (new,) = (m for m in cluster.members(asked) if member.peer_url in m.peers)
         assert new.learner, "it has no vote before it knows what the others know"
         cluster.promote(asked, new.id, PATIENCE)
         asked.close()
@@ -240,6 +240,26 @@ def test_a_member_restarted_on_its_data_is_the_same_member(three: Three) -> None
     three.spawn(2)
     assert cluster.members(asked) == before
     eventually(lambda: Etcd(three.access(2)).get("/a/1") == b"1")
+    asked.close()
+
+
+def test_who_the_members_are_is_said_by_none_that_may_have_missed_a_change(three: Three) -> None:
+    """A member that stood still knows an old list, and shows it to whoever asks for no more than what it knows."""
+    late = Etcd(three.access(2))
+    assert len(cluster.members(late)) == 3
+    three.running[2].send_signal(signal.SIGSTOP)
+    asked = Etcd(three.access(0, 1), brisk=True)
+    cluster.take_place(asked, "m3", f"https://127.0.0.1:{free_port()}", PATIENCE)
+    assert len(cluster.members(asked)) == 4
+    for number in (0, 1):
+        three.running[number].send_signal(signal.SIGSTOP)
+    three.running[2].send_signal(signal.SIGCONT)
+    with pytest.raises(NoContactError):
+        cluster.members(late, retry=1.0)
+    for number in (0, 1):
+        three.running[number].send_signal(signal.SIGCONT)
+    assert len(cluster.members(late, retry=LONG)) == 4
+    late.close()
     asked.close()
 
 
