@@ -276,7 +276,8 @@ class RankRecord(Record):
     """`ranks/<id>/<rank>`: one rank as its agent sees it. Times are Unix seconds; `exit` is text for people.
 
     `step` is what a leader rank that starts is at (`steps.Step`), since `step_since`; `step_last` is how many seconds
-    that took at the last start on this node, 0 when nobody knows.
+    that took at the last start on this node, 0 when nobody knows. `steps` are those of its start that are over, and the
+    seconds that each took.
     """
 
     cohort_id: int
@@ -294,6 +295,7 @@ class RankRecord(Record):
     step: str = ""
     step_since: float = 0.0
     step_last: float = 0.0
+    steps: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Rank:
     segments: frozenset[scratch.Segment] = frozenset()
     step: Step = Step.IMPORTS
     step_since: float = 0.0
+    steps: tuple[tuple[str, float], ...] = ()
     last: Mapping[str, float] = field(default_factory=dict)
     _follower: LogFollower | None = None
     _watcher: FileWatcher | None = None
@@ -103,6 +104,7 @@ class Rank:
             step=self.step.value if told else "",
             step_since=(self.step_since or self.since) if told else 0.0,
             step_last=self.last.get(self.step.value, 0.0) if told else 0.0,
+            steps=self.steps,
         )
 
     def _move(self, phase: Phase, when: float) -> None:
@@ -140,8 +142,13 @@ class Rank:
     def stepped(self, step: Step) -> None:
         """It is at `step` of its start now."""
         if self.phase is Phase.STARTING and later(self.step, step):
-            self.step, self.step_since = step, clock.now()
+            now = clock.now()
+            self._step_over(now)
+            self.step, self.step_since = step, now
             self.on_event(self, "step", self.step_since, step.value)
+
+    def _step_over(self, now: float) -> None:
+        self.steps += ((self.step.value, round(max(0.0, now - (self.step_since or self.since)), 3)),)
 
     def woke(self) -> None:
         """The memory is mapped, and only registration is left."""
@@ -158,6 +165,8 @@ class Rank:
         if self.phase not in order or order.index(phase) <= order.index(self.phase):
             return
         now = clock.now()
+        if self.phase is Phase.STARTING and self.node_rank == 0:
+            self._step_over(now)
         self._move(phase, now)
         if phase is Phase.PARKED:
             self.news.set()  # a good moment to look at it; later ones are not, while it takes over

@@ -202,6 +202,7 @@ class RankSet:
         weights = [g for g in self._gms.status if g.tag == "weights"]
         if rank is not None and weights:
             allocations = sum(g.allocations for g in weights)
+            rank.read_log()  # what it says itself comes first, and is more
             rank.stepped(by_memory(allocations, all(g.committed for g in weights)))
 
     def activate(self, cohort_id: int, incarnation: int) -> None:

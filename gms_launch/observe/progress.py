@@ -110,14 +110,23 @@ class Narrator:
             if not stage:
                 continue
             seen = self._seen.get(cohort.cohort_id)
-            last = next((r.step_last for r in cohort.ranks if r.node_rank == 0), 0.0)
+            leader = next((r for r in cohort.ranks if r.node_rank == 0), None)
+            last = leader.step_last if leader else 0.0
+            # Steps may begin and end between two looks: their rank remembers them.
+            over = dict(leader.steps) if leader and leader.incarnation == cohort.incarnation else {}
             if seen is None or seen.incarnation != cohort.incarnation:
-                self._seen[cohort.cohort_id] = _Seen(cohort.incarnation, stage, now, now, last)
-                lines.append(f"cohort {cohort.cohort_id}: {stage}{_usual(last)}")
-            elif stage != seen.stage:
-                seen.took[seen.stage] = now - seen.since
-                lines.append(f"cohort {cohort.cohort_id}: {_line(seen, stage, last, Memory.of(shot), now)}")
-                seen.stage, seen.since, seen.last = stage, now, last
+                first = next(iter(over), stage)
+                usual = last if first == stage else 0.0
+                seen = self._seen[cohort.cohort_id] = _Seen(cohort.incarnation, first, now, now, usual)
+                lines.append(f"cohort {cohort.cohort_id}: {first}{_usual(usual)}")
+            missed = [step for step in over if step not in seen.took]
+            for to in (*missed, stage):
+                if to == seen.stage:
+                    continue
+                usual = last if to == stage else 0.0
+                seen.took[seen.stage] = over.get(seen.stage, now - seen.since)
+                lines.append(f"cohort {cohort.cohort_id}: {_line(seen, to, usual, Memory.of(shot), now)}")
+                seen.stage, seen.since, seen.last = to, now, usual
         return lines
 
     def took(self) -> Mapping[int, Mapping[str, float]]:
@@ -131,7 +140,7 @@ def _usual(last: float) -> str:
 
 
 def _line(seen: _Seen, stage: str, last: float, memory: Memory, now: float) -> str:
-    took = f"{seen.stage} took {now - seen.since:.1f} s{_usual(seen.last)}"
+    took = f"{seen.stage} took {seen.took[seen.stage]:.1f} s{_usual(seen.last)}"
     if seen.stage == Step.WEIGHTS.value and memory.text:
         took += f", {memory.text} are mapped"
     if stage in (*AFTER.values(), FIRST_TOKEN):

@@ -35,6 +35,7 @@ def shot(
     announced: str = "",
     last: float = 0.0,
     nnodes: int = 1,
+    over: tuple[tuple[str, float], ...] = (),
 ) -> snapshot.Snapshot:
     mirror = Mirror("r")
     keys = mirror.keys
@@ -46,6 +47,7 @@ def shot(
     for cohort_id, phase in phases.items():
         step = (steps or {}).get(cohort_id, Step.IMPORTS) if phase is Phase.STARTING else None
         told = {"step": step.value, "step_since": 100.0, "step_last": last} if step else {}
+        told["steps"] = over
         records[keys.cohort(cohort_id)] = DesiredCohort(cohort_id, 1, Wanted.RUNNING, 1).encode()
         records[keys.rank(cohort_id, 0)] = RankRecord(cohort_id, 0, 1, phase, pid=7, since=90.0, **told).encode()
     mirror.replace(records)
@@ -126,6 +128,23 @@ def test_a_step_that_was_not_seen_is_left_out() -> None:
     assert narrator.see(shot({0: Phase.WAKING}), (), 4.0) == [
         "cohort 0: imports took 3.0 s; parked 3.0 s after its start; has the lock, waking"
     ]
+
+
+def test_a_step_between_two_looks_is_told_with_the_time_that_its_rank_took_down() -> None:
+    narrator = Narrator()
+    over = (("imports", 2.5), ("weights", 0.2))
+    first = narrator.see(shot({0: Phase.STARTING}, last=3.0), (), 1.0)
+    both = narrator.see(shot({0: Phase.STARTING}, {0: Step.WARM_UP}, over=over), (), 4.0)
+    last = narrator.see(shot({0: Phase.PARKED}, over=(*over, ("warm-up", 1.0))), (), 5.0)
+    assert first + both + last == [
+        "cohort 0: imports (last time 3 s)",
+        "cohort 0: imports took 2.5 s (last time 3 s); weights",
+        "cohort 0: weights took 0.2 s; warm-up",
+        "cohort 0: warm-up took 1.0 s; parked 4.0 s after its start",
+    ]
+    assert narrator.took() == {0: {"imports": 2.5, "weights": 0.2, "warm-up": 1.0}}
+    late = Narrator().see(shot({0: Phase.PARKED}, over=over), (), 9.0)
+    assert late[:2] == ["cohort 0: imports", "cohort 0: imports took 2.5 s; weights"]
 
 
 def test_status_shows_what_a_starting_cohort_is_at() -> None:
