@@ -38,13 +38,14 @@ RpcError = grpc.RpcError
 _ALARMS = {1: "NOSPACE", 2: "CORRUPT"}
 #: An alarm is ended when no more than this share of the quota is in use.
 ENOUGH = 0.8
-#: A frozen server is noticed within keepalive time + timeout (ms), and a dead one retried at least every 2 s.
-_KEEPALIVE = (5000, 3000)
+#: A silent server is noticed by who waits for its word: a ping after so long, and the wait for its answer (ms). Etcd as
+#: it is by default ends connections that ping more often than every 5 s, or without a call ("too_many_pings").
+_KEEPALIVE = (6000, 2000)
 #: The same where another member can be asked (grpc lets 1 s pass between two), and how long one answer may take (s).
 _BRISK = (500, 400)
 BRISK = 1.0
 _CHANNEL_OPTIONS = [
-    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -204,9 +205,11 @@ class Etcd:
                 error = exc
             self.drop(generation)
             if time.monotonic() + delay > deadline or self._closed:
-                raise NoContactError(
-                    f"etcd at {', '.join(self._access.endpoints)} does not answer: {describe(error)}"
-                ) from error
+                told = f"etcd at {', '.join(self._access.endpoints)} does not answer: {describe(error)}"
+                try:
+                    raise NoContactError(told) from error
+                finally:
+                    del error  # which holds this frame: as a ring they would keep the connection, and its attempts, up
             time.sleep(delay * random.uniform(0.5, 1.0))  # a pause between attempts; there is no event to wait for
             delay = min(delay * 2, 1.0)
 

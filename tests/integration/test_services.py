@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import queue
 import signal
 import sys
 import uuid
@@ -16,6 +17,9 @@ from pathlib import Path
 import pytest
 
 from gms_launch.control.access import Access
+from gms_launch.control.client import Etcd
+from gms_launch.control.keys import prefix
+from gms_launch.control.watch import Watch
 from gms_launch.gms.devices import virtual_devices
 from gms_launch.process import lifecycle
 from gms_launch.process.lifecycle import Command
@@ -97,6 +101,27 @@ def test_etcd_is_asked_whether_it_lives_over_one_connection_for_as_long_as_it_an
     etcd.send(signal.SIGCONT)
     eventually(does)
     eventually(lambda: not connections() & first, what="one over which no answer came is not used again")
+    answers.close()
+
+
+@pytest.mark.slow
+def test_an_etcd_as_it_is_by_default_ends_no_connection_for_being_asked_whether_it_is_there(etcd: EtcdServer) -> None:
+    """It ends one at the third ping that comes within 5 s of the last, or without a call; a silent one is noticed."""
+    client, states = Etcd(Access((etcd.url,))), queue.Queue[str | None]()
+    client.put("/a/landmark", b"")
+    watch = Watch(client, [prefix("/a/")], lambda _: None, lambda _: None, states.put)
+    answers = Answers(Access((etcd.url,)), LONG)
+    answers()
+    watch.start()
+    assert states.get(timeout=LONG) is None
+    with pytest.raises(queue.Empty):
+        states.get(timeout=30.0)
+    answers()
+    etcd.send(signal.SIGSTOP)
+    assert "ping" in (states.get(timeout=LONG) or "")
+    etcd.send(signal.SIGCONT)
+    watch.stop()
+    client.close()
     answers.close()
 
 
