@@ -13,6 +13,7 @@ stops. Nothing is asked twice: there are no retries.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import ssl
 import threading
@@ -250,13 +251,16 @@ class Load:
             self._ready.set()
 
     async def _main(self) -> None:
-        limits = aiohttp.ClientTimeout(total=self._timeout)
+        limits = self._limits()
         connector = aiohttp.TCPConnector(limit=0, ssl=self._tls or True)
         async with aiohttp.ClientSession(timeout=limits, connector=connector, headers=self._headers) as session:
             await self._learn(session)
             self._ready.set()
             places = [self._keep(session, n, n < self._counts[0]) for n in range(sum(self._counts))]
             await asyncio.gather(*places, self._come(session))
+
+    def _limits(self) -> aiohttp.ClientTimeout:
+        return aiohttp.ClientTimeout(total=self._timeout)
 
     async def _learn(self, session: aiohttp.ClientSession) -> None:
         wanted = [q for q in self._questions() if q not in self.texts]
@@ -282,12 +286,15 @@ class Load:
         while not self._stop.is_set():
             question = self._question(number + turn, self._tokens, stream, chat=(number + turn) % 2 == 1)
             self._open.add(number)
-            answer = await ask(session, self.url, question, self.model)
+            answer = await self._ask(session, question)
             self._note(answer)
             turn += 1
             if answer.error:
                 await asyncio.sleep(0.2)  # as somebody would who sees it; else one outage is ten thousand errors
         self._open.discard(number)
+
+    async def _ask(self, session: aiohttp.ClientSession, question: Question) -> Answer:
+        return await ask(session, self.url, question, self.model)
 
     def _note(self, answer: Answer) -> None:
         answer.choices = []  # of hundreds of thousands of chunks, the text is enough
@@ -302,11 +309,44 @@ class Load:
                 continue
             await asyncio.sleep(max(0.0, begun + number / self._rate - loop.time()))
             question = self._question(number, self.short, stream=number % 4 > 1, chat=number % 2 == 1)
-            task = loop.create_task(ask(session, self.url, question, self.model))
+            task = loop.create_task(self._ask(session, question))
             asked.add(task)
             task.add_done_callback(lambda t: (self._note(t.result()), asked.discard(t)))
             number += 1
         await asyncio.gather(*asked)
+
+
+class Either(Load):
+    """A client that knows two frontends, `urls`, which may be set anew: what one does not answer whole, it asks the
+    other, once. Each in its turn is the first to be asked. `sent` of an answer is when the first was.
+
+    A machine that is switched off says nothing: `CONNECT` and `SILENT` are how long the client waits for a connection,
+    and for the next word on one (seconds).
+    """
+
+    CONNECT, SILENT = 2.0, 10.0
+
+    def __init__(self, urls: tuple[str, str], streams: int = 0, unary: int = 0, rate: float = 0.0, **more: Any) -> None:
+        super().__init__(urls[0], streams, unary, rate, **more)
+        self.urls = urls
+        #: First tries that failed.
+        self.retried: list[Answer] = []
+        self._turn = itertools.count()
+
+    def _limits(self) -> aiohttp.ClientTimeout:
+        return aiohttp.ClientTimeout(total=self._timeout, sock_connect=self.CONNECT, sock_read=self.SILENT)
+
+    async def _ask(self, session: aiohttp.ClientSession, question: Question) -> Answer:
+        first, second = self.urls if next(self._turn) % 2 == 0 else self.urls[::-1]
+        answer = await ask(session, first, question, self.model)
+        if not answer.error:
+            return answer
+        self.retried.append(answer)
+        again = await ask(session, second, question, self.model)
+        if again.error:
+            again.error = f"{second}: {again.error}; before that {first}: {answer.error}"
+        again.sent = answer.sent
+        return again
 
 
 def _plain(question: Question) -> Question:

@@ -300,6 +300,20 @@ class Lab:
     def names(self) -> list[str]:
         return list(self.nodes)
 
+    def split(self, *names: str) -> None:
+        """Nothing that these nodes send reaches the others any more, nor the other way; this machine hears both."""
+        for one, other in self._across(names):
+            one.mute(other)
+            other.mute(one)
+
+    def heal(self, *names: str) -> None:
+        for one, other in self._across(names):
+            one.unmute(other)
+            other.unmute(one)
+
+    def _across(self, names: Sequence[str]) -> list[tuple[Node, Node]]:
+        return [(self.nodes[n], node) for n in names for node in self.nodes.values() if node.name not in names]
+
     # -- up and down ---------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Lab:

@@ -11,31 +11,13 @@ from typing import Any
 
 import pytest
 
-from gms_launch.cohort.records import LeadRecord
-from gms_launch.control.client import Etcd
-from gms_launch.run.rundir import RunDir
 from tests.slurm.lab import Lab
+from tests.slurm.moving import Led, routed
 from tests.slurm.support import since
-from tests.slurm.test_groups import Groups
 from tests.support import LONG, complete, eventually
 
 #: Three nodes with a member of etcd, a group and a frontend each.
 FLAGS = ("--groups=3", "--etcd-members=3", "--frontends=auto", "--lease-ttl=3", "--node-wait=300")
-
-
-class Led(Groups):
-    def leader(self) -> int:
-        """The node that leads the run, as etcd has it; -1 for none."""
-        one = Etcd(RunDir(self.home).credentials().access(tuple(self.run_file()["etcd_endpoints"])), brisk=True)
-        try:
-            value = one.get(f"/gms-launch/{self.run}/lead")
-            return LeadRecord.decode(value).node_rank if value is not None else -1
-        finally:
-            one.close()
-
-    def fronts(self) -> list[tuple[str, int]]:
-        parts = [u.removeprefix("http://").split(":") for u in self.run_file()["frontend_urls"]]
-        return [(host, int(port)) for host, port in parts]
 
 
 def served(where: tuple[str, int]) -> str | None:
@@ -44,12 +26,6 @@ def served(where: tuple[str, int]) -> str | None:
 
 def lab(nodes: int) -> Lab:
     return Lab(nodes, slurm=False)
-
-
-def routed(lab: Lab, *names: str) -> None:
-    for name in names or lab.names:
-        # Dynamo's frontend takes answers at the address of the default route, where an interface has IPv6 too.
-        lab.node(name).run(["ip", "route", "replace", "default", "via", f"{lab.net}.254"], check=True)
 
 
 @pytest.fixture
