@@ -41,7 +41,7 @@ def read(
 def _group(run: snapshot.Snapshot, name: str, said: Mapping[str, Any], found: dict[str, bytes]) -> snapshot.Snapshot:
     mirror = Mirror(run.run, name)
     mirror.replace(found)
-    shot = snapshot.build(mirror)
+    shot = replace(snapshot.build(mirror), places=tuple(said.get("nodes", ())))
     if mirror.run is not None and 0 not in mirror.nodes:
         return replace(shot, records=Redundancy.DOWN)  # nobody serves in a group whose leader's lease is over
     if mirror.run is not None or not said:

@@ -43,8 +43,8 @@ class Snapshot:
 
     `alarms` are etcd's own, by name; `spares` the nodes that wait for another to be lost, of `wanted_spares`.
     In a run of groups the cohorts are those of `groups`, each a snapshot of its own with its name in `group`, whose
-    nodes have their place in it for a rank; `leader` is the node rank in the run of the one that leads it, and `over`
-    says why one has ended.
+    nodes have their place in it for a rank; `leader` is the node rank in the run of the one that leads it, `places` the
+    node ranks of all of its nodes where that is known, and `over` says why one has ended.
     `starting` until the run served for the first time: its redundancy is down, and nothing is wrong with that.
     `reported_ago`: seconds since the leader's agent was heard of, as far as was asked; `leader_silent` says it in words
     when that is so long that the rest may be out of date.
@@ -68,6 +68,7 @@ class Snapshot:
     starting: bool = False
     group: str = ""
     leader: int = 0
+    places: tuple[int, ...] = ()
     frontend_host: str = ""
     groups: tuple[Snapshot, ...] = ()
     over: str = ""

@@ -52,10 +52,12 @@ def number(node: NodeRecord) -> int:
 
 def place(shot: Snapshot, node_rank: int) -> str:
     """A node by its node rank in the run; of a group also its rank there, where that is another."""
-    node = next((n for n in shot.nodes if n.node_rank == node_rank), None)
-    if not shot.group or (node is not None and number(node) == node_rank):
+    if not shot.group:
         return str(node_rank)
-    return f"rank {node_rank}" if node is None else f"{number(node)} (rank {node_rank})"
+    known = dict(enumerate(shot.places)) | {n.node_rank: number(n) for n in shot.nodes}
+    if node_rank not in known:
+        return f"rank {node_rank}"
+    return str(node_rank) if known[node_rank] == node_rank else f"{known[node_rank]} (rank {node_rank})"
 
 
 def _loopback(url: str) -> bool:
@@ -107,11 +109,13 @@ def groups(shot: Snapshot) -> list[Row]:
         serving = g.primary
         parked = sum(c.phase is Phase.PARKED for c in g.cohorts)
         state = "over" if g.over else "starting" if g.starting else g.redundancy.value
-        nodes = ranges(n.number for n in g.nodes)
+        nodes = ranges({*g.places, *(n.number for n in g.nodes)})
+        # Only the agent that leads it says what becomes of its ranks.
+        old = " ?" if g.leader_silent or 0 in g.missing else ""
         note = g.over.partition("\n")[0] or g.leader_silent
         note = note or (f"{len(g.missing)} of {numbered(g.nnodes, 'node')} not here" if g.missing else "")
-        who = f"cohort {serving.cohort_id}.{serving.incarnation}" if serving else ""
-        shadows = f"{parked} of {g.shadows}" if g.cohorts else ""  # another node's agent knows no cohorts of it
+        who = f"cohort {serving.cohort_id}.{serving.incarnation}{old}" if serving else ""
+        shadows = f"{parked} of {g.shadows}{old}" if g.cohorts else ""  # another node's agent knows no cohorts of it
         found.append((g.group, state, who, shadows, nodes, g.model_name, note))
     return found
 

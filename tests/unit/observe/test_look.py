@@ -9,7 +9,7 @@ from gms_launch.cohort.model import Phase, Redundancy
 from gms_launch.cohort.records import DesiredCohort, NodeRecord, RankRecord, RunRecord, Wanted
 from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys
-from gms_launch.observe import look
+from gms_launch.observe import look, words
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.run.rundir import RunDir, RunFile
 
@@ -82,6 +82,10 @@ def test_a_group_whose_leader_is_silent_or_lost_is_not_full_whatever_was_said_la
     del etcd.held[Keys("r", "b").node(0)], etcd.held[Keys("r").node(1)]
     shot, groups = seen(etcd)
     assert groups["b"].redundancy is shot.redundancy is Redundancy.DOWN and groups["a"].redundancy is Redundancy.FULL
+    # What its ranks said last is marked, and whose nodes they were is still told.
+    rows = dict(zip(("a", "b"), words.groups(shot), strict=True))
+    assert rows["a"][2:5] == ("cohort 0.1", "1 of 1", "0") and rows["b"][2:5] == ("cohort 0.1 ?", "1 of 1 ?", "1")
+    assert words.parts(groups["b"])[0][:3] == ("1 (rank 0)", "agent", words.SILENT)
 
 
 def test_a_group_that_has_said_nothing_yet_is_listed_as_starting() -> None:
