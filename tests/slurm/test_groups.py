@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,17 +116,14 @@ def test_a_node_of_one_group_is_lost_and_the_other_gives_its_answers(four: Lab, 
         assert run.lives("g0") == untouched and run.text()
 
 
-@pytest.mark.slow
 def test_an_agent_of_one_group_is_killed_and_the_run_knows_before_its_lease_is_over(four: Lab, model: Path) -> None:
     """Nobody holds what its engine was asked: the port is closed. So the frontend must not go on asking there."""
-    with Groups(four, model, "--lease-ttl=3", "--node-wait=120", "--groups", "2").hand() as run:
+    with Groups(four, model, "--lease-ttl=100", "--node-wait=200", "--groups", "2").hand() as run:
         run.full("g0", "g1")
         untouched = run.lives("g0")
-        killed = time.time()
         os.kill(run.agents()[2], signal.SIGKILL)
         eventually(lambda: run.of("g1", "lease_revoked"), LONG, "its engine is forgotten")
-        # The lease is 4 s, and was renewed half a second before at most; then a second is waited.
-        assert run.of("g1", "lease_revoked")[0]["time"] - killed < 4.4
+        assert run.status()["missing_nodes"] == [], "its lease is not over"
         run.processes.pop(2).wait(60)
         run.hand(2)
         run.full("g1")
