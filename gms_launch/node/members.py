@@ -13,8 +13,11 @@ import logging
 from dataclasses import replace
 
 from gms_launch.cohort.membership import name
+from gms_launch.cohort.records import NodeRecord
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError
 from gms_launch.node.node import Node
+from gms_launch.numbers import numbered
+from gms_launch.process import listener
 from gms_launch.run import credentials
 from gms_launch.run.store import Store
 from gms_launch.services import etcd
@@ -170,6 +173,7 @@ def look(me: Node) -> None:
     store = me.layout.store
     if not store.several:
         return
+    _let_go(me)
     if me.leads:
         me.members |= {r: n.etcd for r, n in me.mirror.nodes.items() if n.etcd and r < store.members}
         if store.learn(me.members):
@@ -181,6 +185,28 @@ def look(me: Node) -> None:
         _learned(me)
     if me.session.mirrored.is_set():
         _follow_leader(me)
+
+
+def _let_go(me: Node) -> None:
+    """End what this node's member still sends to members on nodes that are lost.
+
+    Etcd waits up to 5 s for room in such a connection, once it is full, and where that member is removed meanwhile, it
+    does nothing else for as long: its leader then does not write anything down for anybody.
+    """
+    here = frozenset(r for r in me.mirror.nodes if r < me.layout.store.members)
+    gone, me.members_seen = me.members_seen - here, here
+    runner = me.services.get("etcd")
+    for node in (me.report.seen.get(rank) for rank in gone):
+        if runner is not None and runner.pid and node is not None and node.address != me.layout.home.address:
+            me.spawn(_sever(runner.pid, node))
+
+
+async def _sever(pid: int, node: NodeRecord) -> None:
+    try:
+        count = await asyncio.to_thread(listener.sever, pid, node.address)
+        log.info("etcd: %s with %s, which is lost, ended", numbered(count, "connection"), name(node))
+    except (LaunchError, OSError) as exc:
+        log.warning("etcd's connections with %s, which is lost, cannot be ended: %s", name(node), exc)
 
 
 def _follow_leader(me: Node) -> None:

@@ -53,8 +53,8 @@ class Node:
     `on_rank(group, rank, kind, detail)` hears what ranks noticed. `ends` says, in the end, how the nodes of the run
     ended, as far as this one knows. `member` is where clients reach this node's member of a cluster of etcd, and
     `front` where they reach its frontend, where there are several; `members` where those of all nodes are, as far as
-    the leader knows. `record`, on the leader, is what run.json says; `ends_run`, in the end, whether this agent says
-    how the run has ended.
+    the leader knows, and `members_seen` the nodes with one that were there at the last look. `record`, on the leader,
+    is what run.json says; `ends_run`, in the end, whether this agent says how the run has ended.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class Node:
         self.record: RunFile | None = None
         self.member = ""
         self.members: dict[int, str] = {}
+        self.members_seen: frozenset[int] = frozenset()
         self.alone_since: float | None = None
         self.front = ""
         self.answered: set[str] = set()
