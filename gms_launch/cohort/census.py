@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from gms_launch.cohort.model import Redundancy
+from gms_launch.cohort.records import RecordError, RunRecord
 from gms_launch.numbers import numbered
 
 
@@ -23,6 +24,9 @@ class Said(Protocol):
 
     @property
     def exit_code(self) -> int: ...
+
+    @property
+    def leader(self) -> int: ...
 
 
 def redundancy(groups: Mapping[str, Said], number: int) -> Redundancy | None:
@@ -47,3 +51,22 @@ def too_few(groups: Mapping[str, Said], number: int, least: int, up: bool) -> tu
     if not up:
         return why, code
     return f"{numbered(left, 'group')} of {number} can still serve, and {least} must (--min-groups); {why}", code
+
+
+def orphans(groups: Mapping[str, Said], absent: Mapping[int, float], node_wait: float, now: float) -> list[str]:
+    """The groups whose leading node, `absent` since then, did not come back within `node_wait`: nobody is left in them
+    who could say that they are over. Times in seconds.
+    """
+    return [
+        name
+        for name, g in sorted(groups.items())
+        if not g.failed and g.leader in absent and now - absent[g.leader] >= node_wait
+    ]
+
+
+def says_over(value: bytes | None) -> bool:
+    """Whether that is the record of a group that has ended."""
+    try:
+        return value is not None and bool(RunRecord.decode(value).failed)
+    except RecordError:
+        return False

@@ -21,21 +21,18 @@ from dataclasses import replace
 from gms_launch.cohort import census, controller, membership, reconciler, seats
 from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.reconciler import Desire
-from gms_launch.cohort.records import CommandRecord, RunRecord, RunState, Wanted
+from gms_launch.cohort.records import CommandRecord, RunState, Wanted
 from gms_launch.errors import LaunchError, MovedError, UsageError, by_code
 from gms_launch.node import begin, end, lead, members, quiet, upkeep
 from gms_launch.node.desk import Clerk
 from gms_launch.node.group import Group
-from gms_launch.node.herald import agent_number
 from gms_launch.node.node import Node
+from gms_launch.node.orphans import Orphans
 from gms_launch.node.rank import Rank
 from gms_launch.node.role import Role
-from gms_launch.node.standing import Standing
 from gms_launch.node.takeover import Takeover
 from gms_launch.node.tasks import until
-from gms_launch.numbers import numbered
 from gms_launch.observe import snapshot
-from gms_launch.process import listener
 from gms_launch.process.proc import ProcessId
 from gms_launch.run.plan import Layout
 from gms_launch.spool.writer import Writer
@@ -64,16 +61,14 @@ class Agent:
         self.node = Node(layout, writer, on_progress, self._rank_event)
         self._on_change = on_change
         self._shown = 0.0
-        self._standing = Standing(lambda: self.node.report.link, layout.settings.dynamo_lease_ttl)
-        self._ended_leases: set[int] = set()
+        self._orphans = Orphans(self.node)
         self._clerk = Clerk(layout.run, self.node.near, self.node.report)
-        self._absent_since: dict[int, float] = {}
         self._takeover = Takeover(self.node)
         self._role = Role(self.node, self._begin_to_lead)
 
     def _begin_to_lead(self) -> None:
         """What was seen when this agent led before, if it did, is long over."""
-        self._absent_since = {}
+        self._orphans.forget()
         self._takeover = Takeover(self.node)
 
     async def run(self) -> None:
@@ -338,48 +333,8 @@ class Agent:
         why, code = census.too_few(groups, number, self.node.settings.min_groups, self.node.ready.is_set())
         if why:
             self.node.fail(by_code(code, why))
-        for name, record in groups.items():
-            if self._is_lost(record.leader) and record.leases and not self.node.stopping.is_set():
-                self._forget_engines(name, record)
-
-    def _is_lost(self, node_rank: int) -> bool:
-        """Whether a node's agent is dead, by its guard's word, or has had no lease for longer than it takes to get
-        another, as after a restart of etcd.
-        """
-        if (record := self.node.mirror.nodes.get(node_rank)) is not None:
-            self._absent_since.pop(node_rank, None)
-            return self.node.dead_agents.get(node_rank) == agent_number(record.agent_pid, record.agent_start)
-        now = self.node.loop.time()
-        if node_rank not in self._absent_since:
-            self._absent_since[node_rank] = now
-            self.node.loop.call_later(controller.NODE_GRACE, self.node.wake.set)
-        return now - self._absent_since[node_rank] >= controller.NODE_GRACE
-
-    def _forget_engines(self, name: str, record: RunRecord) -> None:
-        """The node that a group's engines answered from is lost: no request is to be sent there any more."""
-        fresh = set(record.leases) - self._ended_leases
-        self._ended_leases |= fresh
-        for lease in fresh:
-            self.node.report.emit("lease_revoked", detail=f"{lease:x}: the leader of group {name} is lost", group=name)
-        if fresh:
-            self.node.spawn(self._let_go(name, fresh, record.leader))
-
-    async def _let_go(self, name: str, leases: set[int], node_rank: int) -> None:
-        """Have the frontend send on what is asked of engines on a lost node, and what they were answering.
-
-        It would wait for the rest of those answers: nothing tells it that no more will come.
-        """
-        await self._standing.end(leases)
-        node, pid = self.node.report.seen.get(node_rank), self.node.near.pid()
-        if node is None or not pid or node.address in ("", self.node.layout.topology.address):
-            return
-        try:
-            count = await self.node.loop.run_in_executor(None, listener.sever, pid, node.address)
-        except (LaunchError, OSError) as exc:
-            self.node.report.emit("not_severed", detail=f"{exc}; answers that {node.host} was giving hang", group=name)
-            return
-        detail = f"{numbered(count, 'connection')} of the frontend with {node.host} ({node.address})"
-        self.node.report.emit("severed", detail=detail, group=name)
+        if not self.node.stopping.is_set():
+            self._orphans.look(groups)
 
     def _announce(self) -> None:
         """What the run as a whole amounts to; the first time that it is full, everything is up."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gms_launch.cohort import arrival
+from gms_launch.cohort import arrival, census
 from gms_launch.cohort.records import EventRecord, LeadRecord, NodeRecord, SeatRecord
 from gms_launch.control import terms
 from gms_launch.control.keys import DYNAMO_ROOT, Range, Share, followed, prefix
@@ -247,7 +247,8 @@ class Session:
         mirror.desired = {**mirror.desired, **known}
         for cohort_id, record in known.items():
             part.report.put(mirror.keys.cohort(cohort_id), record.encode())
-        mirror.run = run
+        if part is self._parts[0] or mirror.run is None or not mirror.run.failed:
+            mirror.run = run
         part.report.run()
 
     def control_change(self, key: str, value: bytes | None) -> None:
@@ -255,7 +256,7 @@ class Session:
             if value is not None:
                 self._report.take_event(EventRecord.decode(value))
             return
-        concerned = [p for p in self._parts if not self._says(p, key)]
+        concerned = [p for p in self._parts if not self._says(p, key, value)]
         for part in concerned:
             part.mirror.apply(key, value)
             if problem := part.mirror.problems.get(key):
@@ -263,9 +264,11 @@ class Session:
         if concerned:
             self._member.control_changed()
 
-    def _says(self, part: Part, key: str) -> bool:
+    def _says(self, part: Part, key: str, value: bytes | None) -> bool:
         """Whether we say that ourselves: it is known here before etcd says it, and may be newer than its echo."""
         keys, topology = part.mirror.keys, part.layout.topology
+        if part is not self._parts[0] and key == part.mirror.keys.run and census.says_over(value):
+            return False  # the run's leader says so of a group that nobody leads
         own_rank = key.startswith(keys.ranks) and key.endswith(f"/{topology.node_rank}")
         of_all = part is self._parts[0]
         leads = self.leads if of_all else topology.is_leader

@@ -22,6 +22,7 @@ from gms_launch.control.client import Etcd, etcd3
 from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys, Range, prefix
 from gms_launch.control.lease import LeaseKeeper
+from gms_launch.control.link import ControlLink
 from gms_launch.control.publisher import Publisher
 from gms_launch.control.roles import establish
 from gms_launch.control.watch import Change, Watch
@@ -435,3 +436,36 @@ def test_who_has_no_certificate_of_the_run_is_not_heard(secure: EtcdServer, auth
     assert tls.answers(Access((secure.url,), authority.cert), 30.0)
     assert not tls.answers(Access((secure.url,), stranger.cert), 5.0), "another run's, on the same port"
     ours.close()
+
+
+def test_what_a_leader_says_counts_as_long_as_the_role_is_its_own(store: Etcd, etcd: EtcdServer) -> None:
+    links = [ControlLink(Access((etcd.url,)), lambda call, *args: None) for _ in range(2)]
+    first, second = links
+    try:
+        leases = [store.grant(60), store.grant(60)]
+        assert first.take_lead("/lead", b"first", leases[0])
+        assert not second.take_lead("/lead", b"second", leases[1]), "somebody has it"
+        first.lead_while("/lead", b"first")
+        first.say("/said", b"by the first")
+        eventually(lambda: store.get("/said") == b"by the first")
+        assert first.write_if({}, {"/done": b"1"})
+        store.revoke(leases[0])
+        assert second.take_lead("/lead", b"second", leases[1])
+        second.lead_while("/lead", b"second")
+        first.say("/said", b"by one that slept")
+        assert not first.write_if({}, {"/done": b"2"})
+        second.say("/said", b"by the second")
+        eventually(lambda: store.get("/said") == b"by the second")
+        first.close(5.0, leave=False)  # what it still wanted has been tried by then
+        assert store.get("/said") == b"by the second" and store.get("/done") == b"1"
+        # The same agent may come to lead again, under another lease.
+        store.revoke(leases[1])
+        leases.append(store.grant(60))
+        assert second.take_lead("/lead", b"second again", leases[2])
+        second.say("/said", b"under the old word")
+        second.lead_while("/lead", b"second again")
+        second.say("/said", b"anew")
+        eventually(lambda: store.get("/said") == b"anew")
+    finally:
+        for link in links:
+            link.close(5.0, leave=False)

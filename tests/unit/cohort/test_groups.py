@@ -98,3 +98,16 @@ def test_two_groups_that_fail_over_at_once_are_told_apart() -> None:
     assert "fenced" in a.steps and "fenced" not in b.steps, "each by the nodes that it has"
     assert a.steps["lock"] == pytest.approx(0.4) and "first_token" not in a.steps
     assert b.steps["first_token"] == pytest.approx(0.4)
+
+
+def test_a_group_is_over_whose_leading_node_stays_away() -> None:
+    groups = {"a": replace(RECORD, leader=0), "b": replace(RECORD, leader=2), "c": replace(RECORD, leader=4)}
+    assert census.orphans(groups, {2: 10.0, 3: 0.0}, 30.0, 39.9) == []
+    assert census.orphans(groups, {2: 10.0, 3: 0.0}, 30.0, 40.0) == ["b"], "node 3 leads none"
+    groups["b"] = replace(groups["b"], failed="why")
+    assert census.orphans(groups, {2: 10.0}, 30.0, 40.0) == [], "it is known to be"
+
+
+def test_what_says_that_a_group_is_over() -> None:
+    assert census.says_over(replace(RECORD, failed="why").encode())
+    assert not census.says_over(RECORD.encode()) and not census.says_over(None) and not census.says_over(b"x")

@@ -1,0 +1,120 @@
+"""Groups whose leading node is lost: what the run's leader does for them, since nobody in them decides then.
+
+Requests are not sent there any more; and a group whose node does not come back, nor a spare for it, is over.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+from gms_launch.cohort import census, controller, membership
+from gms_launch.cohort.model import Redundancy
+from gms_launch.cohort.records import RunRecord
+from gms_launch.errors import DeadlineError, LaunchError, NoContactError
+from gms_launch.node.herald import agent_number
+from gms_launch.node.node import Node
+from gms_launch.node.standing import Standing
+from gms_launch.numbers import numbered
+from gms_launch.process import listener
+
+log = logging.getLogger("agent")
+
+#: Between two tries to write down that a group is over (seconds).
+AGAIN = 1.0
+
+
+class Orphans:
+    """What the run's leader remembers of lost nodes that lead groups."""
+
+    def __init__(self, me: Node) -> None:
+        self._me = me
+        self._standing = Standing(lambda: me.report.link, me.settings.dynamo_lease_ttl)
+        self._ended_leases: set[int] = set()
+        self._absent_since: dict[int, float] = {}
+        self._ending: set[str] = set()
+
+    def forget(self) -> None:
+        """What was seen when this agent led before, if it did, is long over."""
+        self._absent_since = {}
+
+    def look(self, groups: Mapping[str, RunRecord]) -> None:
+        """Act for each of them once; `groups` are all of the run's, as their leaders see them."""
+        for name, record in groups.items():
+            if self._is_lost(record.leader) and record.leases:
+                self._forget_engines(name, record)
+        if not self._me.ready.is_set():
+            return  # the first start has deadlines of its own
+        for name in census.orphans(groups, self._absent_since, self._me.settings.node_wait, self._me.loop.time()):
+            if name not in self._ending:
+                self._ending.add(name)
+                self._me.spawn(self._end(name, groups[name]))
+
+    def _is_lost(self, node_rank: int) -> bool:
+        """Whether a node's agent is dead, by its guard's word, or has had no lease for longer than it takes to get
+        another, as after a restart of etcd.
+        """
+        me = self._me
+        if (record := me.mirror.nodes.get(node_rank)) is not None:
+            self._absent_since.pop(node_rank, None)
+            return me.dead_agents.get(node_rank) == agent_number(record.agent_pid, record.agent_start)
+        now = me.loop.time()
+        if node_rank not in self._absent_since:
+            self._absent_since[node_rank] = now
+            me.loop.call_later(controller.NODE_GRACE, me.wake.set)
+            me.loop.call_later(me.settings.node_wait + 0.1, me.wake.set)
+        return now - self._absent_since[node_rank] >= controller.NODE_GRACE
+
+    async def _end(self, name: str, record: RunRecord) -> None:
+        """Write down that a group is over, if its leading node is not there at that very moment."""
+        me = self._me
+        node = me.report.seen.get(record.leader)
+        who = membership.name(node) if node is not None else f"node {record.leader}"
+        why = f"{who}, which leads it, was lost and did not come back within {me.settings.node_wait:g} s (node_wait)"
+        ended = replace(
+            record, failed=why, exit_code=DeadlineError.exit_code, redundancy=Redundancy.DOWN.value, leases=()
+        )
+        keys, link = me.mirror.keys, me.report.link
+        assert link is not None, "who leads the run has etcd"
+        key = f"{keys.groups}{name}"
+        conditions = {keys.node(record.leader): None, key: record.encode()}
+        try:
+            done = await me.loop.run_in_executor(None, link.write_if, conditions, {key: ended.encode()})
+        except NoContactError as exc:
+            log.warning("that group %s is over cannot be written down: %s", name, exc)
+            done = False
+        if done:
+            me.progress(f"{name}: this group is over: {why}")
+            me.report.emit("group_over", detail=why, group=name)
+            return
+        me.loop.call_later(AGAIN, self._ending.discard, name)
+        me.loop.call_later(AGAIN + 0.1, me.wake.set)
+
+    def _forget_engines(self, name: str, record: RunRecord) -> None:
+        """The node that a group's engines answered from is lost: no request is to be sent there any more."""
+        fresh = set(record.leases) - self._ended_leases
+        self._ended_leases |= fresh
+        for lease in fresh:
+            detail = f"{lease:x}: the leader of group {name} is lost"
+            self._me.report.emit("lease_revoked", detail=detail, group=name)
+        if fresh:
+            self._me.spawn(self._let_go(name, fresh, record.leader))
+
+    async def _let_go(self, name: str, leases: set[int], node_rank: int) -> None:
+        """Have the frontend send on what is asked of engines on a lost node, and what they were answering.
+
+        It would wait for the rest of those answers: nothing tells it that no more will come.
+        """
+        me = self._me
+        await self._standing.end(leases)
+        node, pid = me.report.seen.get(node_rank), me.near.pid()
+        if node is None or not pid or node.address in ("", me.layout.topology.address):
+            return
+        try:
+            count = await me.loop.run_in_executor(None, listener.sever, pid, node.address)
+        except (LaunchError, OSError) as exc:
+            me.report.emit("not_severed", detail=f"{exc}; answers that {node.host} was giving hang", group=name)
+            return
+        detail = f"{numbered(count, 'connection')} of the frontend with {node.host} ({node.address})"
+        me.report.emit("severed", detail=detail, group=name)

@@ -1,0 +1,94 @@
+"""What the run's leader writes of a group whose leading node stays away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from gms_launch.cohort.records import NodeRecord, RunRecord
+from gms_launch.control.keys import Keys
+from gms_launch.errors import NoContactError
+from gms_launch.node.orphans import Orphans
+
+KEYS = Keys("r")
+GROUP = RunRecord("r", "", "", "", 0.0, redundancy="full", leader=2)
+
+
+class Leader:
+    """The run's leader, as far as that goes. `answers` are what comes of its writes, one after another."""
+
+    def __init__(self, *answers: bool | Exception) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.mirror = SimpleNamespace(nodes={}, keys=KEYS)
+        self.settings = SimpleNamespace(node_wait=0.05, dynamo_lease_ttl=20.0)
+        self.dead_agents: dict[int, int] = {}
+        self.ready, self.wake = asyncio.Event(), asyncio.Event()
+        self.ready.set()
+        self.written: list[tuple[Mapping[str, Any], Mapping[str, bytes]]] = []
+        self.events: list[tuple[str, str]] = []
+        self._answers = list(answers)
+        self.report = SimpleNamespace(
+            seen={2: NodeRecord(2, "node3", "10.0.0.3", "", 1, 1)},
+            link=SimpleNamespace(write_if=self._write),
+            emit=lambda kind, detail, group: self.events.append((kind, group)),
+        )
+        self.tasks: list[asyncio.Task[Any]] = []
+
+    def _write(self, conditions: Mapping[str, Any], records: Mapping[str, bytes]) -> bool:
+        self.written.append((conditions, records))
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def progress(self, text: str) -> None:
+        pass
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        self.tasks.append(self.loop.create_task(work))
+
+    async def looks(self, orphans: Orphans, groups: Mapping[str, RunRecord], seconds: float) -> None:
+        until = self.loop.time() + seconds
+        while self.loop.time() < until:
+            orphans.look(groups)
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*self.tasks)
+
+
+def test_it_is_over_when_node_wait_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gms_launch.node.orphans.AGAIN", 0.05)
+
+    async def scene() -> None:
+        me = Leader(NoContactError("away"), False, True)
+        orphans = Orphans(cast(Any, me))
+        orphans.look({"b": GROUP})
+        assert not me.tasks, "it may come back"
+        await me.looks(orphans, {"b": GROUP}, 0.6)
+        assert len(me.written) == 3 and me.events == [("group_over", "b")], "until it is written, and once"
+        conditions, records = me.written[-1]
+        assert conditions == {KEYS.node(2): None, f"{KEYS.groups}b": GROUP.encode()}
+        said = RunRecord.decode(records[f"{KEYS.groups}b"])
+        assert said.failed == "node 2 (node3), which leads it, was lost and did not come back within 0.05 s (node_wait)"
+        assert (said.exit_code, said.redundancy) == (4, "down")
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("why", ["back", "not up yet", "over"])
+def test_nothing_is_written(why: str) -> None:
+    async def scene() -> None:
+        me, group = Leader(), GROUP
+        if why == "back":
+            me.mirror.nodes[2] = me.report.seen[2]
+        elif why == "over":
+            group = RunRecord("r", "", "", "", 0.0, failed="why", leader=2)
+        else:
+            me.ready.clear()
+        await me.looks(Orphans(cast(Any, me)), {"b": group}, 0.2)
+        assert not me.written
+
+    asyncio.run(scene())
