@@ -1,13 +1,14 @@
 """Each node of a run switched off in its turn, under load: what its group and the other one see, and when all is back.
 
-    python -m bench.nodes_off [--rounds 30] [--streams 4] [--rate 3] [--out FILE]
+    python -m bench.nodes_off [--rounds 30] [--streams 4] [--rate 3] [--out FILE] [--append]
 
 Five machines of the lab (tests/slurm/lab.py, without Slurm): three members of etcd with a frontend each, two groups of
 two nodes with a model each, and a spare; node 0 leads the run. A client of each model knows two frontends, one of them
 on the machine that goes, if it has one; what the one does not answer whole it asks the other, once. In each round the
 next machine is switched off, without a word to anybody: its cable first, then every process. The spare takes its place,
 it is switched on again and is the spare, and when all is whole the next round begins; every sixth is the spare's own.
-Judged from outside; the first broken invariant ends it. Needs root, for the namespaces.
+Judged from outside; the first broken invariant ends it. `--append` puts the rounds to those that the file has: 30 of
+them take a quarter of an hour. Needs root, for the namespaces.
 """
 
 from __future__ import annotations
@@ -175,12 +176,33 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"n": len(values), "p50_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
 
 
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """All rounds, and what they come to."""
+    lost = [r for r in found if r["groups"]]
+    untouched = [r[g] for r in found for g in others(r)]
+    return {
+        "rounds": len(found),
+        "the_group_that_lost_a_node": {
+            "full_on_the_spare": spread([r["full_s"] for r in lost]),
+            "without_an_answer": spread([r["answers_again_s"] for r in lost]),
+        },
+        "another_leads": spread([r["leads_s"] for r in found if r["led_the_run"]]),
+        "groups_that_lost_none": {
+            **{what: sum(u[what] for u in untouched) for what in ("answers", "errors", "asked_twice")},
+            "longest_answer": spread([u["longest_answer_s"] for u in untouched]),
+        },
+        "all_whole_again": spread([r["whole_s"] for r in found]),
+        "raw": found,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--rate", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "nodes-off.json")
+    parser.add_argument("--append", action="store_true")
     options = parser.parse_args()
     with Lab(NODES, slurm=False) as lab:
         routed(lab)
@@ -191,28 +213,15 @@ def main() -> None:
             except BaseException:
                 print(run.told()[-20000:], file=sys.stderr)
                 raise
-    lost = [r for r in found if r["groups"]]
-    untouched = [r[g] for r in found for g in others(r)]
+    command = " ".join([Path(sys.executable).name, "-m", "bench.nodes_off", *sys.argv[1:]])
+    before = json.loads(options.out.read_text()) if options.append and options.out.exists() else {}
     result = {
-        "command": " ".join([Path(sys.executable).name, "-m", "bench.nodes_off", *sys.argv[1:]]),
+        "commands": [*before.get("commands", []), command],
         "machine": f"{os.cpu_count()} cores, {platform.platform()}",
-        "versions": {n: metadata.version(n) for n in ("ai-dynamo", "etcd3", "protobuf", "grpcio")}
+        "versions": {n: metadata.version(n) for n in ("gms-launch", "ai-dynamo", "etcd3", "protobuf", "grpcio")}
         | {"python": platform.python_version()},
         "flags": flags.replace(str(lab.dir), ""),
-        "rounds": len(found),
-        "the_group_that_lost_a_node": {
-            "full_on_the_spare": spread([r["full_s"] for r in lost]),
-            "without_an_answer": spread([r["answers_again_s"] for r in lost]),
-        },
-        "another_leads": spread([r["leads_s"] for r in found if r["led_the_run"]]),
-        "groups_that_lost_none": {
-            "answers": sum(u["answers"] for u in untouched),
-            "errors": sum(u["errors"] for u in untouched),
-            "asked_twice": sum(u["asked_twice"] for u in untouched),
-            "longest_answer": spread([u["longest_answer_s"] for u in untouched]),
-        },
-        "all_whole_again": spread([r["whole_s"] for r in found]),
-        "raw": found,
+        **summary([*before.get("raw", []), *found]),
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     result.pop("raw")

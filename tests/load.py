@@ -324,7 +324,7 @@ class Either(Load):
     and for the next word on one (seconds).
     """
 
-    CONNECT, SILENT = 2.0, 10.0
+    CONNECT, SILENT = 2.0, 5.0
 
     def __init__(self, urls: tuple[str, str], streams: int = 0, unary: int = 0, rate: float = 0.0, **more: Any) -> None:
         super().__init__(urls[0], streams, unary, rate, **more)
