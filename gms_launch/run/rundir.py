@@ -61,11 +61,11 @@ def slurm_run_id(environ: Mapping[str, str]) -> str:
 
 
 def slurm_step(environ: Mapping[str, str]) -> str:
-    """job.restart.step of this process; empty outside of Slurm."""
-    job = environ.get("SLURM_JOB_ID")
-    if not job:
+    """job.restart.step of this process; empty outside of Slurm. Nodes that have a step each are of one run."""
+    if not (job := environ.get("SLURM_JOB_ID")):
         return ""
-    return f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}.{environ.get('SLURM_STEP_ID', 'batch')}"
+    step = "nodes" if environ.get("GL_NODES") else environ.get("SLURM_STEP_ID", "batch")
+    return f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}.{step}"
 
 
 def shared_run_id(leader: str) -> str:

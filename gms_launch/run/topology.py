@@ -49,6 +49,7 @@ _NODELIST = re.compile(r"[A-Za-z0-9._@:,/\[\]-]*")
 def from_slurm(environ: Mapping[str, str], hands_off: bool = False) -> dict[str, Any]:
     """Settings that follow from Slurm's variables: nnodes, node_rank, leader_addr, and GPUs. Empty outside of Slurm.
 
+    Where gms-launch.sbatch gives each node a step of its own, GL_NODES has the nodes of the run.
     `hands_off`: the user gave the node rank, so Slurm's idea of it is neither used nor judged. Raises `UsageError` for
     a step that cannot be a run: several tasks on a node, or a shell that is no task of a step at all.
     """
@@ -69,6 +70,9 @@ def from_slurm(environ: Mapping[str, str], hands_off: bool = False) -> dict[str,
         )
     rank = _number(environ, "SLURM_NODEID") or 0
     name = environ.get("SLURMD_NODENAME")
+    several = expand(environ["GL_NODES"]) if environ.get("GL_NODES") and len(nodes) == 1 else []
+    if name in several:
+        nodes, rank = several, several.index(name)
     if rank >= len(nodes) or (name and name != nodes[rank]):
         raise UsageError(
             f"Slurm calls this node {name}, number {rank}, and its node list is {','.join(nodes)}; "

@@ -98,8 +98,32 @@ def test_a_job_of_groups_outlives_an_agent_and_the_other_groups_serve_on(routed:
         assert after["redundancy"] == "full" and ranks(after) == ranks(before["g0"])
         eventually(run.text, LONG, "an answer, once nothing is sent to the other any more")
         assert not run.events("stopping") and job(lab, number)["JobState"] == "RUNNING"
+        eventually(lambda: groups(run)["g1"]["redundancy"] == "full", LONG, "with the agent that the script starts")
+        assert ranks(groups(run)["g0"]) == ranks(before["g0"])
         run.cli("down")
         eventually(lambda: job(lab, number)["JobState"] not in ("RUNNING", "COMPLETING"), LONG)
+    finally:
+        cleared(lab, run)
+
+
+@pytest.mark.slow
+def test_a_node_of_a_job_of_groups_is_rebooted_and_comes_back(routed: Lab, model: Path) -> None:
+    """srun ends the step that a rebooted node has lost, for all nodes of the step: so each has one of its own."""
+    lab = routed
+    run = LabRun(lab, model, "--lease-ttl=2", "--groups=2", "--node-wait=300")
+    try:
+        done = submit(run, "-N2", "--gpus-per-node=1", *WAIT)
+        assert done.returncode == 0, done
+        number, before = done.stdout.split()[1], groups(run)
+        lab.node("node2").power_off()
+        eventually(lambda: groups(run)["g1"]["redundancy"] == "down", LONG, "the lost node's group")
+        lab.node("node2").start()
+        eventually(lambda: groups(run)["g1"]["redundancy"] == "full", LONG, "it is back")
+        said = (Path(lab.env["GMS_LAUNCH_HOME"]) / ".jobs" / run.run / f"slurm-{number}.out").read_text()
+        assert "io error and missing step" in said and "starting another" in said, said
+        assert ranks(groups(run)["g0"]) == ranks(before["g0"])
+        assert run.cli("down").returncode == 0
+        eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", LONG, "the run's own exit code")
     finally:
         cleared(lab, run)
 

@@ -14,7 +14,7 @@ from gms_launch.cohort import membership
 from gms_launch.cohort.records import ModelStamp, NodeRecord
 from gms_launch.engines.reference import demo_model
 from gms_launch.errors import UsageError
-from gms_launch.run import contents, topology
+from gms_launch.run import contents, rundir, topology
 from gms_launch.settings.resolve import resolve
 
 #: What a task of `srun -N3 --gres=gpu:2` sees on its second node (Slurm 22.05).
@@ -37,6 +37,15 @@ def test_a_task_of_a_step_knows_its_place() -> None:
     assert topology.from_slurm({}) == {}
     assert topology.from_slurm(TASK, hands_off=True) == {}
     assert topology.from_slurm({k: v for k, v in TASK.items() if "GPU" not in k})["tp"] == 3
+
+
+def test_a_node_with_a_step_of_its_own_is_one_of_all() -> None:
+    own = {"SLURM_STEP_NODELIST": "node2", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    own |= {"SLURM_NODEID": "0", "GL_NODES": "node[1-3]"}
+    assert topology.from_slurm(TASK | own) == topology.from_slurm(TASK)
+    assert topology.from_slurm(TASK | own | {"GL_NODES": ""})["nnodes"] == 1
+    steps = {rundir.slurm_step(TASK | own | {"SLURM_STEP_ID": str(k)}) for k in range(3)}
+    assert len(steps) == 1, "of one run, and not an earlier one of this job"
 
 
 @pytest.mark.parametrize(
