@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 #: Where everything listens that only the leader node uses: its frontend, its engines' leader ranks and its agent.
 LOOPBACK = "127.0.0.1"
 
-#: Under which component an engine of each role registers, unless it is told another: upstream's own names.
-COMPONENTS = {"agg": "backend", "prefill": "prefill", "decode": "backend"}
-
 #: In every rank's environment: what it can prove by that it belongs to its life, where its ranks meet on a network.
 MEETING_SECRET = "GMS_LAUNCH_MEETING_SECRET"
 

@@ -22,11 +22,12 @@ import msgspec
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.steps import Step
 from gms_launch.engines import installed
-from gms_launch.engines.base import COMPONENTS, LOOPBACK, MEETING_SECRET, RankSpec
+from gms_launch.engines.base import LOOPBACK, MEETING_SECRET, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms.devices import CUDA_ORDER
 from gms_launch.process.lifecycle import Command
 from gms_launch.settings.declared import Settings
+from gms_launch.settings.groups import COMPONENTS
 from gms_launch.settings.resolve import read_toml
 
 #: What may stand in braces. `port_NAME` are those of [ports].

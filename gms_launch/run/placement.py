@@ -62,15 +62,16 @@ def place(groups: Sequence[Group], nnodes: int, gpus: int) -> tuple[Placed, ...]
     Groups with nodes of their own come first, one behind another; then the others, the largest first, each on the
     first node that has GPUs left for it.
     """
+    whole = [g for g in groups if g.whole]
+    if (needed := sum(g.nodes for g in whole)) > nnodes:
+        wanted = " + ".join(f"{g.nodes} ({g.name})" for g in whole)
+        raise UsageError(f"the groups need {needed} whole nodes: {_short(wanted)}; the run has {nnodes}")
     found: dict[int, Placed] = {}
     taken = 0
     for k, group in enumerate(groups):
         if group.whole:
             found[k] = Placed(group, tuple(range(taken, taken + group.nodes)), range(group.gpus))
             taken += group.nodes
-    if taken > nnodes:
-        wanted = " + ".join(f"{p.group.nodes} ({p.group.name})" for p in found.values())
-        raise UsageError(f"the groups need {taken} whole nodes: {_short(wanted)}; the run has {nnodes}")
     used = [gpus] * taken + [0] * (nnodes - taken)
     for k in sorted((k for k, g in enumerate(groups) if not g.whole), key=lambda k: -groups[k].gpus):
         need = groups[k].gpus

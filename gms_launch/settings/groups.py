@@ -33,6 +33,8 @@ OWN = (
 #: Settings that a table may say for its groups. What it does not say comes from the top.
 TAKEN = ("model", "served_model_name", "engine", "engine_file", "tp", "pp", "dp", "shadows")
 KEYS: Mapping[str, Setting] = {s.name: s for s in (*OWN, *(BY_NAME[name] for name in TAKEN))}
+#: Under which component an engine of each role registers, unless it is told another: upstream's own names.
+COMPONENTS: Mapping[str, str] = {"agg": "backend", "prefill": "prefill", "decode": "backend"}
 #: Upstream's own example of a way for the KV cache.
 _CONNECTOR = """engine_args = ["--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}']"""
 
@@ -102,18 +104,36 @@ def check(s: Settings) -> None:
             f"groups {s.groups} (from {s.sources.get('groups')}) makes equal groups, and [[group]] tables say which "
             "there are; leave one out"
         )
+    if (asked := sum(table.get("count", 1) for table in s.tables)) > MOST_GROUPS:
+        raise UsageError(f"[[group]] tables make {asked} groups; a run has at most {MOST_GROUPS}")
     names = [name for table in s.tables for name in _names(table)]
-    if len(names) > MOST_GROUPS:
-        raise UsageError(f"[[group]] tables make {len(names)} groups; a run has at most {MOST_GROUPS}")
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise UsageError(f"two groups are called {twice}; give their [[group]] tables other names")
     number = len(names) or s.groups
     if s.min_groups > number:
         raise UsageError(f"min_groups {s.min_groups}: the run has {numbered(number, 'group')}")
-    roles = {table.get("role", "agg") for table in s.tables}
-    for one, other in (("prefill", "decode"), ("decode", "prefill")):
-        if one in roles and other not in roles:
-            raise UsageError(f"a group has role {one} and none has role {other}: neither answers anything alone")
+    _check_roles(s)
+
+
+def _check_roles(s: Settings) -> None:
+    """Both halves of a model or neither, and nobody beside them: the frontend sends requests to all who serve it."""
+    models: dict[str, dict[str, str]] = {}
+    for table in s.tables:
+        model = table.get("served_model_name") or s.served_model_name or table.get("model") or s.model
+        models.setdefault(model, {}).setdefault(table.get("role", "agg"), table["name"])
+    for model, found in models.items():
+        of = f" for model {rules.shortened(model)}" if len(models) > 1 else ""
+        for one, other in (("prefill", "decode"), ("decode", "prefill")):
+            if one in found and other not in found:
+                raise UsageError(
+                    f"group {found[one]} has role {one} and none has role {other}{of}: neither answers anything alone"
+                )
+        if len(found) == 3:
+            raise UsageError(
+                f"groups {found['prefill']} and {found['decode']} are two halves, and group {found['agg']} answers by "
+                "itself for the same model: requests of each would be sent to the other, which cannot answer them; "
+                "give one of them another served_model_name"
+            )
 
 
 def _names(table: Mapping[str, Any]) -> list[str]:
@@ -134,7 +154,8 @@ def expand(s: Settings, gpus: int) -> tuple[Group, ...]:
 def _apart(found: Sequence[Group]) -> tuple[Group, ...]:
     """The groups, each model of several under a component of its own: Dynamo takes one model for each.
 
-    Those of the first model keep upstream's names. Raises `UsageError` where two models were given the same component.
+    Those of the first model keep upstream's names. Raises `UsageError` where one component would have two models, or
+    both halves.
     """
     models: dict[str, int] = {}
     named: dict[str, Group] = {}
@@ -142,13 +163,19 @@ def _apart(found: Sequence[Group]) -> tuple[Group, ...]:
     for g in found:
         number = models.setdefault(g.model_name, len(models) + 1)
         if not g.component and number > 1:
-            g = replace(g, component=f"{'prefill' if g.role == 'prefill' else 'backend'}-{number}")
+            g = replace(g, component=f"{COMPONENTS[g.role]}-{number}")
         made.append(g)
-        other = named.setdefault(g.component, g) if g.component else g
+        component = g.component or COMPONENTS[g.role]
+        other = named.setdefault(component, g)
         if other.model_name != g.model_name:
             raise UsageError(
-                f"groups {other.name} and {g.name} have component {g.component} and serve models {other.model_name} "
+                f"groups {other.name} and {g.name} have component {component} and serve models {other.model_name} "
                 f"and {g.model_name}: a component has one model; leave it out, or give them two"
+            )
+        if other.role != g.role:
+            raise UsageError(
+                f"groups {other.name} ({other.role}) and {g.name} ({g.role}) have component {component}: requests for "
+                "one half would be sent to the other; leave it out, or give them two"
             )
     return tuple(made)
 
@@ -208,7 +235,8 @@ def _size(said: Mapping[str, Any], s: Settings, gpus: int) -> tuple[int, int, in
     if not nodes and not part:
         if not tp:
             raise UsageError(f"group {name} says neither nodes, nor gpus, nor tp: nothing tells how large it is")
-        part, nodes = (tp * pp * dp, 0) if tp * pp * dp <= gpus else (0, _nodes_for(tp * pp, dp, gpus))
+        wanted = tp * pp * dp
+        part, nodes = (wanted, 0) if wanted <= gpus else (0, _nodes_for(tp * pp, dp, gpus))
     times = f" times dp {dp}" if dp > 1 else ""
     if not tp:
         tp, left = divmod(part or nodes * gpus, pp * dp)
@@ -217,6 +245,8 @@ def _size(said: Mapping[str, Any], s: Settings, gpus: int) -> tuple[int, int, in
             raise UsageError(f"group {name}: {size} cannot be divided by pp {pp}{times}")
     total = tp * pp * dp
     world = f"tp {tp} times pp {pp}{times} is {numbered(total, 'GPU')}"
+    if total > MOST_NODES * gpus:
+        raise UsageError(f"group {name}: {world}, more than {MOST_NODES} nodes have")
     if part:
         if part != total:
             raise UsageError(f"group {name}: {world}, and gpus gives it {part}")
@@ -234,4 +264,4 @@ def _size(said: Mapping[str, Any], s: Settings, gpus: int) -> tuple[int, int, in
 def _nodes_for(size: int, replicas: int, gpus: int) -> int:
     """The fewest nodes over which `replicas` of `size` GPUs are spread evenly; one of several is on one node."""
     world, spread = size * replicas, replicas if replicas > 1 else size
-    return next((n for n in range(-(-world // gpus), spread + 1) if spread % n == 0), spread)
+    return next((n for n in range(-(-world // gpus), min(spread, MOST_NODES) + 1) if spread % n == 0), spread)

@@ -11,8 +11,9 @@ import pytest
 
 from gms_launch.cohort.model import Phase
 from gms_launch.engines import signals, vllm
-from gms_launch.engines.base import COMPONENTS, MEETING_SECRET
+from gms_launch.engines.base import MEETING_SECRET
 from gms_launch.engines.vllm import LINES, Line
+from gms_launch.settings.groups import COMPONENTS
 from gms_launch.settings.resolve import resolve
 from tests.unit.engines.test_engines import plan_of
 from tests.wheels.source import Wheel

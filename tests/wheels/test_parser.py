@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from gms_launch.engines.base import COMPONENTS
 from gms_launch.process.lifecycle import Command
 from gms_launch.run import ports, topology
+from gms_launch.settings.groups import COMPONENTS
 from gms_launch.settings.resolve import resolve
 from tests.unit.engines.test_engines import plan_of
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gms_launch.engines.base import COMPONENTS, MEETING_SECRET
+from gms_launch.engines.base import MEETING_SECRET
 from gms_launch.engines.reference import meeting
+from gms_launch.settings.groups import COMPONENTS
 
 #: Points at which an engine can be made to fail, in the order it passes them, and the ways to fail.
 POINTS = ("starting", "before_commit", "parked", "waking", "serving", "tokens", "unregistered")

@@ -13,6 +13,8 @@ from gms_launch.settings import groups
 from gms_launch.settings.declared import Settings
 from gms_launch.settings.resolve import TABLES_ENV, read_toml, resolve
 
+HALVES = (("a", "prefill"), ("b", "decode"))
+
 
 def of(*tables: dict[str, Any], nnodes: int = 4, **flags: Any) -> Settings:
     return resolve({"nnodes": str(nnodes), **flags}, {}, {"group": list(tables)} if tables else None)
@@ -83,6 +85,28 @@ def test_a_table_takes_the_rest_from_the_top(tmp_path: Path) -> None:
         ([{"name": "a", "tp": "two"}], {}, r"tp \(from settings file, \[\[group\]\] 1\): 'two' is not"),
         ([{"name": "a", "role": "both"}], {}, "'both' is not one of agg, prefill, decode"),
         ([{"name": "a", "role": "prefill"}], {}, "none has role decode"),
+        (
+            [{"name": "a", "role": "prefill"}, {"name": "b", "role": "decode", "served_model_name": "m2"}],
+            {},
+            "group a has role prefill and none has role decode for model ''",
+        ),
+        (
+            [{"name": "a", "role": "prefill"}, {"name": "b", "role": "decode"}, {"name": "c"}],
+            {},
+            "groups a and b are two halves, and group c answers by itself for the same model",
+        ),
+        (
+            [{"name": n, "gpus": 1, "role": r, "engine": "reference", "component": "x"} for n, r in HALVES],
+            {},
+            r"groups a \(prefill\) and b \(decode\) have component x",
+        ),
+        (
+            [{"name": "a", "gpus": 1}, {"name": "b", "gpus": 1, "served_model_name": "m", "component": "backend"}],
+            {},
+            "groups a and b have component backend and serve models",
+        ),
+        ([{"name": "a", "tp": 65536, "pp": 65536}], {}, "more than 4096 nodes have"),
+        ([{"name": f"a{k}", "count": 1024} for k in range(10_000)], {}, "make 10240000 groups"),
         ([{"name": "a", "role": "prefill"}, {"name": "b", "role": "decode"}], {}, "says neither nodes"),
         (
             [{"name": "a", "role": "prefill", "gpus": 1}, {"name": "b", "role": "decode", "gpus": 1}],
