@@ -22,6 +22,9 @@ def main(component: str | None, run: str | None, group: str | None, follow: bool
             f"--node {node}: run {directory.run} has {numbered(run_file.nnodes, 'node')}, ranks count from 0"
         )
     found = of_group(directory.logs, chosen, node) if chosen else on_node(directory.logs, node or 0)
+    if run_file is not None and run_file.groups and not chosen and node is None and component is not None:
+        # A group's log is where the group is.
+        found |= {k: on_node(directory.logs, k)[k] for k in range(1, run_file.nnodes)}
     if component is None:
         for name, path in sorted((name, path) for names in found.values() for name, path in names.items()):
             print(f"{name}\t{path}")
@@ -31,8 +34,9 @@ def main(component: str | None, run: str | None, group: str | None, follow: bool
     if log is None:
         whose = f"group {chosen} of run {directory.run}" if chosen else f"run {directory.run}"
         there = sorted({name for names in found.values() for name in names})
-        where = f" on node {node or 0}" if node is not None or not chosen else ""
-        raise UsageError(f"{whose} has no log of {component!r}{where}; it has: {', '.join(there) or 'none'}")
+        where = f" on node {node or 0}" if node is not None or not (chosen or len(found) > 1) else ""
+        which_one = "; say which group's with --group" if len(found) > 1 and not chosen else ""
+        raise UsageError(f"{whose} has no log of {component!r}{where}{which_one}; it has: {', '.join(there) or 'none'}")
     text = log.read_text(errors="replace")
     lines = (text if sys.stdout.isatty() else plain(text)).splitlines()
     print(*(lines[-tail:] if tail else lines), sep="\n")
@@ -52,7 +56,11 @@ def of_group(logs: Path, group: str, node: int | None) -> dict[int, dict[str, Pa
     for log in logs.glob(f"node*/{group}.*.log"):
         rank = count(log.parent.name.removeprefix("node"))
         if rank is not None and node in (None, rank):
-            found.setdefault(rank, {})[log.stem.removeprefix(f"{group}.")] = log
+            of_node = found.setdefault(rank, {})
+            of_node[log.stem.removeprefix(f"{group}.")] = log
+            for agent in (log.with_name("agent.log"), logs / "agent.log"):
+                if "agent" not in of_node and agent.exists() and (rank == 0 or agent.parent == log.parent):
+                    of_node["agent"] = agent
     return found
 
 

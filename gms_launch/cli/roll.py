@@ -66,6 +66,7 @@ def _until_restarted(directory: RunDir, door: Door, group: str, patience: float,
     Raises `LaunchError` when the run went back to the old ones, and `DeadlineError`.
     """
     wanted, done, last = 0, -1, time.monotonic()
+    whose = f" --group {group}" if group else ""
     while True:
         shot = look.of(look.read(directory, door)[1], group)
         if not wanted:
@@ -73,8 +74,8 @@ def _until_restarted(directory: RunDir, door: Door, group: str, patience: float,
             known.text = (
                 f"generation {wanted} is under way, and goes on or back without this command: shadows are started "
                 "again with the new arguments, the primary serves with the old ones; the next failover or "
-                "`gms-launch switch-over` goes to a shadow that is parked, with the new ones if it has them by then; "
-                "see `gms-launch status`"
+                f"`gms-launch switch-over{whose}` goes to a shadow that is parked, with the new ones if it has them by "
+                "then; see `gms-launch status`"
             )
         if shot.generation < wanted:
             raise LaunchError(_why_back(directory, group))
@@ -87,7 +88,7 @@ def _until_restarted(directory: RunDir, door: Door, group: str, patience: float,
         if len(new) == len(shadows) and new and not shot.rolling:
             known.text = (
                 f"generation {wanted} is parked in every shadow, and the primary serves with the old arguments: the "
-                "next failover or `gms-launch switch-over` uses the new ones"
+                f"next failover or `gms-launch switch-over{whose}` uses the new ones"
             )
             return shot
         if time.monotonic() - last > patience:

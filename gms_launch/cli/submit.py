@@ -208,7 +208,8 @@ def _wait_full(directory: RunDir, job: sbatch.Job, number: str, timeout: float) 
                 raise LaunchError(f"run {directory.run} has ended: {found.reason}; its output: {job.directory}")
             shot = _look(directory, found)
             if shot is not None and shot.redundancy == "full":
-                print(f"ready: {found.frontend_url}, {model.named(g.model_name for g in shot.groups or (shot,))}")
+                served = model.named(g.model_name for g in shot.groups or (shot,))
+                print(f"ready: {', '.join(shot.frontend_urls)}, {served}")
                 print(f"from your own machine: {tunnel(found.frontend_url, found.leader_host)}")
                 return
         if not state:

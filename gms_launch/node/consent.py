@@ -23,17 +23,18 @@ def given(me: Group, command: CommandRecord) -> bool:
     silent = me.gms_asked[command.uuid]
     if silent:
         me.answered.add(command.uuid)
-        result = CommandResult(False, refusal(silent), -1, 0, clock.now())
+        result = CommandResult(False, refusal(silent, me.layout.group), -1, 0, clock.now())
         me.report.put(me.mirror.keys.result(command.uuid), result.encode())
     return silent == ()
 
 
-def refusal(silent: tuple[str, ...]) -> str:
-    """`silent` names the nodes whose GMS does not answer."""
+def refusal(silent: tuple[str, ...], group: str) -> str:
+    """`silent` names the nodes whose GMS does not answer, `group` is this one, where there are several."""
+    whose = f" --group {group}" if group else ""
     return (
         f"GMS on {', '.join(silent)} does not answer now, and without it no shadow can take over; it is taken for gone "
         "when it misses a few looks more (see `gms-launch status`); to kill the primary all the same, and accept an "
-        "outage until a cold start: `gms-launch kill-primary --force`"
+        f"outage until a cold start: `gms-launch kill-primary --force{whose}`"
     )
 
 

@@ -34,6 +34,7 @@ class Orphans:
         self._ended_leases: set[int] = set()
         self._absent_since: dict[int, float] = {}
         self._ending: set[str] = set()
+        self._told_down: set[str] = set()
 
     def forget(self) -> None:
         """What was seen when this agent led before, if it did, is long over."""
@@ -42,14 +43,27 @@ class Orphans:
     def look(self, groups: Mapping[str, RunRecord]) -> None:
         """Act for each of them once; `groups` are all of the run's, as their leaders see them."""
         for name, record in groups.items():
-            if self._is_lost(record.leader) and record.leases:
+            lost = self._is_lost(record.leader)
+            if lost and record.leases:
                 self._forget_engines(name, record)
+            self._tell(name, record, lost)
         if not self._me.ready.is_set():
             return  # the first start has deadlines of its own
         for name in census.orphans(groups, self._absent_since, self._me.settings.node_wait, self._me.loop.time()):
             if name not in self._ending:
                 self._ending.add(name)
                 self._me.spawn(self._end(name, groups[name]))
+
+    def _tell(self, name: str, record: RunRecord, lost: bool) -> None:
+        """Nobody serves in a group whose leader is lost, and nobody there says so: hooks and the pages' strips wait
+        for that word.
+        """
+        if not lost:
+            self._told_down.discard(name)
+        elif name not in self._told_down and record.redundancy and not record.failed:
+            self._told_down.add(name)
+            self._me.report.emit("redundancy", detail=Redundancy.DOWN.value, group=name)
+            self._me.progress(f"{name}: redundancy down: the node that leads it is lost")
 
     def _is_lost(self, node_rank: int) -> bool:
         """Whether a node's agent is dead, by its guard's word, or has had no lease for longer than it takes to get

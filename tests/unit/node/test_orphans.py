@@ -68,7 +68,8 @@ def test_it_is_over_when_node_wait_is(monkeypatch: pytest.MonkeyPatch) -> None:
         orphans.look({"b": GROUP})
         assert not me.tasks, "it may come back"
         await me.looks(orphans, {"b": GROUP}, 0.6)
-        assert len(me.written) == 3 and me.events == [("group_over", "b")], "until it is written, and once"
+        assert len(me.written) == 3, "until it is written"
+        assert [e for e in me.events if e[0] == "group_over"] == [("group_over", "b")], "once"
         conditions, records = me.written[-1]
         assert conditions == {KEYS.node(2): None, f"{KEYS.groups}b": GROUP.encode()}
         said = RunRecord.decode(records[f"{KEYS.groups}b"])
@@ -90,5 +91,25 @@ def test_nothing_is_written(why: str) -> None:
             me.ready.clear()
         await me.looks(Orphans(cast(Any, me)), {"b": group}, 0.2)
         assert not me.written
+
+    asyncio.run(scene())
+
+
+def test_that_nobody_serves_there_is_told_once_for_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gms_launch.cohort.controller.NODE_GRACE", 0.05)
+
+    async def scene() -> None:
+        me = Leader()
+        me.settings.node_wait = 60.0
+        orphans = Orphans(cast(Any, me))
+        orphans.look({"b": GROUP})
+        assert not me.events, "not yet"
+        await me.looks(orphans, {"b": GROUP}, 0.2)
+        assert me.events == [("redundancy", "b")]
+        me.mirror.nodes[2] = me.report.seen[2]
+        await me.looks(orphans, {"b": GROUP}, 0.1)
+        del me.mirror.nodes[2]
+        await me.looks(orphans, {"b": GROUP}, 0.2)
+        assert me.events == [("redundancy", "b")] * 2
 
     asyncio.run(scene())
