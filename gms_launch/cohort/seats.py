@@ -17,13 +17,14 @@ from gms_launch.cohort.records import NodeRecord, SeatRecord
 @dataclass(frozen=True)
 class Rules:
     """The ranks below `serving` have work, the `spares` behind them wait. One that is lost for `wait` seconds is given
-    to a spare; one whose node the scheduler calls down, after `least`.
+    to a spare; one whose node the scheduler calls down, after `least`. The first `members` have a member of etcd each.
     """
 
     serving: int
     spares: int
     wait: float
     least: float
+    members: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,19 @@ def decide(
     for rank, (since, _) in sorted(seen.absent.items()):
         if rank in nodes or now - since < (rules.least if rank in down else rules.wait) or not free:
             continue  # a lost one's key goes with its lease, and not before that
+        others = sum(r != rank and _votes(nodes, seats, r) for r in range(rules.members))
+        if rank < rules.members and 2 * others <= rules.members:
+            continue  # its member would have to go for that of the spare, which most of them must agree to
         spare = free.pop(0)
         serial += 1
         pair = SeatRecord(rank, owner(seats, spare), serial), SeatRecord(spare, owner(seats, rank), serial)
         found.append(Exchange(rank, spare, pair))
     return found
+
+
+def _votes(nodes: Mapping[int, NodeRecord], seats: Mapping[int, SeatRecord], node_rank: int) -> bool:
+    """Whether the member of etcd of a rank is there and has its vote."""
+    return here(nodes, seats, node_rank) and bool(nodes[node_rank].etcd)
 
 
 def next_look(seen: Seen, rules: Rules, down: Collection[int], now: float) -> float | None:

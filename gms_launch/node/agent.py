@@ -154,7 +154,9 @@ class Agent:
         return pause
 
     def _formed(self, group: Group) -> bool:
-        """Whether all of a group's nodes have taken their places in it once, and fit: until then none is lost."""
+        """Whether all of a group's nodes have taken their places in it once, and fit: until then none is lost, unless
+        the group had begun under another agent.
+        """
         if not group.formed:
             nodes, nnodes = group.mirror.nodes, group.layout.topology.nnodes
             group.formed = not membership.missing(nodes, nnodes)
@@ -162,7 +164,7 @@ class Agent:
                 group.report.emit("group_formed", nodes=nnodes)
                 if group.memory.initial and (found := membership.objections(nodes, nnodes)):
                     lead.end(group, UsageError("; ".join(found)))
-        return group.formed and not group.over
+        return (group.formed or not group.memory.initial) and not group.over
 
     def _decide(self, group: Group, now: float) -> float | None:
         """The leader's part for one group; returns when it has to look again though nothing happened."""

@@ -34,7 +34,8 @@ class Takeover:
         """Decide and act once; returns when to look again though nothing happened. `now` in monotonic seconds."""
         me, s = self._me, self._me.settings
         nodes, known = me.mirror.nodes, me.mirror.seats
-        rules = seats.Rules(s.serving_nodes, s.spares, s.spare_wait + NODE_GRACE, LEAST_SPARE_WAIT)
+        members = me.layout.store.members if me.layout.store.several else 0
+        rules = seats.Rules(s.serving_nodes, s.spares, s.spare_wait + NODE_GRACE, LEAST_SPARE_WAIT, members)
         self._seen = seats.look(nodes, known, s.serving_nodes, self._seen, now, 0 if me.layout.role_moves else 1)
         self._down &= self._seen.absent.keys()
         self._ask_slurm(now)

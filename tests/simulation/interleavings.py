@@ -1,6 +1,6 @@
 """Many interleavings by their seeds, over the processors of this machine.
 
-    python -m tests.simulation.interleavings 1000000 [--first 0] [--processes 16] [--groups]
+    python -m tests.simulation.interleavings 1000000 [--first 0] [--processes 16] [--groups | --roles]
 
 Needs Python and this checkout and nothing else, so it can be run where nothing can be installed; several machines
 share the work by `--first`. Ends with exit code 1 and the case, to be replayed, when an invariant does not hold.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
-from tests.simulation import groups
+from tests.simulation import groups, roles
 from tests.simulation.world import Broken, explore
 
 STEPS, FAULTS = 30, 2
@@ -36,6 +36,13 @@ def two_groups(seed: int, steps: int = 2 * STEPS) -> bool:
     """One interleaving of a run of two groups; True when one of them ended with a word. Raises `Broken`."""
     run = groups.explore(random.Random(seed).randrange, steps)
     return any(group.aborted for group in run.groups)
+
+
+def with_roles(seed: int, steps: int = STEPS, faults: int = FAULTS + 1) -> bool:
+    """One interleaving of a run whose roles move, and whose nodes are followed by spares; True when it ended with a
+    word. Raises `Broken`.
+    """
+    return bool(roles.explore(random.Random(seed).randrange, steps, faults).aborted)
 
 
 def many(seeds: range, what: Callable[[int], bool] = one) -> tuple[int, int]:
@@ -59,9 +66,11 @@ def main() -> None:
     parser.add_argument("count", type=int, help="how many seeds")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=0, help="default: the processors of this machine")
-    parser.add_argument("--groups", action="store_true", help="each of a run of two groups")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--groups", action="store_true", help="each of a run of two groups")
+    kind.add_argument("--roles", action="store_true", help="each of a run whose leader roles move, with spares")
     options = parser.parse_args()
-    what = two_groups if options.groups else one
+    what = two_groups if options.groups else with_roles if options.roles else one
     begun, done, ended = time.monotonic(), 0, 0
     try:
         for count, words in spread(range(options.first, options.first + options.count), options.processes, what):
@@ -71,7 +80,7 @@ def main() -> None:
     except Broken as exc:
         raise SystemExit(f"{exc}\nBROKEN, after {done} that held") from None
     seconds = time.monotonic() - begun
-    of_what = " of two groups" * options.groups
+    of_what = " of two groups" * options.groups + " with roles that move" * options.roles
     print(f"{done} interleavings{of_what} from seed {options.first} held, {ended} ended with a word; {seconds:.0f} s")
 
 

@@ -50,12 +50,14 @@ class Agent:
 class LeadWorld:
     """`serving` node ranks of which the first `members` have a member of etcd, and `spares`."""
 
+    kind: type[Agent] = Agent
+
     def __init__(self, serving: int, members: int, spares: int, choose: Callable[[int], int], faults: int = 3) -> None:
         self.serving, self.members, self.spares, self.choose, self.faults = serving, members, spares, choose, faults
         self.now, self.revision, self.leases = 0.0, 0, 0
         self.log: list[str] = []
         self.aborted = ""
-        self.agents = [Agent(k, k) for k in range(serving + spares)]
+        self.agents = [self.kind(k, k) for k in range(serving + spares)]
         #: The store: leases and when they end; records with theirs; the role, and in which order leases had it.
         self.ends: dict[int, float] = {}
         self.nodes: dict[int, tuple[NodeRecord, int]] = {}
@@ -162,7 +164,7 @@ class LeadWorld:
         a.seen = seats.look(a.nodes, a.seats, self.serving, a.seen, self.now, first=0)
         if any(what == "exchange" for _, what, _ in a.wants):
             return False
-        rules = seats.Rules(self.serving, self.spares, WAIT, LEAST)
+        rules = seats.Rules(self.serving, self.spares, WAIT, LEAST, self.members)
         found = seats.decide(a.nodes, a.seats, rules, a.seen, (), self.now)
         a.wants += [(a.token, "exchange", x) for x in found]
         return bool(found)
