@@ -34,6 +34,8 @@ def read(
             f"run {directory.run} has not written anything yet; its agent's log: {directory.agent_log}"
         )
     shot = snapshot.build(mirror)
+    if mirror.run.etcd and mirror.groups:  # with several members another node may lead a run of groups
+        shot = replace(shot, lead=mirror.lead.node_rank if mirror.lead is not None else -1)
     known = {name: {} for name in sorted(mirror.groups, key=snapshot.natural)} if groups is None else groups
     return mirror, snapshot.with_groups(shot, tuple(_group(shot, name, said, found) for name, said in known.items()))
 

@@ -45,6 +45,7 @@ class Snapshot:
     In a run of groups the cohorts are those of `groups`, each a snapshot of its own with its name in `group`, whose
     nodes have their place in it for a rank; `leader` is the node rank in the run of the one that leads it, `places` the
     node ranks of all of its nodes where that is known, and `over` says why one has ended.
+    `lead`: the node rank of the node that leads the run, where that is not always the first; -1 for nobody.
     `starting` until the run served for the first time: its redundancy is down, and nothing is wrong with that.
     `reported_ago`: seconds since the leader's agent was heard of, as far as was asked; `leader_silent` says it in words
     when that is so long that the rest may be out of date.
@@ -68,6 +69,7 @@ class Snapshot:
     starting: bool = False
     group: str = ""
     leader: int = 0
+    lead: int | None = None
     places: tuple[int, ...] = ()
     frontend_host: str = ""
     groups: tuple[Snapshot, ...] = ()
@@ -119,6 +121,7 @@ class Snapshot:
             "nnodes": self.nnodes,
             "lost_nodes": list(self.lost),
             "missing_nodes": self.missing,
+            "leader": self.leader if self.lead is None else self.lead,
             "generation": self.generation,
             "rolling": self.rolling,
             "alarms": list(self.alarms),

@@ -150,6 +150,7 @@ def parts(shot: Snapshot) -> list[Row]:
     for node in (*shot.nodes, *shot.spares):
         where = place(shot, node.node_rank)
         note = f"{node.address}, a spare" if node in shot.spares else node.address
+        note += ", leads the run" if node.node_rank == shot.lead else ""
         found.append((where, f"agent on {node.host}", "running", str(node.agent_pid), "", note))
         for stray in node.strays:
             found.append((where, "stray", "cannot be killed", stray.partition(" ")[0], "", stray))

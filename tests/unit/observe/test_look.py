@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gms_launch.cohort.model import Phase, Redundancy
-from gms_launch.cohort.records import DesiredCohort, NodeRecord, RankRecord, RunRecord, Wanted
+from gms_launch.cohort.records import DesiredCohort, LeadRecord, NodeRecord, RankRecord, RunRecord, Wanted
 from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys
 from gms_launch.observe import look, words
@@ -97,3 +97,15 @@ def test_a_group_that_has_said_nothing_yet_is_listed_as_starting() -> None:
     assert shot.redundancy is Redundancy.DOWN
     one = look.of(shot, "a")
     assert (one.frontend_url, one.frontend_host, one.to_json()["name"]) == ("http://127.0.0.1:8000", "host0", "a")
+
+
+def test_which_node_leads_the_run_is_told_where_it_may_be_another() -> None:
+    etcd = both()
+    notes = [row[-1] for row in words.parts(seen(etcd)[0])]
+    assert notes == ["", ""] and seen(etcd)[0].to_json()["leader"] == 0
+    run = RunRecord.decode(etcd.held[Keys("r").run])
+    etcd.held[Keys("r").run] = replace(run, etcd=("https://a:1", "https://b:1", "https://c:1")).encode()
+    assert seen(etcd)[0].to_json()["leader"] == -1
+    etcd.held[Keys("r").lead] = LeadRecord(1, 1, "host1", 7).encode()
+    shot, _ = seen(etcd)
+    assert [row[-1] for row in words.parts(shot)] == ["", ", leads the run"] and shot.to_json()["leader"] == 1
