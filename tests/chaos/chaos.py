@@ -327,11 +327,34 @@ def check(run: LabRun, inode: int, load: Load) -> None:
             serving.pop(who, None)
 
 
+def keeper(out: Path | None, head: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """What takes a row and writes all of them to a file, under `head`: a run that is cut off is not lost."""
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if out is not None:
+            new = out.with_name(f"{out.name}.new")
+            new.write_text(json.dumps(head | {"rounds": rows}, indent=1) + "\n")
+            new.replace(out)
+
+    return keep
+
+
+def nowhere(_row: dict[str, Any]) -> None:
+    """Keep nothing."""
+
+
 # -- rounds --------------------------------------------------------------------------------------------------------
 
 
-def rounds(run: LabRun, kinds: list[Callable[[Round], str]], rng: random.Random) -> list[dict[str, Any]]:
-    """One round for each of `kinds`. Raises `BrokenError` or what a wait for full redundancy raises."""
+def rounds(
+    run: LabRun,
+    kinds: list[Callable[[Round], str]],
+    rng: random.Random,
+    keep: Callable[[dict[str, Any]], None] = nowhere,
+) -> list[dict[str, Any]]:
+    """One round for each of `kinds`, each kept. Raises `BrokenError` or what a wait raises."""
     results: list[dict[str, Any]] = []
     settled, forgiven = 0.0, False  # when the round before was over, and whether what it lost by then was its to lose
     inode = _lock(run).stat().st_ino
@@ -359,6 +382,7 @@ def rounds(run: LabRun, kinds: list[Callable[[Round], str]], rng: random.Random)
             row = {"round": number, "kind": kind.__name__, "what": what, "outage_s": round(load.outage(begun), 3)}
             row |= {"failed": len(lost), "longest_s": round(load.longest_wait(begun), 3), "full_s": round(took, 2)}
             results.append(row)
+            keep(row)
             print(
                 f"{number:4d} {kind.__name__:32s} outage {row['outage_s']:7.3f} s, {len(lost):4d} failed, "
                 f"longest answer {row['longest_s']:7.3f} s, full again after {took:6.2f} s: {what}",
@@ -382,14 +406,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", metavar="KIND", choices=[k.__name__ for k in KINDS])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rng = random.Random(options.seed)
+    rng, keep = random.Random(options.seed), keeper(options.out, {"seed": options.seed})
     from gms_launch.engines.reference.demo_model import make
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, Lab(3, slurm=False) as lab:
         make(Path(name) / "model", 8)
         with LabRun(lab, Path(name) / "model", *FLAGS, **ENVIRON).hand() as run:
             try:
-                results = rounds(run, plan(options.rounds, rng, options.only), rng)
+                results = rounds(run, plan(options.rounds, rng, options.only), rng, keep)
             except BaseException:
                 print(run.output()[-3000:], file=sys.stderr)
                 print(f"seed {options.seed}; the run's home: {run.home}", file=sys.stderr)
@@ -405,8 +429,6 @@ def main() -> None:
             f"{kind:30s} {len(rows):3d} rounds, outage p50 {statistics.median(outages):6.3f} max {max(outages):6.3f}, "
             f"full again p50 {statistics.median(full):6.2f} max {max(full):6.2f} s"
         )
-    if options.out:
-        options.out.write_text(json.dumps({"seed": options.seed, "rounds": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

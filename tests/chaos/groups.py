@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import random
@@ -32,7 +31,7 @@ from gms_launch.control.door import Door
 from gms_launch.control.keys import DYNAMO_INSTANCES, Keys
 from gms_launch.gms import probe
 from gms_launch.process import proc
-from tests.chaos.chaos import ENVIRON, FLAGS, BrokenError, stop_primary, stop_shadow
+from tests.chaos.chaos import ENVIRON, FLAGS, BrokenError, keeper, nowhere, stop_primary, stop_shadow
 from tests.integration.test_groups import Grouped
 from tests.load import Load
 from tests.support import LONG, eventually, free_port, kill
@@ -314,8 +313,13 @@ class Untouched:
 # -- rounds --------------------------------------------------------------------------------------------------------
 
 
-def rounds(run: TwoModels, kinds: list[tuple[Callable[[Round], str], str]], rng: random.Random) -> list[dict[str, Any]]:
-    """One round for each of `kinds` and the group it is for. Raises `BrokenError`, or what a wait raises."""
+def rounds(
+    run: TwoModels,
+    kinds: list[tuple[Callable[[Round], str], str]],
+    rng: random.Random,
+    keep: Callable[[dict[str, Any]], None] = nowhere,
+) -> list[dict[str, Any]]:
+    """One round for each of `kinds` and the group it is for, each kept. Raises `BrokenError`, or what a wait raises."""
     results: list[dict[str, Any]] = []
     deaf = False
     with contextlib.ExitStack() as stack:
@@ -355,6 +359,7 @@ def rounds(run: TwoModels, kinds: list[tuple[Callable[[Round], str], str]], rng:
             for name in NAMES:
                 row[f"longest_answer_{name}_s"] = round(loads[name].longest_wait(begun), 3)
             results.append(row)
+            keep(row)
             deaf = kind.__name__ in DEAF_AFTER
             print(
                 f"{number:4d} {this.group or '-'} {kind.__name__:20s} full again after {took:6.2f} s, longest answers "
@@ -389,12 +394,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rng = random.Random(options.seed)
+    command = " ".join([Path(sys.executable).name, "-m", "tests.chaos.groups", *sys.argv[1:]])
+    machine = f"{os.cpu_count()} cores, {platform.platform()}"
+    keep = keeper(options.out, {"command": command, "machine": machine, "seed": options.seed})
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         home = Path(name) / "home"
         home.mkdir()
         with TwoModels(home, make_models(Path(name)), *FLAGS, **ENVIRON) as run:
             try:
-                results = rounds(run, plan(options.rounds, rng, options.only), rng)
+                results = rounds(run, plan(options.rounds, rng, options.only), rng, keep)
             except BaseException:
                 print(run.told()[-20000:], file=sys.stderr)
                 print(f"seed {options.seed}", file=sys.stderr)
@@ -403,11 +411,6 @@ def main() -> None:
     for kind in sorted({r["kind"] for r in results}):
         full = [r["full_s"] for r in results if r["kind"] == kind]
         print(f"{kind:20s} {len(full):3d} rounds, full again p50 {statistics.median(full):6.2f} max {max(full):6.2f} s")
-    if options.out:
-        machine = f"{os.cpu_count()} cores, {platform.platform()}"
-        command = " ".join([Path(sys.executable).name, "-m", "tests.chaos.groups", *sys.argv[1:]])
-        found = {"command": command, "machine": machine, "seed": options.seed, "rounds": results}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
-from tests.chaos import chaos, groups
+import pytest
+
+from tests.chaos import chaos, groups, nodes
 from tests.slurm.lab import Lab
+from tests.slurm.moving import Pair, routed
 from tests.slurm.support import LabRun
 
 #: As patient as a machine must be on which other tests run: none of these deadlines is what is tried here.
@@ -36,3 +40,16 @@ def test_a_few_rounds_of_chaos_in_one_of_two_groups(tmp_path: Path) -> None:
         done = groups.rounds(run, groups.plan(len(kinds), rng, kinds), rng)
     assert {r["kind"] for r in done} == set(kinds)
     assert all(r["group"] for r in done if r["kind"] != "kill_etcd"), done
+
+
+@pytest.mark.slow
+def test_a_round_of_each_kind_of_chaos_with_nodes() -> None:
+    """Leaders, members and spares are switched off, the network falls in two: one group sees nothing of the other."""
+    seed = int(time.time())
+    print(f"seed {seed}")
+    rng, kept = random.Random(seed), list[dict[str, Any]]()
+    with Lab(5, slurm=False) as lab:
+        routed(lab)
+        with Pair(lab) as run:
+            done = nodes.rounds(run, nodes.plan(len(nodes.KINDS), rng), rng, kept.append)
+    assert kept == done and {r["kind"] for r in done} == {k.__name__ for k in nodes.KINDS}
