@@ -176,7 +176,7 @@ def measure(kills: int, nodes: int, plain: bool = False, groups: int = 0) -> dic
             found, floor = [], []
             for k in range(kills):
                 found.append(kill_one(run, victim, victim.remote(k), []))
-                if k % 4 == 3:
+                if k % 4 == 3 or k == kills - 1 < 3:  # one at least
                     floor.append(kill_one(run, victim, victim.nodes[0], agents))
             run.wait_full()
             watch.stop()
@@ -214,10 +214,11 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", help="runs of so many groups, one after another")
     options = parser.parse_args()
     if options.groups:
-        results = [measure(options.kills, options.nodes, options.plain_etcd, groups) for groups in options.groups]
-        (Path(__file__).with_name("results") / "fence-groups.json").write_text(json.dumps(results, indent=1) + "\n")
-        for one in results:
-            print(json.dumps({k: v for k, v in one.items() if k != "raw"}, indent=1))
+        results: list[dict[str, Any]] = []
+        for groups in options.groups:
+            results.append(one := measure(options.kills, options.nodes, options.plain_etcd, groups))
+            (Path(__file__).with_name("results") / "fence-groups.json").write_text(json.dumps(results, indent=1) + "\n")
+            print(json.dumps({k: v for k, v in one.items() if k != "raw"}, indent=1), flush=True)
         return
     result = measure(options.kills, options.nodes, options.plain_etcd)
     out = Path(__file__).with_name("results") / f"fence{'-plain' * options.plain_etcd}.json"
