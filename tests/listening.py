@@ -75,6 +75,7 @@ def _what(socket: Listener, who: str, ports: Mapping[str, Any]) -> str:
         return "words"
     known = {ports["etcd"]: "clients", ports["etcd_peer"]: "peers", ports["nats"]: "clients"}
     known |= {ports["frontend"]: "clients", ports["frontend_inner"]: "clients"}
+    known |= {ports["etcd_proxy"]: "clients"} if ports.get("etcd_proxy") else {}
     known |= dict.fromkeys(ports["system"], "system")
     if socket.port in known:
         return known[socket.port]

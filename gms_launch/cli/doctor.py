@@ -190,6 +190,10 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         certificate.check(settings.tls_cert, settings.tls_key)
         return f"{settings.tls_cert}, with its key {settings.tls_key}"
 
+    def several() -> str:
+        (service,) = layout(settings).store.near_services()
+        return f"{service.command.argv[0]}, which leads Dynamo's processes to a member of etcd that lives"
+
     def own_etcd() -> str:
         found = outside.pem(settings)
         assert found is not None
@@ -240,5 +244,7 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
     check("ports", fixed_ports)
     check("run directory", shared)
     check("node-local directory", local)
+    if not settings.etcd_endpoints and settings.members(settings.serving_nodes) > 1:
+        check("haproxy", several)
     check("etcd3", lambda: f"etcd3 {metadata.version('etcd3')}, protobuf {metadata.version('protobuf')}")
     return checks

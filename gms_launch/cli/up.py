@@ -161,11 +161,11 @@ def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[s
     first = place.address if rank == 0 else place.leader_address
     layout = replace(layout, topology=replace(place, node_rank=rank, leader_address=first), seat=seat, follows=True)
     member, front = layout.store.is_member and layout.store.several, layout.front.here
-    free, extra = reservation.free, layout.engine.ports
+    free, extra, near = reservation.free, layout.engine.ports, layout.store.several
     return replace(
         layout,
         node_dir=NodeDir.of(layout.run, settings.gms_socket_dir, rank),
-        ports=ports.follow(settings, found.run.ports, free, extra, member, front),
+        ports=ports.follow(settings, found.run.ports, free, extra, member, front, near),
         credentials=layout.run_dir.credentials(),
         attempt=found.run.attempt,
         differences=found.differences,

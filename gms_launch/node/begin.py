@@ -88,6 +88,7 @@ async def start(me: Node) -> None:
         for service in group.layout.gms_services():
             await me.start_service(service)
     await me.look_at_gms()
+    await members.bring_near(me)
     if layout.topology.is_leader and layout.own_nats:
         nats.configure(layout.nats_server)
         await me.start_service(layout.nats_service())

@@ -22,6 +22,7 @@ from gms_launch.node.rank import Rank
 from gms_launch.node.rankset import PARKED_GRACE
 from gms_launch.process import lifecycle, proc, strays
 from gms_launch.run.rundir import NodeEnd
+from gms_launch.services import etcd_proxy
 
 #: What etcd, the last reports and the removal of files may take (seconds).
 LAST_STEPS = 1.0
@@ -49,9 +50,11 @@ async def shut_down(me: Node) -> None:
     )
     await me.tasks.cancel()
     grace = min(3.0, me.settings.engine_grace)
-    others = [(n, s) for n, s in me.services.items() if n != "etcd"]
+    others = [(n, s) for n, s in me.services.items() if not n.startswith("etcd")]
     hook = me.loop.run_in_executor(None, me.hook.close, min(HOOK, grace))
     await asyncio.gather(hook, *(_whatever_happens(me, f"stopping {n}", s.stop(grace)) for n, s in others))
+    if (near := me.services.get(etcd_proxy.NAME)) is not None:
+        await _whatever_happens(me, f"stopping {etcd_proxy.NAME}", near.stop(grace))
     wait = me.settings.kill_wait if me.hurry else max(me.settings.kill_wait, CALM)
     deadline = begun + wait - LAST_STEPS
     if me.ends_run and linked:

@@ -20,7 +20,7 @@ from gms_launch.numbers import numbered
 from gms_launch.process import listener
 from gms_launch.run import credentials
 from gms_launch.run.store import Store
-from gms_launch.services import etcd
+from gms_launch.services import etcd, etcd_proxy
 
 log = logging.getLogger("agent")
 
@@ -174,15 +174,16 @@ def look(me: Node) -> None:
     if not store.several:
         return
     _let_go(me)
+    before = store.endpoints
     if me.leads:
         me.members |= {r: n.etcd for r, n in me.mirror.nodes.items() if n.etcd and r < store.members}
         if store.learn(me.members):
             me.report.run(etcd=store.where.known)
             record(me)
-            _learned(me)
+            _learned(me, before)
         return
     if me.mirror.run is not None and me.mirror.run.etcd and store.learn(me.mirror.run.etcd):
-        _learned(me)
+        _learned(me, before)
     if me.session.mirrored.is_set():
         _follow_leader(me)
 
@@ -222,9 +223,36 @@ def _follow_leader(me: Node) -> None:
         me.fail(DeadlineError(f"{lost}{'' if moves else ' and did not come back'} within {wait:g} s (node_wait)"))
 
 
-def _learned(me: Node) -> None:
+async def bring_near(me: Node) -> None:
+    """Start what leads Dynamo's processes of this node to a member that lives. Raises `LaunchError`."""
+    store = me.layout.store
+    if not store.several or me.layout.is_spare:
+        return
+    look(me)
+    try:
+        etcd_proxy.configure(store.near)
+    except OSError as exc:
+        raise LaunchError(f"the files of etcd's proxy cannot be written in {me.layout.node_dir.path}: {exc}") from None
+    for service in store.near_services():
+        await me.start_service(service)
+
+
+async def _lead_elsewhere(me: Node, before: tuple[str, ...]) -> None:
+    """A member is at another place now."""
+    near, runner = me.layout.store.near, me.services.get(etcd_proxy.NAME)
+    try:
+        await asyncio.to_thread(etcd_proxy.move, near, before)
+    except (OSError, ValueError) as exc:
+        log.warning("etcd's proxy is started again, since it could not be told where the members are: %s", exc)
+        if runner is not None:
+            await runner.renew()
+
+
+def _learned(me: Node, before: tuple[str, ...]) -> None:
     if me.report.link is not None:
         me.report.link.learn(me.layout.store.endpoints)
+    if etcd_proxy.NAME in me.services and not me.stopping.is_set():
+        me.spawn(_lead_elsewhere(me, before))
 
 
 def record(me: Node) -> None:

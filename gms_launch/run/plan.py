@@ -372,10 +372,9 @@ class Layout:
             self.front.check()
             reach.of(self.home, self.front.number > 1, self.front.number)
         if self.front.number > 1 and self.own_nats and self.settings.event_plane == "nats":
-            raise UsageError(
-                f"--frontends {self.front.number}: the run's own NATS is on the first node's loopback, where the "
-                "others do not reach it: leave --event-plane as it is, or name a NATS of your own (--nats-server)"
-            )
+            why = "the run's own NATS is on the first node's loopback, where the others do not reach it"
+            ways = "leave --event-plane as it is, or name a NATS of your own (--nats-server)"
+            raise UsageError(f"--frontends {self.front.number}: {why}: {ways}")
         if self.topology.is_leader:
             if self.own_nats:
                 self.nats_service()
@@ -388,6 +387,7 @@ class Layout:
             found.append(("etcd", self.store.service(JOINS if self.home.node_rank else "").command))
         if self.is_spare:
             return found
+        found += [(s.name, s.command) for s in self.store.near_services()]
         if self.topology.is_leader and self.own_nats:
             found.append(("nats", self.nats_service().command))
         if self.front.here:

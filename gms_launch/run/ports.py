@@ -37,6 +37,8 @@ class Ports:
     word: int
     #: Dynamo's frontend, on loopback behind the proxy; 0 where there is none.
     frontend_inner: int = 0
+    #: Where Dynamo's processes of a node find an etcd of several members; 0 where it has one.
+    etcd_proxy: int = 0
     extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def master(self, cohort_id: int, incarnation: int) -> int:
@@ -86,10 +88,11 @@ def follow(
     extra: Mapping[str, int] | None = None,
     member: bool = False,
     front: bool = False,
+    near: bool = False,
 ) -> Ports:
     """The ports of a node that is not the leader: its engines' own from this node, everything else the leader's.
 
-    `member`: it has a member of etcd too; `front`: and a frontend.
+    `member`: it has a member of etcd too; `front`: and a frontend; `near`: and a proxy of etcd's.
     """
     one = _Chooser(settings, free).one
     cohorts = range(settings.cohorts)
@@ -101,6 +104,8 @@ def follow(
     if member:
         leaders = {**leaders, "etcd": one("etcd_port", settings.etcd_port)}
         leaders["etcd_peer"] = one("etcd_peer_port", settings.etcd_peer_port)
+    if near:
+        leaders["etcd_proxy"] = one("etcd_proxy_port", settings.etcd_proxy_port)
     own = {
         "nixl": _nixl(one, settings, settings.nixl_port),
         "vllm": tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts),
@@ -137,6 +142,8 @@ def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, 
     inner = one("frontend_inner_port", settings.frontend_inner_port) if settings.api_key_file else 0
     etcd = one("etcd_port", settings.etcd_port)
     peer = one("etcd_peer_port", settings.etcd_peer_port)
+    several = not settings.etcd_endpoints and settings.members(settings.serving_nodes) > 1
+    near = one("etcd_proxy_port", settings.etcd_proxy_port) if several else 0
     nats = one("nats_port", settings.nats_port)
     cohorts = range(settings.cohorts)
     system = tuple(one("system_port", settings.system_port + k) for k in cohorts)
@@ -154,7 +161,7 @@ def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, 
         if settings.was_set("master_port"):
             raise UsageError(f"master_port {settings.master_port}: it or a port of its range is in use on this node")
         base += span
-    return Ports(frontend, etcd, peer, nats, base, system, nixl, vllm, word, inner, own)
+    return Ports(frontend, etcd, peer, nats, base, system, nixl, vllm, word, inner, near, own)
 
 
 def of_groups(
@@ -163,7 +170,7 @@ def of_groups(
     """The ports of this node's groups in a run that has `run`: each given as its settings, its number on this node and
     the first of its engine's own ports. Raises `UsageError`.
     """
-    taken = {run.frontend, run.etcd, run.etcd_peer, run.nats, run.word, run.frontend_inner}
+    taken = {run.frontend, run.etcd, run.etcd_peer, run.nats, run.word, run.frontend_inner, run.etcd_proxy}
     made = []
     ranges = replicas = 0  # what the groups before this one have taken
     for s, seat, extra in wanted:

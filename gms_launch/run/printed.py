@@ -38,6 +38,7 @@ def to_json(layout: Layout) -> dict[str, Any]:
             "vllm": list(ports.vllm),
             "word": ports.word,
             **({"frontend_inner": ports.frontend_inner} if ports.frontend_inner else {}),
+            **({"etcd_proxy": ports.etcd_proxy} if ports.etcd_proxy else {}),
             **{name: list(numbers) for name, numbers in ports.extra.items()},
         },
         "processes": [

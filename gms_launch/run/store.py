@@ -13,7 +13,7 @@ from gms_launch.run.credentials import DYNAMO, ETCD, Credentials
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.ports import Ports
 from gms_launch.run.topology import Topology
-from gms_launch.services import etcd
+from gms_launch.services import etcd, etcd_proxy, proxy
 from gms_launch.services.base import Service, find_binary
 from gms_launch.services.pem import PemFiles
 from gms_launch.settings.declared import Settings
@@ -75,7 +75,7 @@ class Store:
         found = self.where.known or (self._first,)
         if self.is_member and self.url in found:
             return (self.url, *(u for u in found if u != self.url))
-        turn = self.home.node_rank % len(found)
+        turn = -1 - self.home.node_rank % len(found)  # the first node has the most to do
         return found[turn:] + found[:turn]
 
     @property
@@ -89,13 +89,24 @@ class Store:
 
     @property
     def for_dynamo(self) -> Access:
-        """Etcd, as Dynamo's processes of this node reach it.
+        """Etcd, as Dynamo's processes of this node reach it: of several members by a proxy (`services.etcd_proxy`)."""
+        return self.credentials.access((self.near.url,) if self.several else self.endpoints, DYNAMO)
 
-        They do not notice that a member is silent, and end when their lease does. So they go to the member of their own
-        node, where there is one: it is restarted when it is silent, and lost when they are.
-        """
-        near = (self.url,) if self.several and self.is_member else self.endpoints
-        return self.credentials.access(near, DYNAMO)
+    @property
+    def near(self) -> etcd_proxy.EtcdProxy:
+        """What leads Dynamo's processes of this node to a member that lives, their own node's first."""
+        members = self.credentials.access(self.endpoints, DYNAMO)
+        return etcd_proxy.EtcdProxy(self.ports.etcd_proxy, members, self.node_dir.path)
+
+    def near_services(self) -> list[Service]:
+        """It as a service, of several members. Raises `UsageError` when there is no binary, or an old one."""
+        if not self.several:
+            return []
+        s, near = self.settings, self.near
+        binary = find_binary("haproxy_bin", s.haproxy_bin, "haproxy", "haproxy")
+        proxy.check_version(binary)
+        asked = self.credentials.access((near.url,))
+        return [etcd_proxy.service(near, binary, asked, s.service_timeout, s.service_liveness)]
 
     def learn(self, known: Mapping[int, str] | tuple[str, ...]) -> bool:
         """Take over where the members are; says whether that is news."""
@@ -120,12 +131,13 @@ class Store:
         return replace(here, access=self.credentials.access((here.client_url,)))
 
     def check(self) -> None:
-        """Raise `UsageError` for what would keep this node's member from being started."""
+        """Raise `UsageError` for what would keep this node's member, or its proxy, from being started."""
         if self.members > self.home.nnodes:
             numbers = numbered(self.home.nnodes, "node")
             raise UsageError(f"etcd_members {self.members}: each is on a node of its own, and the run has {numbers}")
         if self.is_member:
             self.service()
+        self.near_services()
 
     @property
     def files(self) -> PemFiles:

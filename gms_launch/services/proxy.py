@@ -155,15 +155,15 @@ def renew(proxy: Proxy, hashes: tuple[str, ...]) -> None:
     """
     write_private(proxy.keys, _map(hashes))
     try:
-        said = _ask(proxy, f"prepare map {proxy.keys}")
+        said = ask(proxy.socket, f"prepare map {proxy.keys}")
         found = re.search(r"New version created: (\d+)", said)
         if found is None:
             raise OSError(f"haproxy: {said}")
         version = found[1]
         for first in range(0, len(hashes), AT_ONCE):
             lines = _map(hashes[first : first + AT_ONCE])
-            _expect_nothing(_ask(proxy, f"add map @{version} {proxy.keys} <<\n{lines}"))
-        _expect_nothing(_ask(proxy, f"commit map @{version} {proxy.keys}"))
+            _expect_nothing(ask(proxy.socket, f"add map @{version} {proxy.keys} <<\n{lines}"))
+        _expect_nothing(ask(proxy.socket, f"commit map @{version} {proxy.keys}"))
     except (ConnectionRefusedError, FileNotFoundError):
         return
 
@@ -173,11 +173,11 @@ def _expect_nothing(said: str) -> None:
         raise OSError(f"haproxy: {said}")
 
 
-def _ask(proxy: Proxy, command: str) -> str:
-    """One command on HAProxy's own socket."""
+def ask(path: Path, command: str) -> str:
+    """One command on HAProxy's own socket. Raises `OSError`."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(2.0)
-        connection.connect(str(proxy.socket))
+        connection.connect(str(path))
         connection.sendall(command.encode() + b"\n")
         answer = b""
         while part := connection.recv(4096):
@@ -196,6 +196,6 @@ def check_version(binary: str) -> str:
         raise UsageError(f"{binary} is no HAProxy: {said.strip()[:80]!r}")
     if (int(found[1]), int(found[2])) < OLDEST:
         raise UsageError(
-            f"{binary} is HAProxy {found[1]}.{found[2]}, and --api-key-file needs {'.'.join(map(str, OLDEST))} or later"
+            f"{binary} is HAProxy {found[1]}.{found[2]}, and gms-launch needs {'.'.join(map(str, OLDEST))} or later"
         )
     return found[0].removeprefix("version ")

@@ -201,7 +201,9 @@ class Settings:
     )
     tls_cert: str = setting("", "certificate (PEM, with its chain) by which clients speak HTTPS", "services")
     tls_key: str = setting("", "private key of --tls-cert (PEM, without a passphrase)", "services")
-    haproxy_bin: str = setting("", "haproxy binary, for --api-key-file; found on PATH when empty", "services")
+    haproxy_bin: str = setting(
+        "", "haproxy binary, for --api-key-file and several members of etcd; found on PATH when empty", "services"
+    )
     frontends: str = setting(
         "1",
         "frontends, one on each of the first nodes; auto: one beside each member of etcd",
@@ -221,6 +223,7 @@ class Settings:
     frontend_inner_port: int = port(8001, "port of the frontend behind the proxy that asks for keys")
     etcd_port: int = port(2379, "etcd client port")
     etcd_peer_port: int = port(2380, "etcd peer port; on the loopback, where etcd has one member")
+    etcd_proxy_port: int = port(2381, "port on which Dynamo's processes of a node find an etcd of several members")
     nats_port: int = port(4222, "NATS client port")
     word_port: int = port(2390, "UDP port on which a node hears from the others that a life has ended")
     master_port: int = port(29500, "first port where the ranks of cohort 0 meet; + 100 a cohort")

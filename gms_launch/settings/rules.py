@@ -248,7 +248,8 @@ def _check_url(flag: str, text: str, schemes: tuple[str, ...], example: str) -> 
 
 def _ranges(s: Settings) -> Mapping[str, Iterable[int]]:
     """Every port that follows from a setting, by the setting."""
-    single = ("frontend_port", "frontend_inner_port", "etcd_port", "etcd_peer_port", "nats_port", "word_port")
+    services = ("frontend", "frontend_inner", "etcd", "etcd_peer", "etcd_proxy", "nats", "word")
+    single = [f"{name}_port" for name in services]
     cohorts, wide = s.cohorts, COHORT_STRIDE * s.cohorts
     found = {name: range(getattr(s, name), getattr(s, name) + 1) for name in single}
     if s.metrics_port:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from gms_launch.process import proc
 from gms_launch.run.rundir import RunDir
 from tests import listening
 from tests.listening import Row
+from tests.load import Load
 from tests.slurm.lab import Lab
 from tests.slurm.test_groups import Groups
 from tests.support import LONG, complete, etcdctl, eventually
@@ -42,6 +44,8 @@ ROWS |= {
     Row("etcd", "peers", "network"),
     Row("frontend", "clients", "network"),
     Row("engine", "meeting", "loopback"),
+    Row("etcd-proxy", "clients", "loopback"),
+    Row("etcd-proxy", "socket", "unix"),
 }
 
 
@@ -75,37 +79,51 @@ class Three(Groups):
         return not self.engines(rank)
 
 
-@pytest.fixture
-def three() -> Iterator[Lab]:
-    with Lab(3, slurm=False) as lab:
+@contextlib.contextmanager
+def routed(nodes: int) -> Iterator[Lab]:
+    with Lab(nodes, slurm=False) as lab:
         for node in lab.nodes.values():
             # Dynamo's frontend takes answers at the address of the default route, where an interface has IPv6 too.
             node.run(["ip", "route", "add", "default", "via", f"{lab.net}.254"], check=True)
         yield lab
 
 
+@pytest.fixture
+def three() -> Iterator[Lab]:
+    with routed(3) as lab:
+        yield lab
+
+
 @pytest.mark.slow
-def test_a_machine_with_the_leader_of_etcd_is_switched_off(three: Lab, model: Path) -> None:
-    with Three(three, model, *FLAGS).hand() as run:
-        run.full(*NAMES)
+def test_a_machine_with_the_leader_of_etcd_is_switched_off(model: Path) -> None:
+    """The fourth has no member, and what is on it goes to the third's."""
+    with routed(4) as lab, Three(lab, model, "--groups=4", *FLAGS[2:]).hand() as run:
+        run.full(*NAMES, "g3")
         before = run.text()
         assert len(run.run_file()["etcd_endpoints"]) == 3
         eventually(lambda: len(run.run_file()["frontend_urls"]) == 3)
         run.lead(2)
         assert listening.of_run(run.run, run.run_file()["ports"])[0] == ROWS
-        others, lost = run.engines_of(0, 1), run.engines_of(2)
-        assert len(others) > 4
-        three.node("node3").power_off()
-        off = time.monotonic()
-        eventually(lambda: run.status()["missing_nodes"] == [2], LONG, "its lease is over")
-        assert not any(map(proc.alive, lost)), "it is off"
-        print(f"lost after {time.monotonic() - off:.1f} s")
-        while time.monotonic() < off + 15:  # longer than the leases of Dynamo's processes
-            assert all(map(proc.alive, others)), "engines elsewhere and the frontend go on"
-            time.sleep(0.2)
+        others, lost = run.engines_of(0, 1, 3), run.engines_of(2)
+        assert len(others) > 6
+        seen = lab.node("node4").run(["ss", "-Htnp", "dst", lab.node("node3").address], check=True).stdout
+        assert '"haproxy"' in seen, "the fourth's Dynamo processes go by the member that is about to be lost"
+        with Load(run.run_file()["frontend_url"], streams=4, unary=2, tokens=30) as load:
+            load.wait_busy(1.0)
+            lab.node("node3").power_off()
+            off = time.monotonic()
+            eventually(lambda: run.status()["missing_nodes"] == [2], LONG, "its lease is over")
+            assert not any(map(proc.alive, lost)), "it is off"
+            print(f"lost after {time.monotonic() - off:.1f} s")
+            while time.monotonic() < off + 15:  # longer than the leases of Dynamo's processes
+                assert all(map(proc.alive, others)), "engines elsewhere and the frontend go on"
+                time.sleep(0.2)
+            load.wait_busy(1.0)
+        assert load.lost == [] and load.wrong == [], load.said()
         assert run.text() == before
         assert run.cli("kill-primary", "--group", "g1").returncode == 0
-        run.full("g0", "g1")
+        assert run.cli("kill-primary", "--group", "g3").returncode == 0
+        run.full("g0", "g1", "g3")
 
 
 @pytest.mark.slow

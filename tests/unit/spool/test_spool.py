@@ -186,6 +186,7 @@ ALLOWED = {
     "services/pem.py": "a server's certificates, in the node directory, before it is started",
     "services/nats.py": "NATS's settings, without which it cannot be started",
     "services/proxy.py": "the proxy's settings, in the node directory, which is in memory",
+    "services/etcd_proxy.py": "the same",
     "cli/sweep.py": "removes what dead runs left",
     "cli/doctor.py": "a command of its own, and its business",
     "cli/unforeseen.py": "a command that is at its end anyway; of an agent, its last words",
