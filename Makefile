@@ -65,7 +65,7 @@ lint: setup
 
 # Side by side, a file at a time: most of a test is waiting. In their order: unit tests fill up what is left at the end.
 test: setup lint docs
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow -n 3 --dist loadfile

@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from gms_launch.control.access import Access
 from gms_launch.errors import LaunchError
 from gms_launch.observe import look
 from gms_launch.process import lifecycle, proc
-from gms_launch.run import contact
+from gms_launch.run import contact, nodedir
 from gms_launch.run.ports import Reservation
 from gms_launch.run.rundir import RunDir
 
@@ -139,6 +140,18 @@ def glance(directory: Path) -> dict[str, Any] | None:
             return shot
     except (LaunchError, OSError):
         return None
+
+
+def twice_full(status: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """A status that says full redundancy, and said so a moment ago; empty when one did not.
+
+    A glance may be quicker than the word of what was killed just now. A user is not.
+    """
+    found = status() or {}
+    if found.get("redundancy") == "full":
+        time.sleep(0.5)
+        found = status() or {}
+    return found if found.get("redundancy") == "full" else {}
 
 
 def how_it_stands(run: str, home: Path, status: Callable[[], str]) -> str:
@@ -327,10 +340,26 @@ class Deployment:
         if self in STANDING:
             STANDING.remove(self)
         try:
-            gms_launch("down", "--run", self.run, env=self.env)
+            self._stop_agent()
+            if self.alive() or any(nodedir.user_root().glob(f"{self.run}*")):
+                gms_launch("down", "--run", self.run, env=self.env)
         finally:
             left = lifecycle.kill_tagged(self.run, PATIENCE)
         assert left == []
+
+    def _stop_agent(self) -> None:
+        """End the run as the signal of a terminal does: `down` is a process, and there is one such end a test."""
+        try:
+            agent = self.agent
+        except (OSError, ValueError, KeyError):
+            return
+        found = proc.stat(agent.pid)
+        if found is None or found.identity != agent or found.state == "T":
+            return
+        if (fd := lifecycle.open_pidfd(agent)) is not None:
+            with open(fd):
+                signal.pidfd_send_signal(fd, signal.SIGTERM)
+                select.select([fd], [], [], PATIENCE / 2)
 
     def told(self) -> str:
         return how_it_stands(self.run, self.home / self.run, lambda: str(self.cli("status", "--json")))
@@ -352,21 +381,8 @@ class Deployment:
 
     def wait_full(self, timeout: float = LONG) -> dict[str, Any]:
         """Wait until every shadow is parked."""
-        found: dict[str, Any] = {}
         looks = Looks(self.home / self.run / "events.jsonl")
-
-        def full() -> bool:
-            nonlocal found
-            if not looks.due():
-                return False
-            if self.status()["redundancy"] != "full":
-                return False
-            # A glance may be quicker than the word of what was killed just now. A user is not.
-            found = self._asked()
-            return bool(found["redundancy"] == "full")
-
-        eventually(full, timeout, "redundancy full")
-        return found
+        return eventually(lambda: twice_full(self.status) if looks.due() else {}, timeout, "redundancy full")
 
     def cohort(self, cohort_id: int) -> dict[str, Any]:
         found: dict[str, Any] = self.status()["cohorts"][cohort_id]

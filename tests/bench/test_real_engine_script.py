@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from gms_launch.process import proc
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +23,7 @@ def test_a_machine_that_lacks_something_is_told_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_nodes_under_the_launcher_and_under_the_recipe(tmp_path: Path, model: Path) -> None:
     """The launcher answers whichever rank is killed; the recipe, which watches nobody, does not."""
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "standins" / "vllm_site"), "STANDIN_GPUS": "2"}

@@ -16,7 +16,7 @@ from tests.slurm.support import LabRun
 
 #: As patient as a machine must be on which other tests run: none of these deadlines is what is tried here.
 PATIENT = ("--health-timeout", "8", "--canary-timeout", "15", "--lease-ttl", "8", "--promotion-timeout", "60")
-KINDS = ["both_cohorts", "during_promotion", "cut_briefly", "primary_one_process", "freeze_etcd", "kill_agent"]
+KINDS = ["both_cohorts", "during_promotion", "cut_briefly", "kill_agent"]
 
 
 def test_a_few_rounds_of_chaos(model: Path) -> None:

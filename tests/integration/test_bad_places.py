@@ -100,6 +100,8 @@ FAULTS: dict[str, Callable[[Path, str], contextlib.AbstractContextManager[None]]
     "gone": gone,
     "slow": slow,
 }
+#: In these a verb is tried, and a service killed, besides the failover: each fails to write in a way of its own.
+THOROUGHLY = ("full", "slow")
 
 
 def told(run: Deployment, name: str = "run directory") -> str:
@@ -147,19 +149,20 @@ def test_a_home_that_is_full_read_only_gone_or_hanging_changes_nothing_but_what_
                 fail_over(run, before)
                 eventually(lambda name=name: told(run) == name, what=f"status says that the home is {name}")
                 assert name in run.cli("status").stdout
-                done = run.cli("kill-primary", "--json")
-                assert done.returncode == 0, f"{name}: {done.stderr}"
-                assert "first_token" in json.loads(done.stdout)["steps"]
-                eventually(lambda: ask(run) == before)
-                run.wait_full()
-                frontend = service(run, "frontend")
-                os.kill(frontend["pid"], signal.SIGKILL)  # a service, too
-                eventually(lambda old=frontend: service(run, "frontend")["starts"] == old["starts"] + 1)
-                eventually(lambda: ask(run) == before)
+                if name in THOROUGHLY:
+                    done = run.cli("kill-primary", "--json")
+                    assert done.returncode == 0, f"{name}: {done.stderr}"
+                    assert "first_token" in json.loads(done.stdout)["steps"]
+                    eventually(lambda: ask(run) == before)
+                    run.wait_full()
+                    frontend = service(run, "frontend")
+                    os.kill(frontend["pid"], signal.SIGKILL)  # a service, too
+                    eventually(lambda old=frontend: service(run, "frontend")["starts"] == old["starts"] + 1)
+                    eventually(lambda: ask(run) == before)
             eventually(lambda: told(run) in ("", "well"), what=f"well again after {name}")
             run.wait_full()
             eventually(lambda name=name: {name, "well again"} <= states(run), what=f"the journal has {name}")
-        eventually(lambda: len(run.events("first_token")) >= 9, what="what had to wait is written when it can be")
+        eventually(lambda: len(run.events("first_token")) >= 7, what="what had to wait is written when it can be")
         with slow(small_home, run.run):
             os.kill(run.cohort(0)["ranks"][0]["pid"], signal.SIGKILL)
             eventually(lambda: told(run) == "slow")

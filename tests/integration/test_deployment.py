@@ -40,7 +40,7 @@ def kill_from_outside(run: Deployment, cohort_id: int) -> int:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("failovers", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("failovers", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_failovers_in_a_row(run: Deployment, failovers: int) -> None:
     before = run.text()
     assert before

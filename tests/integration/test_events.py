@@ -64,7 +64,6 @@ HOOKS = {
     "hangs": ("sleep 1000", "killed after"),
     "forks": ("sleep 1000 & sleep 1000 >/dev/null 2>&1 &", ""),
     "missing": ("/no/such/hook", "exit code 127"),
-    "fails": ("exit 7", "exit code 7"),
     "floods": ("exec yes", "SIGPIPE"),
 }
 
@@ -101,7 +100,7 @@ def test_a_failover_takes_its_usual_time_whatever_the_hook_does(tmp_path: Path, 
                 assert run.cli("kill-primary").returncode == 0
                 run.wait_full()
         log = run.cli("logs", "on-event", "-n", "0").stdout
-        assert "/no/such/hook: not found" in log and "was not read" in log and "exit code 7" in log
+        assert "/no/such/hook: not found" in log and "was not read" in log
         assert not [kind for kind in kinds(heard) if kind.startswith("hook_")]
     assert run.alive() == []
     assert kinds(heard).count("kill") >= len(HOOKS) and "stopping" in kinds(heard)

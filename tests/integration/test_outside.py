@@ -38,7 +38,7 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
-@pytest.fixture(params=["mutual", "system"])
+@pytest.fixture(params=["mutual", pytest.param("system", marks=pytest.mark.slow)])
 def etcd(request: pytest.FixtureRequest, files: Files, fast_dir: Path) -> Iterator[EtcdServer]:
     """One that asks for a certificate, or shows its own only."""
     flags = ["--cert-file", str(files.server_cert), "--key-file", str(files.server_key)]

@@ -75,7 +75,7 @@ def test_each_half_fails_over_by_itself_and_the_text_is_that_of_one_engine(
     assert {e["group"] for e in run.events("exit")} == {"p", "d"}
 
 
-@pytest.mark.parametrize("half", ["p", "d"])
+@pytest.mark.parametrize("half", ["p", pytest.param("d", marks=pytest.mark.slow)])
 def test_of_two_halves_the_one_that_hangs_is_killed(halves: Callable[..., Halves], half: str) -> None:
     """No token comes through the frontend then, whichever it is: only the engines' own counters tell."""
     run = halves("--canary-interval", "1", "--canary-timeout", "8")

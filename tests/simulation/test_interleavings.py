@@ -19,11 +19,11 @@ from tests.simulation.world import Broken, replay
 
 
 @pytest.mark.timeout(900)
-def test_thirty_thousand_interleavings() -> None:
+def test_ten_thousand_interleavings() -> None:
     """Never two active, never started before the predecessor is dead, never killed without a cause, always an end."""
-    counts, ended = zip(*spread(range(30_000)), strict=True)
-    assert sum(counts) == 30_000
-    assert 0 < sum(ended) < 15_000, "some runs lose a node for good, and most do not"
+    counts, ended = zip(*spread(range(10_000)), strict=True)
+    assert sum(counts) == 10_000
+    assert 0 < sum(ended) < 5_000, "some runs lose a node for good, and most do not"
 
 
 @pytest.mark.timeout(900)

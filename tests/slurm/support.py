@@ -19,7 +19,18 @@ from typing import IO, Any
 
 from gms_launch.process import lifecycle, proc
 from tests.slurm.lab import Lab
-from tests.support import LONG, PATIENCE, STANDING, Looks, complete, eventually, glance, how_it_stands, journal
+from tests.support import (
+    LONG,
+    PATIENCE,
+    STANDING,
+    Looks,
+    complete,
+    eventually,
+    glance,
+    how_it_stands,
+    journal,
+    twice_full,
+)
 
 #: What tests need to be quick; everything else is as delivered. Not as quick as a quiet machine would allow.
 QUICK = ["--lease-ttl=3", "--node-wait=15"]
@@ -96,7 +107,8 @@ class LabRun:
         if self in STANDING:
             STANDING.remove(self)
         try:
-            self.cli("down")
+            if self.left():
+                self.cli("down")
         finally:
             for process in self.processes:
                 try:
@@ -132,23 +144,14 @@ class LabRun:
         return found
 
     def wait_full(self, timeout: float = LONG) -> dict[str, Any]:
-        found: dict[str, Any] = {}
         looks = Looks(self.home / "events.jsonl")
 
-        def full() -> bool:
-            nonlocal found
+        def full() -> dict[str, Any]:
             if all(p.poll() is not None for p in self.processes):
                 raise AssertionError(f"the run is over:\n{self.output()}")
-            if not looks.due():
-                return False
-            if (glance(self.home) or {}).get("redundancy") != "full":
-                return False
-            # A glance may be quicker than the word of what was killed just now. A user is not.
-            done = self.cli("status", "--json")
-            found = json.loads(done.stdout) if done.returncode == 0 else {}
-            return bool(found.get("redundancy") == "full")
+            return twice_full(lambda: glance(self.home)) if looks.due() else {}
 
-        eventually(full, timeout, f"redundancy full; {self.log_path}")
+        found = eventually(full, timeout, f"redundancy full; {self.log_path}")
         # The status may be ahead of the confirmation that the leader announces.
         eventually(lambda: self.events("redundancy")[-1:] and self.events("redundancy")[-1]["detail"] == "full")
         return found

@@ -82,12 +82,13 @@ def test_a_shared_home_in_trouble_changes_no_failover(small_home_lab: Lab, model
                 eventually(lambda name=name: name in told(), what=f"status says that the home is {name}")
                 eventually(full, LONG, f"re-armed while the home is {name}")
                 assert not any(proc.alive(v.identity) for v in victims) and status()["primary"] == 1 - primary
-                done = verb("kill-primary")
-                assert done.returncode == 0, f"{name}: {done.stderr}"
-                eventually(serves)
-                eventually(full, LONG, f"re-armed again while the home is {name}")
+                if name in ("gone", "slow"):  # to the verb the others are the same as on one node
+                    done = verb("kill-primary")
+                    assert done.returncode == 0, f"{name}: {done.stderr}"
+                    eventually(serves)
+                    eventually(full, LONG, f"re-armed again while the home is {name}")
             eventually(lambda: told() <= {"well"}, what=f"well again after {name}")
-        eventually(lambda: len(run.events("first_token")) >= 9)
+        eventually(lambda: len(run.events("first_token")) >= 7)
         with FAULTS["gone"](home, run.run):
             down = verb("down")
             assert down.returncode == 0, down.stdout + down.stderr

@@ -223,8 +223,11 @@ def test_a_batch_script_of_one_node_needs_no_srun(lab: Lab, model: Path) -> None
     verbs = [f"gms-launch {verb} --run {run.run}" for verb in ("status", "kill-primary", "down")]
     # Two seconds are longer than a background agent would live on, if it minded the end of the command that began it.
     script.write_text("#!/bin/bash\nset -e\n" + "\n".join([up, "sleep 2", *verbs]) + "\n")
-    done = lab.run(["sbatch", "-W", "-N1", f"--output={run.log_path}", str(script)])
-    assert done.returncode == 0, run.output()
+    number = lab.run(["sbatch", "--parsable", "-N1", f"--output={run.log_path}", str(script)]).stdout.strip()
+    ended = eventually(
+        lambda: (s := job(lab, number)["JobState"]) not in ("PENDING", "RUNNING", "COMPLETING") and s, LONG
+    )
+    assert ended == "COMPLETED", run.output()
     assert "first_token" in run.output() and "nothing of it is alive" in run.output()
     assert run.left() == {}
 
