@@ -188,7 +188,7 @@ def test_verbs_name_a_group(one_node: Grouped) -> None:
     told_of = [json.loads(line) for line in run.cli("events", "--group", "g1", "--json", "-n0").stdout.splitlines()]
     assert {e["group"] for e in told_of} == {"g1"} and {"kill", "exit"} <= {e["kind"] for e in told_of}
     logs = run.cli("logs", "--group", "g2").stdout
-    assert sorted(line.split()[0] for line in logs.splitlines()) == ["cohort-0.1", "cohort-1.1", "gms-0.1"]
+    assert sorted(line.split()[0] for line in logs.splitlines()) == ["agent", "cohort-0.1", "cohort-1.1", "gms-0.1"]
     own = run.cli("logs", "--group", "g2", "cohort-0")
     assert own.returncode == 0 and own.stdout == run.cli("logs", "g2.cohort-0").stdout
     missing = run.cli("logs", "--group", "g2", "etcd")
