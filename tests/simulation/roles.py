@@ -244,6 +244,8 @@ class RunWorld(LeadWorld):
         a.heard += 1
         if a.news[0][0] != "record":
             super().hear(a)
+            if not a.token:
+                a.absent = {}  # as whoever begins to lead
             return
         _, (key, value) = a.news.pop(0)
         own = key[0] in ("desired", "said") and self.leads_group(a) and self.group_of[a.rank] == key[1]
