@@ -7,7 +7,7 @@ that: by what the engine took to let go of the lock and to be seen dead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -196,7 +196,8 @@ class _Builder:
         self._promoted: tuple[int, int] | None = None
         self._nodes: dict[str, set[int]] = {"dead": set(), "fenced": set()}
         self._token_before: float | None = None
-        self._counted: Mapping[str, Any] = {}
+        self._holding: set[int] = set()
+        self._counted: dict[int, Mapping[str, Any]] = {}  # by node: with hybrid load balancing each has what it held
 
     def step(self, name: str, time: float) -> None:
         self._at.setdefault(name, time)
@@ -218,10 +219,12 @@ class _Builder:
             if len(self._nodes[event.kind]) == self._nnodes:
                 self.step(event.kind, event.time)
         elif life == self.victim and event.kind in ("held", "released"):
+            if event.kind == "held":
+                self._holding.add(event.node_rank)
             if event.kind == "held" or event.data.get("moved"):
                 self.step(event.kind, event.time)
         elif life == self.victim and event.kind == "hold_over":
-            self._counted = event.data
+            self._counted[event.node_rank] = event.data
         elif event.kind == "lock" and self._promoted is None and life != self.victim:
             self._promoted = life
             self.step("lock", event.time)
@@ -245,6 +248,12 @@ class _Builder:
             default=None,
         )
 
+    def _count(self, what: str, of_all: Callable[[list[int]], int]) -> int | None:
+        """What the nodes that held requests say together; None where one does not know it."""
+        said = [data.get(what) for data in self._counted.values()]
+        known = [n for n in said if isinstance(n, int)]
+        return of_all(known) if known and len(known) == len(said) else None
+
     def build(self, stalls: Iterable[tuple[float, float]] = ()) -> Failover:
         """`stalls` are the times in which an agent did nothing: for how many seconds, and until when."""
         stood_still = self._stood_still(stalls)
@@ -254,7 +263,6 @@ class _Builder:
         steps = {name: max(0.0, at - zero) for name, at in self._at.items()}
         token = self._at.get("first_token")
         silence = None if token is None or self._token_before is None else max(0.0, token - self._token_before)
-        counted = self._counted
         return Failover(
             zero,
             self._cause.detail,
@@ -263,10 +271,10 @@ class _Builder:
             steps,
             kind,
             silence,
-            held=counted.get("connections"),
-            moved=counted.get("moves"),
-            lost=None if stood_still else counted.get("lost"),
-            over="held" not in steps or bool(counted),
+            held=self._count("connections", sum),
+            moved=self._count("moves", max),
+            lost=None if stood_still else self._count("lost", max),
+            over=self._holding <= self._counted.keys(),
             stood_still=stood_still,
             kind=_kind(self._cause),
         )

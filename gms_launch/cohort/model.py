@@ -13,7 +13,8 @@ from enum import Enum
 class Phase(str, Enum):
     """Where one life of a cohort, or of one rank of it, stands.
 
-    A headless rank has no signals of its own; it is STARTING until it fails, and the leader rank speaks for it.
+    A headless rank has no signals of its own; it is STARTING until it fails, and the leader rank speaks for it. With
+    hybrid load balancing none is headless, and each speaks for itself.
     """
 
     PENDING = "pending"
@@ -72,11 +73,12 @@ class CohortView:
     since: float = 0.0
 
 
-def cohort_phase(phases: Mapping[int, Phase], nodes: Collection[int]) -> Phase:
+def cohort_phase(phases: Mapping[int, Phase], nodes: Collection[int], hybrid: bool = False) -> Phase:
     """The phase of a whole cohort from its ranks' (node rank -> phase) in one incarnation.
 
     `nodes` are those that count: a lost node has no say. One failing rank makes the cohort failing; it is fenced only
-    when every node says so. Otherwise the leader rank speaks for all, once every rank has been started.
+    when every node says so. Otherwise the leader rank speaks for all, once every rank has been started; with `hybrid`
+    load balancing all do: it is active, or parked, when all of them are, and takes over as soon as one does.
     """
     known = [phases[node] for node in nodes if node in phases]
     if not ENDED.isdisjoint(known):
@@ -85,7 +87,11 @@ def cohort_phase(phases: Mapping[int, Phase], nodes: Collection[int]) -> Phase:
         return Phase.PENDING
     if len(known) < len(nodes) or 0 not in nodes:
         return Phase.STARTING
-    return phases[0]
+    if not hybrid:
+        return phases[0]
+    if Phase.WAKING in known or Phase.ACTIVE in known:
+        return Phase.ACTIVE if known.count(Phase.ACTIVE) == len(known) else Phase.WAKING
+    return Phase.PARKED if known.count(Phase.PARKED) == len(known) else Phase.STARTING
 
 
 def primary(cohorts: Iterable[CohortView]) -> CohortView | None:

@@ -17,19 +17,20 @@ PEER_ENDED = "a rank of the same life ended"
 
 @dataclass(frozen=True)
 class LocalRank:
-    """This node's rank of a cohort slot. `gone`: its own process has exited."""
+    """This node's rank of a cohort slot. `gone`: its own process has exited; `let_go`: it has got its lock from us."""
 
     cohort_id: int
     incarnation: int
     phase: Phase
     gone: bool = False
+    let_go: bool = False
 
 
 @dataclass(frozen=True)
 class Desire:
     """What the controller wants of a slot: that this life runs, or that it is dead.
 
-    `engine_args` take the place of this agent's own, unless they are None.
+    `engine_args` take the place of this agent's own, unless they are None. `serve`: it is to get its private lock.
     """
 
     cohort_id: int
@@ -39,6 +40,7 @@ class Desire:
     why: str = ""
     engine_args: tuple[str, ...] | None = None
     master_addr: str = ""
+    serve: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,15 @@ class SkipRank:
     incarnation: int
 
 
-Action = StartRank | KillRank | SkipRank
+@dataclass(frozen=True)
+class LetGo:
+    """Let go of the private lock that this node's rank of a life waits for: it is to serve, here and everywhere."""
+
+    cohort_id: int
+    incarnation: int
+
+
+Action = StartRank | KillRank | SkipRank | LetGo
 
 
 def decide(
@@ -93,7 +103,20 @@ def decide(
             actions.append(StartRank(desire))
         else:
             actions.append(SkipRank(cohort_id, desire.incarnation))
+    killed = {a.cohort_id for a in actions if isinstance(a, KillRank)}
+    actions += [LetGo(k, local[k].incarnation) for k in desired if k not in killed and _may_serve(desired[k], local)]
     return actions
+
+
+def _may_serve(desire: Desire, local: Mapping[int, LocalRank]) -> bool:
+    """Whether a rank is to have its lock now. Whoever had one before it here must be proved dead by then: the leader
+    has seen to that, and two that serve on one node would be worse than none.
+    """
+    mine = local.get(desire.cohort_id)
+    if mine is None or not (desire.serve and desire.running) or mine.incarnation != desire.incarnation:
+        return False
+    before = [r for r in local.values() if r.let_go and r is not mine]
+    return mine.phase in ALIVE and not mine.gone and not mine.let_go and all(r.phase is Phase.FENCED for r in before)
 
 
 def _why_kill(rank: LocalRank, desire: Desire | None, ended: Mapping[tuple[int, int], int]) -> str:

@@ -61,18 +61,18 @@ class Keys:
     def life_ended(self, cohort_id: int, incarnation: int) -> str:
         return f"{self.ended}{cohort_id}/{incarnation}"
 
-    def followed(self, cohorts: int) -> list[Range]:
+    def followed(self, cohorts: int, asks: bool = False) -> list[Range]:
         """What every agent follows, and not only the leader: as little as the rest of the run has to know at once.
 
         That is what is commanded and wanted, which lives have ended, how the cohorts' leader ranks are, and the run.
-        Were it all records of all ranks, the messages of a failover would grow with the square of the nodes.
+        Were it all records of all ranks, the messages of a failover would grow with the square of the nodes. `asks`:
+        and what it asked of the run's leader.
         """
         leaders = [self.rank(cohort_id, 0) for cohort_id in range(cohorts)]
         if self.run.startswith(self.groups):
             leaders.append(self.node(0))  # of the run's leader its etcd tells
-        return [prefix(p) for p in (self.commands, self.desired, self.ended)] + [
-            Range(k) for k in (*leaders, self.run, self.peers)
-        ]
+        tables = (self.commands, self.desired, self.ended, *([self.answers] if asks else []))
+        return [prefix(p) for p in tables] + [Range(k) for k in (*leaders, self.run, self.peers)]
 
     def led(self) -> list[Range]:
         """What the leader of the group follows: all of it."""
@@ -112,20 +112,23 @@ class Keys:
 
 @dataclass(frozen=True)
 class Share:
-    """What an agent is part of, the run or a group: whether it leads there, and how many cohorts that has."""
+    """What an agent is part of, the run or a group: whether it leads there, how many cohorts that has, and whether
+    engines register on its node.
+    """
 
     keys: Keys
     leads: bool
     cohorts: int
+    speaks: bool = False
 
 
 def followed(run: Share, groups: Sequence[Share] = ()) -> list[Range]:
     """What one agent follows of its run: of groups its own alone, so that a failover costs what its group is large."""
     if not groups:
-        return [prefix(run.keys.prefix)] if run.leads else run.keys.followed(run.cohorts)
+        return [prefix(run.keys.prefix)] if run.leads else run.keys.followed(run.cohorts, run.speaks)
     found = run.keys.over_all() if run.leads else run.keys.everywhere()
     for mine in groups:
-        found += mine.keys.led() if mine.leads else mine.keys.followed(mine.cohorts)
+        found += mine.keys.led() if mine.leads else mine.keys.followed(mine.cohorts, mine.speaks)
     return list(dict.fromkeys(found))
 
 

@@ -111,6 +111,7 @@ class RankSpec:
     """One rank of one life of a cohort. `device_view`: the environment in which it sees its devices alone.
     `rpc_port`: where the engine cores of all nodes meet when there are several (`dp`); `shift`: added to ports that the
     engine's own arguments name, since two cohorts of a node cannot both have them.
+    `hybrid`: the ranks of all nodes register and take requests, and not the first one's alone.
     `role`: agg, or the half of a request's way that it goes; `component`: under which it registers, empty for its own.
     `meeting_secret`: hexadecimal, known to the ranks of this life alone."""
 
@@ -137,6 +138,7 @@ class RankSpec:
     gms_memory: str = "host"
     pp: int = 1
     dp: int = 1
+    hybrid: bool = False
     rpc_port: int = 0
     shift: int = 0
     interface: str = ""
@@ -144,6 +146,11 @@ class RankSpec:
     device_view: Mapping[str, str] = field(default_factory=dict)
     role: str = "agg"
     component: str = ""
+
+    @property
+    def headless(self) -> bool:
+        """Whether another rank of its life speaks for it: registers, takes requests and waits for the lock."""
+        return self.node_rank > 0 and not self.hybrid
 
 
 class Engine(Protocol):

@@ -86,12 +86,12 @@ class CommandEngine:
 
     def command(self, spec: RankSpec) -> Command:
         known = _values(spec)
-        argv = self.file.headless if spec.node_rank > 0 and self.file.headless else self.file.command
+        argv = self.file.headless if spec.headless and self.file.headless else self.file.command
         env: dict[str, str | None] = dict.fromkeys(self.file.unset)
         if spec.gms_memory == "cuda":
             env |= CUDA_ORDER
         env |= spec.device_view
-        if spec.node_rank == 0:
+        if not spec.headless:
             env |= spec.plane.environment()
         env |= {"ENGINE_ID": str(spec.cohort_id), "GMS_SOCKET_DIR": str(spec.gms_dir)}
         env |= {"TMPDIR": str(spec.scratch_dir), MEETING_SECRET: spec.meeting_secret}

@@ -70,14 +70,16 @@ def _nodes(spec: RankSpec, always_master_port: bool) -> list[str]:
 def _replicas(spec: RankSpec) -> list[str]:
     """An engine core a replica, so many on each node; the first node shares out the requests (internal load balancing).
 
-    A start rank says which replicas a headless node has; on one that is not headless vLLM would take it for hybrid
-    load balancing, where every node registers by itself.
+    A start rank says which replicas a headless node has; one that is not headless takes requests for these itself
+    (hybrid load balancing), and vLLM wants it said of the first node, whose start rank is none.
     """
     local = spec.dp // spec.nnodes
     argv = ["--data-parallel-size", str(spec.dp), "--data-parallel-size-local", str(local)]
     argv += ["--data-parallel-address", spec.leader_address, "--data-parallel-rpc-port", str(spec.rpc_port)]
     if spec.node_rank > 0:
         argv += ["--data-parallel-start-rank", str(local * spec.node_rank)]
+    if spec.hybrid:
+        argv.append("--data-parallel-hybrid-lb")
     return argv
 
 
@@ -95,7 +97,7 @@ def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:
     if spec.component:
         argv += ["--endpoint", f"dyn://{spec.plane.namespace}.{spec.component}.generate"]
     argv += _replicas(spec) if spec.dp > 1 else _nodes(spec, always_master_port)
-    if spec.node_rank > 0:
+    if spec.headless:
         argv.append("--headless")
     env: dict[str, str | None] = {
         "ENGINE_ID": str(spec.cohort_id),
@@ -111,7 +113,7 @@ def command(spec: RankSpec, module: str, always_master_port: bool) -> Command:
     if spec.gms_memory == "cuda":
         env |= CUDA_ORDER
     env |= spec.device_view
-    if spec.node_rank == 0:
+    if not spec.headless:
         env |= spec.plane.environment()
         env |= {
             "DYN_SYSTEM_PORT": str(spec.system_port),

@@ -168,6 +168,8 @@ class Agent:
 
     def _decide(self, group: Group, now: float) -> float | None:
         """The leader's part for one group; returns when it has to look again though nothing happened."""
+        if group.settings.hybrid:
+            lead.look_at_tokens(group)
         view, policy = lead.view(group, now), lead.policy(group.settings)
         actions, group.memory = controller.decide(view, group.memory, policy, now)
         for decision in actions:
@@ -190,7 +192,16 @@ class Agent:
         """What this node has to do for a group."""
         mirror, ranks = group.mirror, group.ranks
         desired = {
-            k: Desire(k, d.incarnation, d.wanted is Wanted.RUNNING, d.master_port, d.why, d.engine_args, d.master_addr)
+            k: Desire(
+                k,
+                d.incarnation,
+                d.wanted is Wanted.RUNNING,
+                d.master_port,
+                d.why,
+                d.engine_args,
+                d.master_addr,
+                d.serve,
+            )
             for k, d in mirror.desired.items()
         }
         ended = {life: record.node_rank for life, record in mirror.ended.items()}
@@ -206,6 +217,8 @@ class Agent:
                     ranks.skip(action.cohort_id, action.incarnation, "it ended before it began here")
                 case reconciler.KillRank():
                     ranks.kill(action.cohort_id, action.reason)
+                case reconciler.LetGo():
+                    ranks.activate(action.cohort_id, action.incarnation)
                 case _:
                     lead.nobody_does(action)
         for command in mirror.commands.values():

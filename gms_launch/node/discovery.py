@@ -88,7 +88,7 @@ class Discovery:
             life = owner(
                 Candidate(r.life, r.phase, r.holds(self._layout.lock_of(r.cohort_id)))
                 for r in self._ranks()
-                if r.node_rank == 0 and r.phase in ALIVE
+                if r.speaks and r.phase in ALIVE
             )
             self._registered.belongs(lease, life)
             self._spawn(self._standing.learn(lease))
@@ -144,7 +144,7 @@ class Discovery:
     def _around(self, life: Life) -> Around:
         """How things stand for the requests of a dead life: is there somebody to go to, or will there be?"""
         now, settings = time.monotonic(), self._layout.settings
-        others = [r for r in self._ranks() if r.life != life and r.node_rank == 0]
+        others = [r for r in self._ranks() if r.life != life and r.speaks]
         for rank in others:
             if rank.phase in (Phase.WAKING, Phase.ACTIVE):
                 self._waking.setdefault(rank.life, now)

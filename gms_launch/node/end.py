@@ -93,19 +93,20 @@ async def _whatever_happens(me: Node, what: str, step: Coroutine[Any, Any, None]
 async def _stop_ranks(me: Node, group: Group) -> None:
     """Standbys first, so that none is promoted on the way out.
 
-    The leader's rank of the primary ends before the others': it is what requests are running on.
+    The leader's rank of the primary ends before the others': it is what requests are running on. With hybrid load
+    balancing all are.
     """
     living = [r for r in group.ranks if r.child is not None and r.phase is not Phase.FENCED]
     primary = [r for r in living if _is_primary(group, r)]
     await asyncio.gather(*(group.ranks.stop(r, PARKED_GRACE) for r in living if r not in primary))
     for rank in primary:
-        if not group.is_leader:
+        if not rank.speaks:
             await _leader_rank_ended(me, group, rank)
-        await group.ranks.stop(rank, group.settings.engine_grace if group.is_leader else PARKED_GRACE)
+        await group.ranks.stop(rank, group.settings.engine_grace if rank.speaks else PARKED_GRACE)
 
 
 def _is_primary(group: Group, rank: Rank) -> bool:
-    if group.is_leader:
+    if rank.speaks:
         return rank.is_primary
     record = group.mirror.ranks.get((rank.cohort_id, 0))
     return (

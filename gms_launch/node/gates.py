@@ -1,4 +1,5 @@
-"""The lock files that the leader's agent holds against its own cohorts (--activation agent).
+"""The lock files that an agent holds against its own cohorts (--activation agent): the leader's, or every node's where
+each registers engines of its own (--dp-lb hybrid).
 
 Each cohort waits for a file of its own, and letting go of it is what makes that cohort serve. The guard inherits the
 descriptors: a flock belongs to the open file and not to a process, so when the agent is killed the guard goes on

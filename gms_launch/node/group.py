@@ -99,7 +99,7 @@ class Group:
         self.confirmed: tuple[int, int] | None = None
         self.no_token = ""
         self.asked_since = 0.0
-        self.canary = Canary(self.settings) if self.is_leader and self.settings.canary else None
+        self.canary = Canary(self.settings) if layout.speaks and self.settings.canary else None
         self._alone_since: float | None = None
         self.formed = not layout.group
         self.gms_epoch = 0
@@ -153,7 +153,7 @@ class Group:
 
     def tokens(self, rank: Rank) -> Tokens:
         """What shows that a rank of this node's, which leads its life, gives tokens."""
-        if not self.layout.group:
+        if not self.layout.group and not self.settings.hybrid:
             return OfTheFrontend(self.layout.front.where, self.layout.model_name)
         instance = partial(self.ranks.discovery.instance, rank.life)
         return OfAnEngine(self.desk, self.layout.model_name, rank.port, instance)

@@ -142,7 +142,7 @@ def carry_out(me: Group, action: actions.Action) -> None:
             result = CommandResult(action.ok, action.detail, action.cohort_id, action.incarnation, clock.now())
             me.report.put(me.mirror.keys.result(action.uuid), result.encode())
         case actions.Activate():
-            me.ranks.activate(action.cohort_id, action.incarnation)
+            _activate(me, action)
         case actions.Roll() | actions.Proved() | actions.RollBack():
             _roll(me, action)
         case actions.Abort():
@@ -154,6 +154,14 @@ def carry_out(me: Group, action: actions.Action) -> None:
 def nobody_does(action: NoReturn) -> NoReturn:
     """For the type checker: an action that nobody carries out is an error before anything runs."""
     raise AssertionError(f"no hand for {action!r}")
+
+
+def _activate(me: Group, action: actions.Activate) -> None:
+    """Have the agents of all nodes let go of the locks that a life's ranks wait for, ours at once."""
+    record = replace(me.mirror.desired[action.cohort_id], serve=True)
+    me.mirror.desired[action.cohort_id] = record
+    me.report.put(me.mirror.keys.cohort(action.cohort_id), record.encode())
+    me.wake.set()
 
 
 def _give_up(me: Group, action: actions.GiveUp) -> None:
@@ -344,14 +352,34 @@ async def confirm(me: Group, rank: Rank) -> None:
             await asyncio.sleep(CONFIRM_PAUSE if time.monotonic() - begun < 2.0 else 0.2)
             continue
         if rank.phase is Phase.ACTIVE:
-            me.confirmed = rank.life
-            before = me.canary.token_after if me.canary is not None else None
-            data: dict[str, Any] = {} if before is None else {"token_after": before + clock.OFFSET}
-            me.report.emit("first_token", rank.cohort_id, rank.incarnation, **data)
+            if rank.hybrid:
+                rank.token = True
+                me.report.emit("token", *rank.life)
+                me.ranks.publish(rank)
+            else:
+                confirmed(me, rank.life)
             me.wake.set()
             if me.canary is not None and me.settings.group_kill:
                 me.spawn(_watch_tokens(me, rank, tokens))
         return
+
+
+def confirmed(me: Group, life: tuple[int, int]) -> None:
+    """A promotion is done."""
+    me.confirmed = life
+    before = me.canary.token_after if me.canary is not None else None
+    data: dict[str, Any] = {} if before is None else {"token_after": before + clock.OFFSET}
+    me.report.emit("first_token", *life, **data)
+
+
+def look_at_tokens(me: Group) -> None:
+    """With hybrid load balancing a promotion is done when a token has come from every node's engine."""
+    for cohort_id, desired in me.mirror.desired.items():
+        life, nodes = (cohort_id, desired.incarnation), range(me.layout.topology.nnodes)
+        ranks = [r for n in nodes if (r := me.mirror.ranks.get((cohort_id, n))) and r.incarnation == life[1]]
+        serving = [r for r in ranks if r.phase is Phase.ACTIVE and r.token]
+        if life != me.confirmed and len(serving) == len(nodes):
+            confirmed(me, life)
 
 
 async def _watch_tokens(me: Group, rank: Rank, tokens: Asked) -> None:
@@ -363,6 +391,8 @@ async def _watch_tokens(me: Group, rank: Rank, tokens: Asked) -> None:
         await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)
         if watching.done():
             watching.result()
+            if not me.is_leader and rank.phase is Phase.ACTIVE:
+                me.ranks.hung(rank, me.canary.hung[rank.life])
         me.wake.set()
     finally:
         watching.cancel()

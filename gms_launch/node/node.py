@@ -145,7 +145,8 @@ class Node:
 
     def front_host(self) -> str:
         if not self.layout.role_moves or self.mirror.run is None:
-            return self.layout.topology.leader_address
+            home = self.layout.home
+            return home.leader_address if home.leader_address != home.address else ""  # two nodes of one machine
         return "" if self.leads else self.mirror.run.leader_address
 
     def stop(self, why: str, hurry: bool = False) -> None:
@@ -238,7 +239,7 @@ class Node:
         self.publish_node(force=True)
 
     def instances(self, found: dict[str, bytes]) -> None:
-        if not self.layout.number_of_groups and self.groups:
+        if not self.layout.number_of_groups and self.groups and not self.settings.hybrid:
             self.groups[0].ranks.discovery.seen(found)
             return
         self._instances = found
@@ -324,7 +325,7 @@ class Node:
                 "gms": group.gms.status,
                 "gms_epoch": group.gms_epoch,
                 "gpu_memory": group.gms.gpus,
-                "lock_holder": group.ranks.lock_holder() if group.is_leader else "",
+                "lock_holder": group.ranks.lock_holder() if group.layout.speaks else "",
             }
             if group.report is self.report:
                 own |= part

@@ -35,6 +35,8 @@ class Rank:
 
     `began` is when it was started, `port` its system port; `pids` and `segments` are processes and shared memory that
     were seen of it.
+    It `speaks` for itself where it registers and takes requests, as the ranks of all nodes do with `hybrid` load
+    balancing. `let_go`: it has got its private lock; `token`: one came from it since.
     `last` is how long each step took at the last start like this one (seconds). `stopping`: its end is wanted, so its
     exit is no news. `on_event(rank, kind, time, detail)` gets: step, parked, lock, awake, registered, hung, exit, dead,
     fenced, unfenced.
@@ -47,6 +49,8 @@ class Rank:
     log: Path
     engine: Engine
     on_event: Callable[[Rank, str, float, str], None]
+    speaks: bool = True
+    hybrid: bool = False
     phase: Phase = Phase.PENDING
     since: float = 0.0
     exit: str = ""
@@ -58,6 +62,8 @@ class Rank:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     stopping: bool = False
     awake: bool = False
+    let_go: bool = False
+    token: bool = False
     began: float = 0.0
     port: int = 0
     pids: frozenset[int] = frozenset()
@@ -83,11 +89,11 @@ class Rank:
 
     def local(self) -> LocalRank:
         gone = self.child is not None and self.child.ended
-        return LocalRank(self.cohort_id, self.incarnation, self.phase, gone)
+        return LocalRank(self.cohort_id, self.incarnation, self.phase, gone, self.let_go)
 
     def record(self) -> RankRecord:
         pid = self.child.pid if self.child else 0
-        told = self.phase is Phase.STARTING and self.node_rank == 0
+        told = self.phase is Phase.STARTING and self.speaks
         return RankRecord(
             cohort_id=self.cohort_id,
             node_rank=self.node_rank,
@@ -105,6 +111,8 @@ class Rank:
             step_since=(self.step_since or self.since) if told else 0.0,
             step_last=self.last.get(self.step.value, 0.0) if told else 0.0,
             steps=self.steps,
+            hybrid=self.hybrid,
+            token=self.token,
         )
 
     def _move(self, phase: Phase, when: float) -> None:
@@ -118,7 +126,7 @@ class Rank:
         self.child, self.began = child, began
         self._move(Phase.STARTING, clock.now())
         loop.add_reader(self.child.pidfd, self._exited, loop)
-        if self.node_rank == 0:
+        if self.speaks:
             self._follower = LogFollower(child.output.source)
             self._watcher = watcher
             self._watch = watcher.add(child.output.source, self.read_log)

@@ -83,7 +83,7 @@ class RankSet:
         self._clearer = scratch.Clearer()
         self._skipped: dict[int, RankRecord] = {}
         self._by_slot: dict[int, Rank] = {}
-        self.discovery = Discovery(layout, report, owner.spawn, self._by_slot.values, self._hung, owner.desk)
+        self.discovery = Discovery(layout, report, owner.spawn, self._by_slot.values, self.hung, owner.desk)
         self.starts = Starts(layout.cache_dir / "starts.json", layout.kind_of_start)
         self.starts.load()
 
@@ -123,6 +123,8 @@ class RankSet:
             tag=self._layout.tag(cohort_id, incarnation),
             log=self._layout.log(f"cohort-{cohort_id}.{incarnation}.log"),
             engine=self._layout.engine,
+            speaks=self._layout.speaks,
+            hybrid=self._layout.settings.hybrid,
             on_event=self._noticed,
             last=self.starts.of(cohort_id, incarnation),
         )
@@ -142,12 +144,12 @@ class RankSet:
         self._writer.here(self._layout.node_dir.pgid_file(cohort_id), f"{rank.child.pgid}\n")
         self._report.emit("started", cohort_id, incarnation, f"{how}pid {rank.child.pid}")
         self.publish(rank)
-        self._spawn(self._look_after(rank, rank.child.id, port if self._node_rank == 0 else 0))
+        self._spawn(self._look_after(rank, rank.child.id, port if rank.speaks else 0))
 
     def _system_port(self, rank: Rank) -> int:
         """Where a life is asked how it is: its slot's port, or another where somebody took that between two lives."""
         port = self._layout.ports.system[rank.cohort_id]
-        if self._node_rank == 0 and not is_free(LOOPBACK, port):
+        if rank.speaks and not is_free(LOOPBACK, port):
             taken, port = port, out_of_the_way(LOOPBACK)
             self._report.emit("port_taken", *rank.life, f"system port {taken} is in use: this life has another")
         return port
@@ -193,7 +195,7 @@ class RankSet:
             if pulse.doubtful and rank.phase is Phase.ACTIVE:
                 self.discovery.doubted(rank.life)
             if why and rank.phase in ALIVE and not rank.local().gone and settings.group_kill:
-                self._hung(rank, why)
+                self.hung(rank, why)
                 return
 
     def memory_seen(self) -> None:
@@ -207,7 +209,8 @@ class RankSet:
 
     def activate(self, cohort_id: int, incarnation: int) -> None:
         """Let a parked life of this node's serve."""
-        if self.find(cohort_id, incarnation) is not None:
+        if (rank := self.find(cohort_id, incarnation)) is not None:
+            rank.let_go = True
             self._report.emit("activated", cohort_id, incarnation)
             self._gates.open(cohort_id)
 
@@ -281,7 +284,7 @@ class RankSet:
         if known is None or known.phase is not rank.phase or rank.phase in ALIVE:
             # While a cohort dies, what etcd and the agents do competes with the dying; nobody waits for the proof yet.
             self.publish(rank, later=kind == "fenced")
-        if kind == "exit" and self._node_rank > 0:
+        if kind == "exit" and not rank.speaks:
             rank.role = self._role(rank)
         extra = {"role": rank.role} if kind in ("exit", "dead", "fenced") else {}
         self._report.emit(kind, rank.cohort_id, rank.incarnation, detail, when=when, **extra)
@@ -292,7 +295,7 @@ class RankSet:
             self._clear_up(rank)
         self._on_event(rank, kind, detail)
 
-    def _hung(self, rank: Rank, why: str) -> None:
+    def hung(self, rank: Rank, why: str) -> None:
         """A rank that lives and is to be taken for dead."""
         rank.exit = why
         self._noticed(rank, "hung", clock.now(), why)
@@ -363,7 +366,7 @@ class RankSet:
     def _role(self, rank: Rank) -> str:
         """What the cohort is for, as its leader rank shows it; a headless rank has no signs of its own."""
         phase = rank.phase
-        if self._node_rank > 0:
+        if not rank.speaks:
             leader = self._mirror.ranks.get((rank.cohort_id, 0))
             phase = leader.phase if leader is not None and leader.incarnation == rank.incarnation else Phase.STARTING
         if phase in (Phase.WAKING, Phase.ACTIVE):

@@ -147,15 +147,18 @@ class Session:
             lead = self.lead_record(link.lease).encode()
             link.take_lead(keys.lead, lead)
             link.lead_while(keys.lead, lead)
-        leads = any(p.layout.topology.is_leader for p in (self._groups or self._parts))
-        link.listen(self._followed(), self._settings.lease_ttl, self, self._settings.namespace if leads else None)
+        speaks = any(p.layout.speaks for p in (self._groups or self._parts))
+        link.listen(self._followed(), self._settings.lease_ttl, self, self._settings.namespace if speaks else None)
 
     def _followed(self) -> list[Range]:
         """What this agent has to know."""
         keys, spares = self.mirror.keys, self._settings.spares
         layout = self._layout
-        run = Share(keys, layout.may_lead, self._settings.cohorts)
-        groups = [Share(p.mirror.keys, p.layout.topology.is_leader, p.layout.settings.cohorts) for p in self._groups]
+        run = Share(keys, layout.may_lead, self._settings.cohorts, layout.speaks)
+        groups = [
+            Share(p.mirror.keys, p.layout.topology.is_leader, p.layout.settings.cohorts, p.layout.speaks)
+            for p in self._groups
+        ]
         found = keys.everywhere() if layout.is_spare else followed(run, groups)
         found = [*found, prefix(keys.seats)] if spares and not run.leads else found
         if layout.role_moves:

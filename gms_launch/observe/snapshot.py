@@ -239,7 +239,7 @@ def _cohort(desired: DesiredCohort, records: Iterable[RankRecord], nodes: Collec
             key=lambda r: r.node_rank,
         )
     )
-    phase = cohort_phase({r.node_rank: r.phase for r in ranks}, nodes)
+    phase = cohort_phase({r.node_rank: r.phase for r in ranks}, nodes, any(r.hybrid for r in ranks))
     roles: Mapping[Phase, str] = {Phase.ACTIVE: "primary", Phase.WAKING: "primary", Phase.PARKED: "shadow"}
     return CohortStatus(
         cohort_id=desired.cohort_id,

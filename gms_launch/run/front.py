@@ -42,6 +42,11 @@ class Front:
         return self.topology.node_rank < self.number
 
     @property
+    def apart(self) -> bool:
+        """Whether a frontend and an engine of the run are on different nodes, groups aside."""
+        return self.number > 1 or self.settings.hybrid
+
+    @property
     def number(self) -> int:
         """How many the run has, on its first nodes. Each is one of its own: nothing is before them."""
         return self.settings.fronts(self.topology.nnodes)

@@ -23,7 +23,7 @@ def placed(layout: Layout) -> tuple[Placed, ...]:
 def check(layout: Layout) -> None:
     """Raise `UsageError` for what would stop a group of this node, before anything is started."""
     found = placed(layout)
-    reach.of(layout.home, any(p.leader for p in found))
+    reach.of(layout.home, any(map(_is_wide, found)))
     for p in found:
         _check_events(p, layout)
         if layout.is_spare or layout.home.node_rank in p.nodes:
@@ -36,12 +36,17 @@ def check(layout: Layout) -> None:
                 raise UsageError(f"group {p.group.name}: {problems[0]}")
 
 
+def _is_wide(p: Placed) -> bool:
+    """Whether the frontend reaches engines of a group on another node than its own."""
+    return bool(p.leader) or p.group.settings.hybrid
+
+
 def _check_events(p: Placed, layout: Layout) -> None:
     """Raise `UsageError` for events that would not get from a group's engines to the frontend."""
-    if p.leader and layout.own_nats and layout.settings.event_plane == "nats":
+    if _is_wide(p) and layout.own_nats and layout.settings.event_plane == "nats":
         raise UsageError(
-            f"group {p.group.name} is led by node {p.leader}, and the run's own NATS is on the first node's loopback: "
-            "leave --event-plane as it is, or name a NATS of your own (--nats-server)"
+            f"group {p.group.name} has engines on node {max(p.nodes)}, and the run's own NATS is on the first node's "
+            "loopback: leave --event-plane as it is, or name a NATS of your own (--nats-server)"
         )
 
 
@@ -71,11 +76,11 @@ def with_groups(layout: Layout, free: Callable[[int], bool]) -> Layout:
                 group=p.group.name,
                 index=k,
                 gpus=p.gpus,
-                wide=bool(p.leader),
+                wide=_is_wide(p),
                 role=p.group.role,
                 component=p.group.component,
                 shift=shift,
             )
         )
         shift += p.group.settings.cohorts * p.group.settings.dp
-    return replace(layout, parts=tuple(made), number_of_groups=len(found), wide=any(p.leader for p in found))
+    return replace(layout, parts=tuple(made), number_of_groups=len(found), wide=any(map(_is_wide, found)))

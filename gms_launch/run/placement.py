@@ -51,6 +51,7 @@ class Placed:
             "tp": s.tp,
             "pp": s.pp,
             "dp": s.dp,
+            "dp_lb": s.dp_lb,
             "shadows": s.shadows,
             "engine_args": list(s.engine_args),
         }
@@ -168,4 +169,5 @@ def _words(p: Placed, node: int) -> str:
     if rank:
         return f"rank {rank}"
     size = f"tp {s.tp}" + (f" pp {s.pp}" if s.pp > 1 else "") + (f" dp {s.dp}" if s.dp > 1 else "")
+    size += " hybrid" if s.hybrid else ""
     return f"leads, {p.group.role}, {s.engine}, {s.model or 'no model'}, {size}, {numbered(s.shadows, 'shadow')}"

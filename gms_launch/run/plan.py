@@ -120,6 +120,11 @@ class Layout:
     def _prefix(self) -> str:
         return f"{self.group}." if self.group else ""
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this node's ranks register and take requests, and not those of the group's first node for them."""
+        return self.topology.is_leader or self.settings.hybrid
+
     def has_gms(self, service: str) -> bool:
         """Whether a service is a GMS server of this group's."""
         return service.startswith(f"{self._prefix}gms-")
@@ -201,7 +206,7 @@ class Layout:
             lease_ttl=self.settings.dynamo_lease_ttl,
             event_plane="zmq" if self.settings.event_plane == "auto" else self.settings.event_plane,
             nats=self.dynamo_nats,
-            reach=reach.of(self.home, self.wide or self.front.number > 1, self.front.number),
+            reach=reach.of(self.home, self.wide or self.front.apart, self.front.number),
         )
 
     @property
@@ -284,13 +289,13 @@ class Layout:
         return self.front.services(self.plane, self.python)
 
     def lock_of(self, cohort_id: int) -> Path:
-        """The lock that a cohort waits for: one for all, or one of its own that the leader's agent holds."""
+        """The lock that a cohort waits for here: one for all, or one of its own that this node's agent holds."""
         return self.node_dir.gate(cohort_id) if self.settings.activation == "agent" else self.node_dir.lock
 
     @property
     def gates(self) -> dict[int, Path]:
         """The locks that this node's agent holds, by cohort."""
-        if self.settings.activation != "agent" or not self.topology.is_leader:
+        if self.settings.activation != "agent" or not self.speaks:
             return {}
         return {k: self.lock_of(k) for k in range(self.settings.cohorts)}
 
@@ -329,6 +334,7 @@ class Layout:
                 gms_memory=self.gms_memory,
                 pp=self.settings.pp,
                 dp=self.settings.dp,
+                hybrid=self.settings.hybrid,
                 rpc_port=ports.rpc(master_port),
                 shift=self.shift + self.settings.dp * cohort_id,
                 interface=self.settings.interface,
@@ -370,11 +376,12 @@ class Layout:
         self.store.check()
         if self.front.here:
             self.front.check()
-            reach.of(self.home, self.front.number > 1, self.front.number)
-        if self.front.number > 1 and self.own_nats and self.settings.event_plane == "nats":
+            reach.of(self.home, self.front.apart, self.front.number)
+        if self.front.apart and self.own_nats and self.settings.event_plane == "nats":
+            said = "dp_lb hybrid" if self.settings.hybrid else f"--frontends {self.front.number}"
             why = "the run's own NATS is on the first node's loopback, where the others do not reach it"
             ways = "leave --event-plane as it is, or name a NATS of your own (--nats-server)"
-            raise UsageError(f"--frontends {self.front.number}: {why}: {ways}")
+            raise UsageError(f"{said}: {why}: {ways}")
         if self.topology.is_leader:
             if self.own_nats:
                 self.nats_service()

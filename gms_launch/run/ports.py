@@ -106,11 +106,13 @@ def follow(
         leaders["etcd_peer"] = one("etcd_peer_port", settings.etcd_peer_port)
     if near:
         leaders["etcd_proxy"] = one("etcd_proxy_port", settings.etcd_proxy_port)
-    own = {
+    own: dict[str, Any] = {
         "nixl": _nixl(one, settings, settings.nixl_port),
         "vllm": tuple(one("vllm_port", settings.vllm_port + COHORT_STRIDE * k) for k in cohorts),
         "word": one("word_port", settings.word_port),
     }
+    if settings.hybrid:
+        own["system"] = tuple(one("system_port", settings.system_port + k) for k in cohorts)
     return Ports(**{**leaders, "system": tuple(leaders["system"]), **own, "extra": _extra(one, extra, cohorts)})
 
 

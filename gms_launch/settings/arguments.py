@@ -18,7 +18,7 @@ REFUSED: Mapping[str, str] = {
     "-tp": _MINE.format("--tp"),
     "--pipeline-parallel-size": _MINE.format("--pp"),
     "-pp": _MINE.format("--pp"),
-    "--data-parallel-hybrid-lb": "every node would have a lock and a registration of its own; use --dp alone",
+    "--data-parallel-hybrid-lb": _MINE.format("--dp-lb hybrid"),
     "--data-parallel-external-lb": "every replica would be an engine of its own; use --groups for that",
     "--nnodes": _MINE.format("--nnodes"),
     "-n": _MINE.format("--nnodes"),

@@ -87,10 +87,16 @@ class Settings:
     pp: int = setting(1, "pipeline-parallel size over all nodes", "engine", minimum=1, maximum=MOST_RANKS)
     dp: int = setting(
         1,
-        "data-parallel replicas over all nodes, each of tp times pp GPUs of one node, behind one registration",
+        "data-parallel replicas over all nodes, each of tp times pp GPUs of one node",
         "engine",
         minimum=1,
         maximum=MOST_RANKS,
+    )
+    dp_lb: str = setting(
+        "internal",
+        "who shares requests out over the replicas: the first node, or (hybrid) each node takes them for its own",
+        "engine",
+        choices=("internal", "hybrid"),
     )
     shadows: int = setting(1, "shadow cohorts parked behind the primary", "engine", minimum=0, maximum=9)
     activation: str = setting(
@@ -301,6 +307,11 @@ class Settings:
     def serving_nodes(self) -> int:
         """Nodes that engines run on: those in front of the spares."""
         return max(1, self.nnodes - self.spares)
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether every node registers an engine of its own: a cohort serves on all of them, or on none."""
+        return self.dp_lb == "hybrid" and self.serving_nodes > 1 and not self.grouped
 
     def fronts(self, nnodes: int) -> int:
         """How many frontends there are, in a run of so many nodes."""

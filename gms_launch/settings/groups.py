@@ -31,7 +31,7 @@ OWN = (
     Setting("component", str, "", "Dynamo component it registers as; the engine's own when empty", "group"),
 )
 #: Settings that a table may say for its groups. What it does not say comes from the top.
-TAKEN = ("model", "served_model_name", "engine", "engine_file", "tp", "pp", "dp", "shadows")
+TAKEN = ("model", "served_model_name", "engine", "engine_file", "tp", "pp", "dp", "dp_lb", "shadows")
 KEYS: Mapping[str, Setting] = {s.name: s for s in (*OWN, *(BY_NAME[name] for name in TAKEN))}
 #: Under which component an engine of each role registers, unless it is told another: upstream's own names.
 COMPONENTS: Mapping[str, str] = {"agg": "backend", "prefill": "prefill", "decode": "backend"}

@@ -106,6 +106,13 @@ def check(s: Settings) -> None:
             f"dp {s.dp} cannot be spread evenly over {numbered(s.serving_nodes, 'node')}: a replica has all its GPUs "
             "on one node, and every node as many replicas"
         )
+    if s.dp_lb == "hybrid" and s.dp == 1:
+        raise UsageError(f"dp_lb hybrid (from {s.sources.get('dp_lb')}) is about several replicas, and dp is 1")
+    if s.dp_lb == "hybrid" and s.activation != "agent":
+        raise UsageError(
+            f"dp_lb hybrid (from {s.sources.get('dp_lb')}) needs --activation agent: with a lock on each node that "
+            "whoever tries first has, one cohort could win on one node and another on the next"
+        )
     if not s.nats and s.event_plane == "nats":
         raise UsageError("--event-plane nats needs NATS, and --no-nats switches it off")
     if not s.nats and s.nats_server:

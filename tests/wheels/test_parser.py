@@ -100,6 +100,35 @@ def test_replicas_and_halves_are_understood_as_they_were_meant(model: Path) -> N
         assert {k: found[k] for k in wanted} == wanted
 
 
+def test_hybrid_load_balancing_is_understood_as_it_was_meant(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gms_launch.run.reach.interface", lambda _: "")  # those addresses are not of this machine
+    flags = {"engine": "vllm", "model": str(model), "tp": "2", "dp": "4", "nnodes": "2", "served_model_name": "m"}
+    settings = resolve(flags | {"dp_lb": "hybrid", "activation": "agent"}, {})
+    plan = replace(plan_of(settings), ports=ports.layout(settings, lambda _: True))
+    asked, meant = [], []
+    for node_rank in (0, 1):
+        place = topology.Topology(node_rank, 2, "n", f"10.0.0.{node_rank + 1}", "10.0.0.1")
+        port = plan.ports.master(1, 1)
+        command = replace(plan, topology=place).rank_command(1, 1, port)
+        asked.append({"argv": arguments(command), "env": dict(command.env)})
+        meant.append(
+            {
+                "headless": False,
+                "data_parallel_size": 4,
+                "data_parallel_size_local": 2,
+                "data_parallel_start_rank": 2 if node_rank else None,
+                "data_parallel_address": "10.0.0.1",
+                "data_parallel_rpc_port": ports.rpc(port),
+                "data_parallel_hybrid_lb": True,
+                "data_parallel_external_lb": False,
+                "namespace": "dynamo",
+                "event_plane": "zmq",
+            }
+        )
+    for found, wanted in zip(understood(asked), meant, strict=True):
+        assert {k: found[k] for k in wanted} == wanted
+
+
 def arguments(command: Command) -> list[str]:
     """What follows the name of the module."""
     return list(command.argv[command.argv.index("dynamo.vllm") + 1 :])

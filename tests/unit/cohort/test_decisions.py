@@ -31,7 +31,7 @@ from gms_launch.cohort.model import (
     move,
     redundancy,
 )
-from gms_launch.cohort.reconciler import Desire, KillRank, LocalRank, SkipRank, StartRank, decide
+from gms_launch.cohort.reconciler import Desire, KillRank, LetGo, LocalRank, SkipRank, StartRank, decide
 from gms_launch.control import terms
 
 POLICY = controller.Policy(
@@ -68,6 +68,24 @@ def test_phase_of_a_cohort() -> None:
     assert cohort_phase({0: fenced}, both) is failing, "no word from node 1 is no proof"
     assert cohort_phase({0: fenced, 1: fenced}, both) is fenced
     assert cohort_phase({0: fenced, 1: starting}, {0}) is fenced, "a lost node has no say"
+
+
+def test_with_hybrid_load_balancing_a_cohort_is_what_all_of_its_ranks_are() -> None:
+    starting, parked, waking, active = Phase.STARTING, Phase.PARKED, Phase.WAKING, Phase.ACTIVE
+    for one, other, whole in (
+        (parked, starting, starting),
+        (parked, parked, parked),
+        (waking, parked, waking),
+        (active, parked, waking),
+        (active, waking, waking),
+        (active, active, active),
+        (active, Phase.FAILING, Phase.FAILING),
+        (Phase.FENCED, parked, Phase.FAILING),
+        (Phase.FENCED, Phase.FENCED, Phase.FENCED),
+    ):
+        for phases in ({0: one, 1: other}, {0: other, 1: one}):
+            assert cohort_phase(phases, {0, 1}, hybrid=True) is whole, phases
+    assert cohort_phase({0: parked}, {0, 1}, hybrid=True) is starting, "nothing has been heard of the other one"
 
 
 def test_redundancy() -> None:
@@ -130,6 +148,21 @@ def test_without_group_kill_a_rank_outlives_its_peers() -> None:
     wanted = {0: Desire(0, 1, True, 1)}
     ended = {(0, 1): 1}
     assert decide(wanted, {0: LocalRank(0, 1, Phase.ACTIVE)}, ended, group_kill=False) == []
+
+
+def test_a_lock_is_let_go_once_for_the_life_that_is_to_serve_and_never_beside_another() -> None:
+    wanted = {0: Desire(0, 3, True, 1), 1: Desire(1, 2, True, 2, serve=True)}
+    parked, before = LocalRank(1, 2, Phase.PARKED), LocalRank(0, 2, Phase.FENCED, let_go=True)
+    assert LetGo(1, 2) in decide(wanted, {0: before, 1: parked}, {})
+    assert LetGo(1, 2) in decide(wanted, {1: replace(parked, phase=Phase.STARTING)}, {}), "its log may be late"
+    for own in (replace(parked, let_go=True), replace(parked, gone=True), replace(parked, incarnation=1)):
+        assert not any(isinstance(a, LetGo) for a in decide(wanted, {0: before, 1: own}, {})), own
+    for phase in (*ALIVE, Phase.FAILING):
+        found = decide(wanted, {0: replace(before, phase=phase), 1: parked}, {})
+        assert not any(isinstance(a, LetGo) for a in found), "whoever served here is not proved dead"
+    assert not any(isinstance(a, LetGo) for a in decide(wanted, {0: before, 1: parked}, {(1, 2): 0})), "it has ended"
+    dead = {1: replace(wanted[1], running=False)}
+    assert not any(isinstance(a, LetGo) for a in decide(dead, {1: parked}, {}))
 
 
 # -- the run -------------------------------------------------------------------------------------------------------

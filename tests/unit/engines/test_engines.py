@@ -212,6 +212,26 @@ def test_replicas_are_shared_out_over_the_nodes_as_upstream_wants() -> None:
         assert "--nnodes" not in argv and "--master-addr" not in argv
 
 
+def test_with_hybrid_load_balancing_every_node_registers_its_replicas_and_has_locks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gms_launch.run.reach.interface", lambda _: "")  # those addresses are not of this machine
+    flags = {"engine": "vllm", "model": "/m", "tp": "2", "dp": "4", "nnodes": "2", "leader_addr": "10.0.0.1"}
+    place = topology.Topology(1, 2, "n", "10.0.0.2", "10.0.0.1")
+    plan = layout(resolve(flags | {"dp_lb": "hybrid", "activation": "agent"}, {}), place)
+    for node_rank in (0, 1):
+        place = topology.Topology(node_rank, 2, "n", f"10.0.0.{node_rank + 1}", "10.0.0.1")
+        here = replace(plan, topology=place)
+        command = here.rank_command(1, 1, 29600)
+        argv = " ".join(command.argv)
+        assert "--data-parallel-hybrid-lb" in argv and "--headless" not in argv
+        assert ("--data-parallel-start-rank 2" in argv) == (node_rank == 1)
+        assert command.env["DYN_SYSTEM_PORT"] and command.env["DYN_TCP_RPC_HOST"] == f"10.0.0.{node_rank + 1}"
+        assert here.speaks and here.gates[1] == here.lock_of(1) != here.lock_of(0)
+    inside = layout(resolve(flags | {"activation": "agent"}, {}), place)
+    assert not inside.speaks and not inside.gates, "one lock, with the first node"
+
+
 def test_a_half_is_told_its_part_and_a_component(tmp_path: Path) -> None:
     plan = layout(resolve({"engine": "vllm", "model": "/m"}, {}))
     command = replace(plan, role="prefill", component="late").rank_command(0, 1, 29600)

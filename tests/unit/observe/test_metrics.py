@@ -75,6 +75,18 @@ def test_requests_count_when_the_hold_is_over_and_what_is_not_known_is_no_number
     assert value(metrics, "holds_uncounted_total") == 1
 
 
+def test_what_several_nodes_held_is_told_when_all_of_them_are_done() -> None:
+    first, *rest = failover()
+    held = [EventRecord(T + 0.01, n, "held", 0, 1) for n in (0, 1)]
+    over = [
+        EventRecord(T + 31 + n, n, "hold_over", 0, 1, "", {"connections": 3, "moves": 20 + n, "lost": n})
+        for n in (0, 1)
+    ]
+    half, whole = fold([first, *held, *rest, over[0]])[0], fold([first, *held, *rest, *over])[0]
+    assert not half.over and whole.over
+    assert (whole.held, whole.moved, whole.lost) == (6, 21, 1), "the frontend's own counts are not added up"
+
+
 def test_what_never_ends_and_what_nobody_asks_for_does_not_pile_up() -> None:
     asked: list[int] = []
     metrics = Metrics(0, 1, "reference", unasked=lambda: asked.append(1))

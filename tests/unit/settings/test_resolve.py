@@ -122,7 +122,7 @@ def test_what_is_refused(
         (["--data-parallel-size", "2"], "use --dp before the --"),
         (["--data-parallel-backend=ray"], "only mp works here"),
         (["-dpl", "2"], "it follows from --dp and the node"),
-        (["--data-parallel-hybrid-lb"], "a lock and a registration of its own"),
+        (["--data-parallel-hybrid-lb"], "use --dp-lb hybrid before the --"),
         (["--disaggregation-mode", "prefill"], "give a [[group]] the role"),
         (["--kv-events-config", "nothing"], "expected a JSON object"),
         (["--kv_events_config=[]"], "expected a JSON object"),
@@ -141,6 +141,15 @@ def test_the_number_of_replicas_is_said_once() -> None:
         resolve({"dp": "2"}, {}, engine_args=["-dp", "1"])
     assert resolve({"dp": "2"}, {}, scheduler={"tp": 16, "nnodes": 2}).tp == 8, "Slurm's GPUs, of one replica"
     assert resolve({"dp": "2"}, {}, scheduler={"nnodes": 2}).tp == 1
+
+
+def test_hybrid_load_balancing_takes_replicas_and_locks_that_agents_hold() -> None:
+    said = {"dp": "4", "dp_lb": "hybrid", "activation": "agent", "nnodes": "2"}
+    assert resolve(said, {}).hybrid and not resolve(said | {"nnodes": "1"}, {}).hybrid
+    with pytest.raises(UsageError, match=r"dp_lb hybrid \(from --dp-lb\) needs --activation agent"):
+        resolve(said | {"activation": "lock"}, {})
+    with pytest.raises(UsageError, match="is about several replicas, and dp is 1"):
+        resolve(said | {"dp": "1"}, {})
 
 
 def test_other_engine_arguments_pass() -> None:
