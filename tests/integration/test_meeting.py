@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from gms_launch.engines.reference import meeting
-from gms_launch.engines.reference.group import Leader
+from gms_launch.engines.reference.group import Leader, Peer
 from gms_launch.engines.reference.meeting import Handshake
 
 SECRET = os.urandom(32)
@@ -105,6 +105,26 @@ def test_a_second_rank_of_a_number_and_a_copy_of_what_was_said_are_refused() -> 
                 for _ in range(20):
                     assert await asyncio.wait_for(leader.all(op="y"), 60) == [{"rank": 0, "op": "y"}]
         wire.close()
+
+    asyncio.run(scene())
+
+
+def test_another_nodes_leader_rank_has_the_workers_asked_by_the_first_and_steps_wait_for_all() -> None:
+    async def scene() -> None:
+        leader, peer, stranger = Leader(2, SECRET, peers=2), Peer(3, SECRET), Peer(2, b"a guess")
+        port = await leader.listen("127.0.0.1", 0)
+        with Worker(port, 0), Worker(port, 1):
+            await asyncio.wait_for(peer.join("127.0.0.1", port), 60)
+            await asyncio.wait_for(peer.everybody(), 60)
+            assert await asyncio.wait_for(peer.some(range(1, 2), op="load"), 60) == [{"rank": 1, "op": "load"}]
+            await leader.some(range(1), op="wake")
+            steps = [asyncio.ensure_future(one.some(range(2), op="steps")) for one in (leader, peer)]
+            assert not (await asyncio.wait(steps, timeout=0.2))[0], "one of the workers sleeps"
+            await peer.some(range(1, 2), op="wake")
+            both = [{"rank": 0, "op": "steps"}, {"rank": 1, "op": "steps"}]
+            assert await asyncio.wait_for(asyncio.gather(*steps), 60) == [both, both]
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(stranger.join("127.0.0.1", port), 0.5)
 
     asyncio.run(scene())
 

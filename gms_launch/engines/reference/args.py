@@ -111,6 +111,7 @@ class Knobs:
 class EngineConfig:
     """One rank of the engine: the workers of one node. With `replicas` (data parallelism) each of these is whole and on
     one node, which has `local_replicas` of them from `first_replica` on, and `master_*` is where all workers meet.
+    `hybrid`: every node's rank registers and takes requests for its own replicas.
     """
 
     model: Path
@@ -133,6 +134,7 @@ class EngineConfig:
     replicas: int = 1
     local_replicas: int = 1
     first_replica: int = 0
+    hybrid: bool = False
     expert_parallel: bool = False
     meeting_secret: bytes = field(default=b"", repr=False)
 
@@ -155,6 +157,18 @@ class EngineConfig:
     @property
     def several_nodes(self) -> bool:
         return self.nnodes > 1 or self.local_replicas < self.replicas
+
+    @property
+    def own_replicas(self) -> range:
+        """The replicas that this rank takes requests for."""
+        return (
+            range(self.first_replica, self.first_replica + self.local_replicas) if self.hybrid else range(self.replicas)
+        )
+
+    @property
+    def own_workers(self) -> range:
+        """The workers that this rank has load, sleep and wake."""
+        return range(self.first_worker, self.first_worker + self.local_workers) if self.hybrid else range(self.workers)
 
     def part(self, rank: int) -> tuple[int, int]:
         """Which part of the weights a worker has, of how many: of all workers, or of its replica's.
@@ -192,6 +206,7 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
     parser.add_argument("--data-parallel-start-rank", "-dpr", type=int, default=0)
     parser.add_argument("--data-parallel-address", "-dpa", default="127.0.0.1")
     parser.add_argument("--data-parallel-rpc-port", "-dpp", type=int, default=29550)
+    parser.add_argument("--data-parallel-hybrid-lb", "-dph", action="store_true")
     parser.add_argument("--enable-expert-parallel", "-ep", action="store_true")
     parser.add_argument("--disaggregation-mode", choices=["agg", "prefill", "decode"], default="agg")
     parser.add_argument("--endpoint", default="", help="dyn://NAMESPACE.COMPONENT.generate")
@@ -209,7 +224,13 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
         parser.error("with --data-parallel-size each replica is on one node: leave out --nnodes")
     if not 0 <= options.data_parallel_start_rank <= replicas - local:
         parser.error("--data-parallel-start-rank and --data-parallel-size-local are more than --data-parallel-size")
-    if options.headless != (options.node_rank > 0 or options.data_parallel_start_rank > 0):
+    # As vLLM takes them: a rank with a start rank that is not headless has requests of its own.
+    hybrid = local < replicas and (
+        options.data_parallel_hybrid_lb or (options.data_parallel_start_rank > 0 and not options.headless)
+    )
+    if options.headless and options.data_parallel_hybrid_lb:
+        parser.error("--data-parallel-hybrid-lb: every node takes requests, and a headless one does not")
+    if not hybrid and options.headless != (options.node_rank > 0 or options.data_parallel_start_rank > 0):
         parser.error("--headless goes with --node-rank or --data-parallel-start-rank above 0, and only with those")
     if environ.get("DYN_VLLM_GMS_SHADOW_MODE", "").lower() not in ("1", "true"):
         parser.error("DYN_VLLM_GMS_SHADOW_MODE must be true: this engine knows shadow mode only")
@@ -235,6 +256,7 @@ def parse(argv: list[str], environ: Mapping[str, str]) -> EngineConfig:
         replicas=replicas,
         local_replicas=local,
         first_replica=options.data_parallel_start_rank,
+        hybrid=hybrid,
         expert_parallel=options.enable_expert_parallel,
         headless=options.headless,
         engine_id=int(environ.get("ENGINE_ID", "0")),

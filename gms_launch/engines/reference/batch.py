@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from gms_launch.engines.reference.group import Leader
+from gms_launch.engines.reference.group import Leader, Peer
 
 _MASK = (1 << 64) - 1
 
@@ -17,7 +17,7 @@ _MASK = (1 << 64) - 1
 class Batch:
     """Collects steps and sends them out to `workers`; one object a replica, inside a running loop."""
 
-    def __init__(self, group: Leader, workers: range) -> None:
+    def __init__(self, group: Leader | Peer, workers: range) -> None:
         self._group, self._workers = group, workers
         self._prompts: list[asyncio.Future[int]] = []
         self._steps: list[tuple[int, int, asyncio.Future[int]]] = []

@@ -3,12 +3,16 @@
 As with a collective of NCCL, nobody notices a peer's death by itself: a leader waits for the answer of a worker that
 is gone, and a worker whose leader is gone goes on waiting with everything it holds. That is what a launcher is for.
 
+With hybrid load balancing the leader ranks of the other nodes come to that meeting too (`Peer`): what they ask of the
+workers, their own or all, goes through the first one, so that it dies for everybody.
+
 Only who knows the life's secret takes part (`meeting`); a stranger at the port costs a descriptor for some seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import signal
 import socket
@@ -29,6 +33,8 @@ log = logging.getLogger("reference")
 _HEADER = struct.Struct("!I")
 #: So many connections may be without a proof at one time; one more, and the oldest of them is closed.
 STRANGERS = 64
+#: What takes all of those who are asked, as a collective does: they must be awake.
+STEPS = frozenset({"prefill", "steps"})
 Reply = dict[str, Any]
 
 
@@ -63,10 +69,17 @@ class _Seat:
 
 
 class Leader:
-    """The leader rank's end: collects `world` workers that know `secret`, then broadcasts and gathers."""
+    """The leader rank's end: collects `world` workers that know `secret`, then broadcasts and gathers.
 
-    def __init__(self, world: int, secret: bytes) -> None:
-        self._world, self._secret = world, secret
+    `peers`: leader ranks of other nodes may come too, with numbers of so many behind the workers'.
+    """
+
+    def __init__(self, world: int, secret: bytes, peers: int = 0) -> None:
+        self._world, self._secret, self._last = world, secret, world + peers
+        self._peers: dict[int, asyncio.Task[None]] = {}
+        self._passing: set[asyncio.Task[None]] = set()
+        self._awake: set[int] = set()
+        self._woken = asyncio.Event()
         self._workers: dict[int, _Seat] = {}
         self._unproved: dict[asyncio.StreamWriter, None] = {}
         self._told = 0
@@ -103,18 +116,46 @@ class Leader:
         hand = Handshake(self._secret)
         writer.write(hand.answer(await reader.readexactly(meeting.CALL)))
         rank, to, of = hand.joined(await reader.readexactly(meeting.CLAIM))
-        if rank >= self._world or rank in self._workers:
-            raise StrangerError(f"a second rank {rank}, or one above {self._world - 1}")
-        self._workers[rank] = _Seat(reader, writer, to, of)
+        if rank >= self._last or rank in self._workers or rank in self._peers:
+            raise StrangerError(f"a second rank {rank}, or one above {self._last - 1}")
+        seat = _Seat(reader, writer, to, of)
+        if rank >= self._world:
+            self._peers[rank] = asyncio.get_running_loop().create_task(self._attend(seat))
+            return
+        self._workers[rank] = seat
         if len(self._workers) == self._world:
             self._complete.set()
+
+    async def _attend(self, peer: _Seat) -> None:
+        """Do for another node's leader rank what it asks for; of several things each as soon as it can be done."""
+        while True:
+            task = asyncio.get_running_loop().create_task(self._pass_on(peer, await peer.read()))
+            self._passing.add(task)
+            task.add_done_callback(self._passing.discard)
+
+    async def _pass_on(self, peer: _Seat, asked: Reply) -> None:
+        await self.everybody()
+        replies = await self.some(range(*asked["ranks"]), **asked["message"])
+        peer.writer.write(_pack(msgspec.msgpack.encode({"number": asked["number"], "replies": replies}), peer.to))
 
     async def all(self, **message: Any) -> list[Reply]:
         """Send `message` to every worker and return all answers by rank. Waits for ever for one that is gone."""
         return await self.some(range(self._world), **message)
 
     async def some(self, ranks: range, **message: Any) -> list[Reply]:
-        """The same with some of the workers; those of others answer meanwhile."""
+        """The same with some of the workers; those of others answer meanwhile. No step before all of them are awake."""
+        if message["op"] == "sleep":
+            self._awake.difference_update(ranks)
+        while message["op"] in STEPS and not self._awake.issuperset(ranks):
+            await self._woken.wait()
+        replies = await self._have(ranks, message)
+        if message["op"] == "wake":
+            self._awake.update(ranks)
+            self._woken.set()
+            self._woken = asyncio.Event()
+        return replies
+
+    async def _have(self, ranks: range, message: Reply) -> list[Reply]:
         seats = [self._workers[r] for r in ranks]
         async with AsyncExitStack() as turns:
             for seat in seats:  # in one order, so that nobody waits for somebody who waits for him
@@ -123,6 +164,46 @@ class Leader:
             for seat in seats:
                 seat.writer.write(_pack(body, seat.to))
             return await asyncio.gather(*(seat.read() for seat in seats))
+
+
+class Peer:
+    """The end of another node's leader rank: the first one's does what it asks for. `number`: its own there."""
+
+    def __init__(self, number: int, secret: bytes) -> None:
+        self._number, self._secret = number, secret
+        self._numbers = itertools.count()
+        self._asked: dict[int, asyncio.Future[list[Reply]]] = {}
+
+    async def join(self, host: str, port: int) -> None:
+        """Come to the meeting. Retries until the first node's leader rank listens."""
+        while True:
+            try:
+                connection, to, of = await asyncio.to_thread(_join, host, port, self._number, self._secret)
+                break
+            except (OSError, StrangerError):
+                await asyncio.sleep(0.05)
+        self._seat = _Seat(*await asyncio.open_connection(sock=connection), to, of)
+        self._hearing = asyncio.get_running_loop().create_task(self._hear())
+
+    async def _hear(self) -> None:
+        while True:
+            said = await self._seat.read()
+            answer = self._asked.pop(said["number"])
+            if not answer.done():  # nobody waits for it any more
+                answer.set_result(said["replies"])
+
+    async def everybody(self) -> None:
+        """Wait until every worker has joined."""
+        await self.some(range(0), op="nothing")
+
+    async def some(self, ranks: range, **message: Any) -> list[Reply]:
+        """Have `message` sent to some of the workers, and return their answers by rank. Waits for ever as they do."""
+        number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
+        self._asked[number] = answer
+        asked = {"number": number, "ranks": [ranks.start, ranks.stop], "message": message}
+        self._seat.writer.write(_pack(msgspec.msgpack.encode(asked), self._seat.to))
+        found: list[Reply] = await answer
+        return found
 
 
 def serve_worker(host: str, port: int, rank: int, secret: bytes, handle: Callable[[Reply], Reply]) -> None:

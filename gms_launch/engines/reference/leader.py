@@ -18,7 +18,7 @@ from typing import Any
 from gms_launch.engines.reference import answer, handover, litter, lock
 from gms_launch.engines.reference.args import EngineConfig, InjectedError
 from gms_launch.engines.reference.batch import Batch
-from gms_launch.engines.reference.group import Leader
+from gms_launch.engines.reference.group import Leader, Peer
 from gms_launch.engines.reference.metrics import FailoverMetrics
 from gms_launch.engines.reference.spawn import Workers
 
@@ -28,11 +28,11 @@ log = logging.getLogger("reference")
 class Engine:
     """What the routes and the endpoint act on."""
 
-    def __init__(self, config: EngineConfig, group: Leader, metrics: FailoverMetrics) -> None:
+    def __init__(self, config: EngineConfig, group: Leader | Peer, metrics: FailoverMetrics) -> None:
         self.config, self.metrics = config, metrics
         self.group = group
-        self.replicas = [Batch(group, config.workers_of(k)) for k in range(config.replicas)]
-        self.turns = itertools.cycle(range(config.replicas))
+        self.replicas = {k: Batch(group, config.workers_of(k)) for k in config.own_replicas}
+        self.turns = itertools.cycle(config.own_replicas)
         self.vocabulary, self.context = _sizes(config.model)
         self.asleep = False
         self.endpoint: Any = None
@@ -41,11 +41,11 @@ class Engine:
         self.wedge = f"{os.path.dirname(config.lock_path)}/wedge-{life}"
 
     async def sleep(self) -> None:
-        await self.group.all(op="sleep")
+        await self.group.some(self.config.own_workers, op="sleep")
         self.asleep = True
 
     async def wake(self) -> None:
-        await self.group.all(op="wake")
+        await self.group.some(self.config.own_workers, op="wake")
         self.asleep = False
 
     # -- routes: replies as upstream's, errors in the body of an HTTP 200 -------------------------------------------
@@ -140,14 +140,20 @@ async def run(config: EngineConfig) -> None:
     metrics.enter("init")
 
     log.info("[GMS] Failover enabled: will use scratch KV for initialization until engine is primary")
-    group = Leader(config.workers, config.meeting_secret)
     host = config.master_addr if config.several_nodes else "127.0.0.1"
-    port = await group.listen(host, config.master_port)
+    group: Leader | Peer
+    if config.first_replica:
+        group, port = Peer(config.workers + config.first_replica, config.meeting_secret), config.master_port
+    else:
+        group = Leader(config.workers, config.meeting_secret, config.replicas if config.hybrid else 0)
+        port = await group.listen(host, config.master_port)
     workers = Workers(config, host, port)
     kept = litter.leave() if config.knobs.litter else None
     watching = loop.create_task(_watch(workers, config.knobs.monitor_seconds))
+    if isinstance(group, Peer):
+        await group.join(host, port)
     await group.everybody()
-    await group.all(op="load")
+    await group.some(config.own_workers, op="load")
     engine = Engine(config, group, metrics)
     engine.endpoint = endpoint
     runtime.register_engine_route("control/sleep", engine.route_sleep)
@@ -174,7 +180,9 @@ async def run(config: EngineConfig) -> None:
     limits = llm.ModelRuntimeConfig()
     limits.max_num_seqs = 64
     limits.total_kv_blocks = 1024
-    limits.data_parallel_size = config.replicas
+    limits.data_parallel_size = len(config.own_replicas)
+    if config.hybrid:
+        limits.data_parallel_start_rank = config.first_replica
     surface, kind = _registered_as(config.mode)
     await llm.register_model(
         llm.ModelInput.Tokens,
