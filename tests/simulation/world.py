@@ -36,7 +36,9 @@ class Broken(AssertionError):
 
 @dataclass(slots=True)
 class Proc:
-    """A rank on a node. `dead` is what really is; `phase` is what its agent has noticed."""
+    """A rank on a node. `dead` is what really is; `phase` is what its agent has noticed. With hybrid load balancing
+    (`hybrid`) its agent has `let_go` of its lock, and it has given a `token`.
+    """
 
     cohort: int
     incarnation: int
@@ -45,6 +47,8 @@ class Proc:
     dead: bool = False
     hangs: bool = False
     had_the_lock: bool = False
+    let_go: bool = False
+    token: bool = False
     life: Life = field(init=False)
 
     def __post_init__(self) -> None:
@@ -170,7 +174,7 @@ class World:
                 desired[key[1]] = value
             elif key[0] == "ended" and value is not None:
                 ended[key[1], key[2]] = value
-        local = {c: LocalRank(c, p.incarnation, p.phase, p.dead) for c, p in node.procs.items()}
+        local = {c: LocalRank(c, p.incarnation, p.phase, p.dead, p.let_go) for c, p in node.procs.items()}
         for cohort, incarnation in node.skipped.items():
             if cohort not in local or local[cohort].incarnation < incarnation:
                 local[cohort] = LocalRank(cohort, incarnation, Phase.FENCED, True)
@@ -181,6 +185,8 @@ class World:
             elif isinstance(action, reconciler.SkipRank):
                 node.skipped[action.cohort_id] = action.incarnation
                 self.record(node, (action.cohort_id, action.incarnation), Phase.FENCED, self.now)
+            elif isinstance(action, reconciler.LetGo):
+                self.open(node, node.procs[action.cohort_id])
             else:
                 proc = node.procs[action.cohort_id]
                 self.check_cause(node, proc, action.reason)
@@ -237,7 +243,7 @@ class World:
                 record = known(("rank", cohort, rank), NEVER)[1]
                 if record is not None and record[0] == incarnation:
                     phases[rank], since = record[1], max(since, record[2])
-            phase = cohort_phase(phases, counting)
+            phase = self.phase(phases, counting)
             given_up = desire.why.startswith("given up")
             generation = self.generations[cohort, incarnation]
             slots[cohort] = Slot(cohort, incarnation, desire.running, given_up, phase, since, generation=generation)
@@ -254,6 +260,9 @@ class World:
             rolling=self.rolling,
             hung={p.life: "no token" for p in leader.procs.values() if p.hangs and p.phase is Phase.ACTIVE},
         )
+
+    def phase(self, phases: dict[int, Phase], nodes: list[int]) -> Phase:
+        return cohort_phase(phases, nodes)
 
     def lead(self) -> bool:
         """One look of the controller; True when it did something."""
@@ -324,9 +333,12 @@ class World:
         found = (n.procs.get(life[0]) for n in self.nodes)
         return [p for p in found if p is not None and p.life == life and not p.dead]
 
-    def engine(self, proc: Proc) -> bool:
+    def leaders(self) -> list[tuple[Node, Proc]]:
+        """The ranks that speak for their life."""
+        return [(self.nodes[0], proc) for proc in self.nodes[0].procs.values()]
+
+    def engine(self, node: Node, proc: Proc) -> bool:
         """The next step of a leader rank, if it can take one: what an engine does by itself."""
-        node = self.nodes[0]
         if proc.dead or proc.hangs or len(self.ranks(proc.life)) < len(self.nodes):
             return False  # like a collective, it waits for ever for a rank that is not there
         if proc.phase is Phase.STARTING:
@@ -358,6 +370,9 @@ class World:
     def may_serve(self, proc: Proc) -> bool:
         """True when a parked engine finds its lock free: the one for all, or its own."""
         return proc.life in self.let_go if self.policy.activate else self.lock is None
+
+    def open(self, node: Node, proc: Proc) -> None:
+        raise AssertionError("nobody was told to let go of a lock")
 
     def activate(self, life: Life) -> None:
         """The agent lets go of a cohort's own lock."""
@@ -498,9 +513,9 @@ class World:
             for proc in node.procs.values():
                 if proc.dead and proc.phase is Phase.FAILING:
                     found.append(("node {0.rank} proves life {1.life} dead", self.move, node, proc, Phase.FENCED))
-        for proc in self.nodes[0].procs.values():
+        for node, proc in self.leaders():
             if not proc.dead and proc.phase in ALIVE:
-                found.append(("engine {0.life}", self.engine, proc))
+                found.append(("engine {1.life} on node {0.rank}", self.engine, node, proc))
                 if proc.hangs and proc.phase is Phase.PARKED:
                     found.append(("the hang of life {0.life} is noticed", self.notice_hang, proc))
         found += [("half a second passes", self.pass_time, 0.5), ("six seconds pass", self.pass_time, 6.0)]
@@ -546,8 +561,8 @@ class World:
                 if proc.dead and proc.phase is Phase.FAILING:
                     self.move(node, proc, Phase.FENCED)
         moved = False
-        for proc in list(self.nodes[0].procs.values()):
-            moved |= self.engine(proc)
+        for node, proc in self.leaders():
+            moved |= self.engine(node, proc)
             if proc.hangs and proc.phase is Phase.PARKED:
                 self.notice_hang(proc)
         self.check()
