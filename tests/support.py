@@ -425,6 +425,10 @@ class Deployment:
         found = journal(self.home / self.run / "events.jsonl")
         return [e for e in found if kind is None or e["kind"] == kind]
 
+    def happened(self, kind: str) -> list[dict[str, Any]]:
+        """The same, once there is one: an event is written a moment after what it tells of can be seen."""
+        return eventually(lambda: self.events(kind), LONG, f"an event {kind}")
+
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:

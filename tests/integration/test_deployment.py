@@ -83,7 +83,7 @@ def test_a_primary_killed_from_outside_is_replaced_and_rearmed(run: Deployment) 
     status = run.wait_full()
     assert status["primary"] != victim
     assert status["nodes"][0]["lock_holder"] == f"cohort {status['primary']}"
-    assert run.events("exit")[0]["detail"].startswith("killed by SIGKILL")
+    assert run.happened("exit")[0]["detail"].startswith("killed by SIGKILL")
     eventually(lambda: len(run.events("lease_revoked")) == 1)
 
 
@@ -131,7 +131,7 @@ def test_a_stray_that_holds_the_lock_is_found_and_promotion_goes_on(tmp_path: Pa
         assert not proc.alive(stray.identity)
         assert run.text() == before
         eventually(lambda: run.events("dead"))
-        assert str(stray.pid) in run.events("dead")[0]["detail"]
+        assert str(stray.pid) in run.happened("dead")[0]["detail"]
         run.wait_full()
 
 
@@ -149,7 +149,7 @@ def test_a_stray_without_group_session_and_environment_is_found(tmp_path: Path, 
         eventually(lambda: run.text() == before)
         eventually(lambda: run.events("fenced"))
         assert not proc.alive(stray.identity), "it was not fenced before the stray was dead"
-        assert f"{stray.pid} (" in run.events("dead")[0]["detail"] and "os.fork" in run.events("dead")[0]["detail"]
+        assert f"{stray.pid} (" in run.happened("dead")[0]["detail"] and "os.fork" in run.happened("dead")[0]["detail"]
         assert run.wait_full()["primary"] == 1 - victim
         (second,) = strays(run, 1 - victim, 1)
         if kind == "hard":

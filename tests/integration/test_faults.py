@@ -305,7 +305,7 @@ def test_a_frozen_etcd_is_restarted_before_anybody_minds(deploy: Deploy) -> None
     pids = [rank(run, k)["pid"] for k in (0, 1)]
     os.kill(service(run, "etcd")["pid"], signal.SIGSTOP)
     eventually(lambda: run.events("service_restarted"))
-    (gone,) = run.events("service_exited")
+    (gone,) = run.happened("service_exited")
     assert "no answer for 3 s" in gone["detail"]
     run.wait_full()
     assert [rank(run, k)["pid"] for k in (0, 1)] == pids, "no engine was touched"
@@ -355,7 +355,7 @@ def test_an_etcd_whose_history_fills_its_quota_is_told_and_makes_room_and_failov
     run = deploy()
     before, pid = run.text(), service(run, "etcd")["pid"]
     fill(run, lambda _: "/junk/same")
-    assert run.events("etcd_alarm")[0]["detail"] == "NOSPACE"
+    assert run.happened("etcd_alarm")[0]["detail"] == "NOSPACE"
     eventually(lambda: run.events("etcd_alarm_over"), what="room was made")
     assert "alarm" not in run.etcdctl("alarm", "list")
     eventually(lambda: run.status()["alarms"] == [])

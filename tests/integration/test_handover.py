@@ -72,7 +72,8 @@ def test_no_engine_becomes_active_by_the_death_of_its_agent(tmp_path: Path, mode
 
         guard = eventually(replaced, what="a new guard")
         assert (
-            f"(pid {first})" in run.events("guard_exited")[0]["detail"] and "SIGKILL" in run.cli("logs", "agent").stdout
+            f"(pid {first})" in run.happened("guard_exited")[0]["detail"]
+            and "SIGKILL" in run.cli("logs", "agent").stdout
         )
         eventually(lambda: proc.stat(guard).state == "S", what="it waits")  # type: ignore[union-attr]
         logs = run.home / run.run / "logs" / "node0"

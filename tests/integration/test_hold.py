@@ -204,10 +204,10 @@ def test_requests_wait_for_longer_than_the_dead_engines_lease(tmp_path: Path, mo
     slow = {**SLOW_TOKENS, "REFERENCE_WAKE_SECONDS": "10"}
     with Deployment(tmp_path / "home", model, *flags, **slow) as run:
         whole(run, kill_group)
-        (released,) = run.events("released")
+        (released,) = run.happened("released")
         assert released["data"]["seconds"] > 9
         whole(run, lambda cohort: os.kill(cohort["ranks"][0]["pid"], signal.SIGSTOP))
-        (hung,) = run.events("hung")
+        (hung,) = run.happened("hung")
         assert "has been stopped for 12 s" in hung["detail"]
 
 
@@ -267,7 +267,7 @@ def test_no_process_that_is_started_has_a_socket_that_is_taken_or_held(tmp_path:
     """The agent starts a guard while it holds; the engine was its child before, and the next one comes after."""
     with Deployment(tmp_path / "home", model, REFERENCE_WAKE_SECONDS="5", **SLOW_TOKENS) as run:
         old = primary(run)
-        port = int(run.events("hold_armed")[0]["detail"].rpartition(":")[2])
+        port = int(run.happened("hold_armed")[0]["detail"].rpartition(":")[2])
         seen: list[tuple[set[str], dict[int, set[str]]]] = []
 
         def guard() -> dict[str, Any]:

@@ -168,5 +168,5 @@ def taken() -> Iterator[int]:
 def test_a_port_that_is_taken_is_an_event(tmp_path: Path, model: Path, taken: int) -> None:
     with Deployment(tmp_path / "home", model, "--metrics-port", str(taken)) as run:
         assert run.text()
-        (event,) = run.events("metrics_unserved")
+        (event,) = run.happened("metrics_unserved")
         assert str(taken) in event["detail"] and "in use" in event["detail"]
