@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from gms_launch import engines
 from gms_launch.engines import vllm
 from gms_launch.errors import LaunchError, UsageError
 from gms_launch.gms import devices
+from gms_launch.gms.devices import Device
 from gms_launch.gms.gpus import none_visible
-from gms_launch.run import model, outside, placement, ports, topology
+from gms_launch.numbers import numbered
+from gms_launch.run import model, outside, parts, placement, ports, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.fit import GIB, Fit, fit
 from gms_launch.run.nodedir import NodeDir
+from gms_launch.run.placement import Placed
 from gms_launch.run.plan import Layout
 from gms_launch.run.printed import to_json
 from gms_launch.run.rundir import RunDir
@@ -121,51 +125,96 @@ def main(settings: Settings, gpu_gib: int, as_json: bool, gpus_per_node: int = 0
         print()
 
 
+@dataclass(frozen=True)
+class Elsewhere(Layout):
+    """A node of which is known that it has `count` GPUs."""
+
+    count: int = 0
+
+    def devices(self) -> list[Device]:
+        found, size = self.gpus or range(self.count), self.settings.virtual_gpu_mib * 2**20
+        made_up = self.gms_memory == "host"
+        return [Device(n, f"<GPU {k} of node {self.home.node_rank}>", size, made_up) for n, k in enumerate(found)]
+
+
 def of_groups(settings: Settings, gpu_gib: int, gpus: int, as_json: bool) -> None:
-    """Where each group lies, and whether it can be there. What runs in it is not told yet. Raises `UsageError`."""
-    gpus = gpus or len(layout(replace(settings, node_rank=0), elsewhere(settings, 0)).devices())
+    """Where each group lies, whether it can be there, and what runs on which node. Raises `UsageError`.
+
+    `gpus`: how many a node has, as this one where it is 0; with `gpu_gib` only whether the engines fit is said.
+    """
+    own = settings
+    if gpus and not settings.was_set("virtual_gpus") and settings.gms_memory == "auto":
+        own = replace(settings, gms_memory="cuda")  # whatever this node has
+    nodes = [_node_of_groups(own, gpus, n) for n in range(settings.nnodes)]
+    gpus = gpus or len(nodes[0].devices())
     if not gpus:
         raise UsageError(
             f"how many GPUs each node has decides where groups lie, and {none_visible()}; for other nodes say "
             "--gpus-per-node"
         )
-    placed = placement.place(groups.expand(settings, gpus), settings.serving_nodes, gpus)
+    placed = placement.place(groups.expand(own, gpus), settings.serving_nodes, gpus)
     rooms: list[Fit | None] = []
     for p in placed:
-        try:
-            model.check(p.group.settings)
-            chosen = engines.get(p.group.settings.engine, p.group.settings.engine_file)
-            problems = chosen.problems(p.group.settings)
-        except UsageError as exc:
-            problems = [str(exc)]
-        if problems:
-            raise UsageError(f"group {p.group.name}: {problems[0]}")
+        parts.check_engine(p)
         rooms.append(memory(p.group.settings, gpu_gib))
     if gpu_gib and not any(rooms):
         raise UsageError("--gpu-gib: nothing is known of what the engines of these groups take of a GPU")
+    plans = []
+    for node in [] if gpu_gib else nodes:
+        node.check()
+        if not settings.was_set("node_rank") or node.topology.node_rank == settings.node_rank:
+            plans.append(to_json(_with_groups(node, placed, [n.topology.address for n in nodes])))
     if as_json:
         rows = [p.to_json() | {"gpu_memory": r and r.to_json()} for p, r in zip(placed, rooms, strict=True)]
         spare = {"spares": settings.spares} if settings.spares else {}
-        print(json.dumps({"schema": 1, "nnodes": settings.nnodes, **spare, "gpus": gpus, "groups": rows}, indent=1))
+        whole = {"schema": 1, "nnodes": settings.nnodes, **spare, "gpus": gpus, "groups": rows}
+        print(json.dumps(whole | ({} if gpu_gib else {"nodes": plans}), indent=1))
     else:
         print(f"run {settings.run_id or 'RUN'}: {placement.summary(placed, settings.nnodes, gpus)}")
         print("\n".join(placement.drawing(placed, settings.nnodes, gpus, settings.spares)))
         for p, room in zip(placed, rooms, strict=True):
             if room is not None:
                 print(f"\n# memory of each GPU of group {p.group.name}", *room.lines(), sep="\n# ")
+        for data in plans:
+            print()
+            show(data, None)
     if gpu_gib and (wrong := [p.group.name for p, r in zip(placed, rooms, strict=True) if r is not None and r.problem]):
         raise LaunchError(f"the engines of group {wrong[0]} do not fit")
+
+
+def _node_of_groups(settings: Settings, gpus: int, rank: int) -> Layout:
+    """A node as it is known before its groups are; with the `gpus` that it is said to have."""
+    place = elsewhere(settings, rank)
+    if not settings.was_set("leader_addr") and settings.nnodes > 1:
+        leader = "<address of node 0>"
+        place = replace(place, leader_address=leader, address=place.address if rank else leader)
+    found = layout(replace(settings, node_rank=rank), place)
+    return Elsewhere(**{f.name: getattr(found, f.name) for f in fields(found)}, count=gpus) if gpus else found
+
+
+def _with_groups(node: Layout, placed: Sequence[Placed], addresses: Sequence[str]) -> Layout:
+    """The node with its groups, whose leaders' `addresses` are told by these when they want a life."""
+    found = parts.with_groups(node, lambda _: True)
+    leaders = [addresses[placed[p.index].leader] for p in found.parts]
+    return replace(
+        found,
+        parts=tuple(
+            replace(p, topology=replace(p.topology, leader_address=a))
+            for p, a in zip(found.parts, leaders, strict=True)
+        ),
+    )
 
 
 def show(data: dict[str, Any], room: Fit | None) -> None:
     """One node's plan as a script would say it."""
     which = ", a spare" if data.get("spare") else f" of {data['nnodes']}"
-    print(f"run {data['run']}, node {data['node_rank']}{which}, engine {data['engine']}, GMS {data['gms_server']}")
+    engine = "" if "groups" in data else f", engine {data['engine']}, GMS {data['gms_server']}"
+    print(f"run {data['run']}, node {data['node_rank']}{which}{engine}")
     print(f"run directory {data['run_dir']}, node-local directory {data['node_dir']}, frontend {data['frontend_url']}")
-    print(
-        "ports, as wanted (`up` moves those in use that you did not set): "
-        + ", ".join(f"{k} {v}" for k, v in data["ports"].items())
-    )
+    print("ports, as wanted (`up` moves those in use that you did not set): " + _listed(data["ports"]))
+    for g in data.get("groups", ()):
+        size = f"rank {g['rank']} of {g['nnodes']}, {numbered(len(g['gpus']), 'GPU')}"
+        print(f"group {g['name']}: {size}, engine {g['engine']}, GMS {g['gms_server']}, ports {_listed(g['ports'])}")
     if room is not None:
         print("\n# memory of each GPU", *room.lines(), sep="\n# ")
     for process in data["processes"]:
@@ -173,3 +222,7 @@ def show(data: dict[str, Any], room: Fit | None) -> None:
         for key, value in process["env"].items():
             print(f"unset {key}" if value is None else f"export {key}={shlex.quote(value)}")
         print(shlex.join(process["argv"]))
+
+
+def _listed(ports: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in ports.items())

@@ -253,8 +253,7 @@ class DesiredCohort(Record):
 
     `engine_args` take the place of the agents' own, unless they are None; `generation` is that of the roll they are of.
     `failed_starts` of the slot count against `start_limit`, the last of them ended as `last_exit` says, and it is not
-    started again before `next_start` (Unix seconds): for people. `serve`: every agent is to let go of the private lock
-    that its rank of this life waits for (--activation agent).
+    started again before `next_start` (Unix seconds): for people. `serve`: agents are to open the life's private locks.
     """
 
     cohort_id: int
@@ -279,8 +278,7 @@ class RankRecord(Record):
 
     `step` is what a leader rank that starts is at (`steps.Step`), since `step_since`; `step_last` is how many seconds
     that took at the last start on this node, 0 when nobody knows. `steps` are those of its start that are over, and the
-    seconds that each took. With `hybrid` load balancing every rank registers and takes requests by itself; `token`: one
-    came from this one since.
+    seconds that each took. `hybrid`: every rank registers and takes requests by itself; `token`: it has given one.
     """
 
     cohort_id: int

@@ -27,13 +27,19 @@ def check(layout: Layout) -> None:
     for p in found:
         _check_events(p, layout)
         if layout.is_spare or layout.home.node_rank in p.nodes:
-            try:
-                model.check(p.group.settings)
-                problems = engines.get(p.group.settings.engine, p.group.settings.engine_file).problems(p.group.settings)
-            except UsageError as exc:
-                problems = [str(exc)]
-            if problems:
-                raise UsageError(f"group {p.group.name}: {problems[0]}")
+            check_engine(p)
+
+
+def check_engine(p: Placed) -> None:
+    """Raise `UsageError` for what would stop the engine of a group."""
+    s = p.group.settings
+    try:
+        model.check(s)
+        problems = engines.get(s.engine, s.engine_file).problems(s)
+    except UsageError as exc:
+        problems = [str(exc)]
+    if problems:
+        raise UsageError(f"group {p.group.name}: {problems[0]}")
 
 
 def _is_wide(p: Placed) -> bool:

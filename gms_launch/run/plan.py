@@ -19,7 +19,6 @@ from gms_launch.engines import installed
 from gms_launch.engines.base import LOOPBACK, DynamoPlane, Engine, Nats, RankSpec
 from gms_launch.errors import UsageError
 from gms_launch.gms import devices, gpus
-from gms_launch.process import waiting
 from gms_launch.process.lifecycle import Command
 from gms_launch.run import enough, nodedir, outside, ports, reach
 from gms_launch.run.credentials import Credentials
@@ -36,8 +35,6 @@ from gms_launch.settings.declared import Settings
 
 #: A primary and nine shadows.
 MOST_COHORTS = 10
-#: For a plan: what a member of etcd is told of those that are there, when they are.
-JOINS = "(all members that are there)"
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,8 @@ class Layout:
         return f"{self.run}/{self.slot(cohort_id)}/{incarnation}/{self.home.node_rank}"
 
     @property
-    def _prefix(self) -> str:
+    def prefix(self) -> str:
+        """What names of this group's services and logs begin with; nothing without groups."""
         return f"{self.group}." if self.group else ""
 
     @property
@@ -127,11 +125,11 @@ class Layout:
 
     def has_gms(self, service: str) -> bool:
         """Whether a service is a GMS server of this group's."""
-        return service.startswith(f"{self._prefix}gms-")
+        return service.startswith(f"{self.prefix}gms-")
 
     def log(self, name: str) -> Path:
         """Where a log of this group's is on this node."""
-        return self.log_dir / (self._prefix + name)
+        return self.log_dir / (self.prefix + name)
 
     def logs_of(self, node_rank: int) -> Path:
         """Where the logs are of that node of the group."""
@@ -267,7 +265,7 @@ class Layout:
             view=self.device_view,
         )
         made = gms.services(servers, self.devices())
-        return [replace(service, name=self._prefix + service.name) for service in made]
+        return [replace(service, name=self.prefix + service.name) for service in made]
 
     @property
     def nats_server(self) -> nats.Server:
@@ -359,7 +357,7 @@ class Layout:
         key, life = self.credentials.secret, f"meeting {self.attempt} {self.slot(cohort_id)} {incarnation}"
         return hmac.digest(key.encode(), life.encode(), "sha256").hex()
 
-    # -- checks and printing -----------------------------------------------------------------------------------
+    # -- checks -----------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise `UsageError` for what would stop the run, before anything is started."""
@@ -386,22 +384,3 @@ class Layout:
             if self.own_nats:
                 self.nats_service()
             outside.check(self.settings)
-
-    def processes(self) -> list[tuple[str, Command]]:
-        """Every process of this node in the order of its start."""
-        found = [] if self.is_spare else [(s.name, s.command) for s in self.gms_services()]
-        if self.store.is_member:
-            found.append(("etcd", self.store.service(JOINS if self.home.node_rank else "").command))
-        if self.is_spare:
-            return found
-        found += [(s.name, s.command) for s in self.store.near_services()]
-        if self.topology.is_leader and self.own_nats:
-            found.append(("nats", self.nats_service().command))
-        if self.front.here:
-            found += [(s.name, s.command) for s in self.front_services()]
-        for cohort_id in range(self.settings.cohorts):
-            port = self.ports.master(cohort_id, 1)
-            name = f"cohort {cohort_id} rank {self.topology.node_rank}"
-            found.append((name, self.rank_command(cohort_id, 1, port)))
-        warm = waiting.command(self.python, self.engine.imports, self.warm_environment())
-        return found + [(f"warm-{n}", warm) for n in range(1, self.settings.warm_slots + 1)]

@@ -33,12 +33,16 @@ def interface(address: str) -> str:
     """What tells Dynamo's frontend to take answers there; empty where it finds that by itself. Raises `UsageError`.
 
     It wants an interface's name, and takes the last address of that: with IPv6 on it a link-local one, on which nobody
-    can listen. Without a name it takes the address of the default route.
+    can listen. Without a name it takes the address of the default route. Of an address that is none of this node's it
+    is not known, which is said in its place.
     """
     if is_loopback(address):
         return "lo"
-    name = next((n for n, a in topology.addresses().items() if a == address), "")
-    if name and not _has_ipv6(name):
+    own = topology.addresses()
+    if address not in own.values():
+        return f"<interface of {address}>"  # a plan, made on another node
+    name = next(n for n, a in own.items() if a == address)
+    if not _has_ipv6(name):
         return name
     try:
         found = topology.route_to(OUTSIDE)
@@ -48,7 +52,7 @@ def interface(address: str) -> str:
         return ""
     raise UsageError(
         f"Dynamo's frontend has to take answers at {address} on {socket.gethostname()}, since another node leads a "
-        f"group, and can be told so by an interface's name only: {name or 'none'} has IPv6 addresses too, of which it "
+        f"group, and can be told so by an interface's name only: {name} has IPv6 addresses too, of which it "
         f"would take one, and the default route is by {found or 'none'}. Name the network of the default route with "
         "--interface, switch IPv6 off on that interface (sysctl net.ipv6.conf.NAME.disable_ipv6=1), or give every "
         "group its first GPUs on the first node"

@@ -188,18 +188,45 @@ def test_groups_are_drawn(tmp_path: Path, model: Path) -> None:
     )
     code, text = run(tmp_path, "plan", "--config", str(config))
     assert code == 0, text
-    assert [line.split()[:4] for line in text.splitlines()[1:]] == [
+    drawn, *nodes = text.split("\n\nrun RUN, ")
+    assert [line.split()[:4] for line in drawn.splitlines()[1:]] == [
         ["node", "0", "GPUs", "0-3"],
         ["node", "1", "GPUs", "0-3"],
         ["node", "2", "GPUs", "0-1"],
         ["GPUs", "2-3", "small-1", "leads,"],
     ]
+    assert [node.partition("\n")[0] for node in nodes] == ["node 0 of 3", "node 1 of 3", "node 2 of 3"]
+    assert nodes[1].count("-m gms_launch.engines.reference") == 2 and nodes[2].count("\n# small-1.cohort ") == 2
     code, text = run(tmp_path, "plan", "--config", str(config), "--json")
     assert [(g["name"], g["leader"], g["nodes"], g["gpus"]) for g in json.loads(text)["groups"]] == [
         ("big", 0, [0, 1], [0, 1, 2, 3]),
         ("small-0", 2, [2], [0, 1]),
         ("small-1", 2, [2], [2, 3]),
     ]
+    first, second, third = json.loads(text)["nodes"]
+    ranks = ["big.cohort 0 rank 0", "big.cohort 1 rank 0"]
+    gms = [f"big.gms-{k}" for k in range(4)]
+    assert [p["name"] for p in first["processes"]] == [*gms, "etcd", "nats", "frontend", *ranks]
+    headless = second["processes"][-1]
+    assert headless["name"] == "big.cohort 1 rank 1" and "--headless" in headless["argv"]
+    assert headless["argv"][headless["argv"].index("--master-addr") + 1] == "10.0.0.1"
+    engines = {p["name"]: p["env"] for p in third["processes"] if "cohort" in p["name"]}
+    seen = [(name, env["GMS_VISIBLE_DEVICES"], env["DYN_SYSTEM_PORT"]) for name, env in engines.items()]
+    assert seen == [
+        *(("small-0.cohort 0 rank 0", "0,1", "8080"), ("small-0.cohort 1 rank 0", "0,1", "8081")),
+        *(("small-1.cohort 0 rank 0", "2,3", "8090"), ("small-1.cohort 1 rank 0", "2,3", "8091")),
+    ]
+    assert [g["ports"]["system"] for g in third["groups"]] == [[8080, 8081], [8090, 8091]]
+    # Of other nodes, with GPUs that this one has not.
+    flags = ["--config", str(config), "--json", "--node-rank", "2"]
+    config.write_text(config.read_text().replace("virtual_gpus = 4\n", "").replace('leader_addr = "10.0.0.1"\n', ""))
+    code, text = run(tmp_path, "plan", *flags, "--gpus-per-node", "4")
+    (only,) = json.loads(text)["nodes"]
+    assert only["leader_address"] == "<address of node 0>" and only["groups"][1]["gms_memory"] == "cuda"
+    last = only["processes"][-1]
+    assert last["name"] == "small-1.cohort 1 rank 0" and last["env"]["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert len([p for p in only["processes"] if ".gms-" in p["name"]]) == 4
+    config.write_text(f"virtual_gpus = 4\n{config.read_text()}")
     code, text = run(tmp_path, "plan", "--config", str(config), "--virtual-gpus", "3")
     assert code == 2 and "group small-1 wants 2 on one node, and no node has more than 1 GPU left" in text
 
