@@ -77,11 +77,14 @@ class Agent:
         try:
             await until(self.node.stopping, begin.start(self.node))
             if not self.node.stopping.is_set():
+                self.node.begun = True
                 await self._work()
         except MovedError:
             self.node.moved()
         except LaunchError as exc:
             self.node.failure = self.node.failure or exc
+            if self.node.comes_late:
+                self.node.report.emit("node_refused", detail=f"node {self.node.node_rank}: {exc}")
         except Exception as exc:
             self.node.report.unexpected("the agent cannot go on", exc)
             self.node.failure = self.node.failure or LaunchError(f"internal error in the agent: {exc!r}")

@@ -54,7 +54,8 @@ class Node:
     ended, as far as this one knows. `member` is where clients reach this node's member of a cluster of etcd, and
     `front` where they reach its frontend, where there are several; `members` where those of all nodes are, as far as
     the leader knows, and `members_seen` the nodes with one that were there at the last look. `record`, on the leader,
-    is what run.json says; `ends_run`, in the end, whether this agent says how the run has ended.
+    is what run.json says; `begun`, whether this node has all that its ranks need; `ends_run`, in the end, whether this
+    agent says how the run has ended.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Node:
         self.alarms: tuple[str, ...] = ()
         self.ends: tuple[NodeEnd, ...] = ()
         self.ends_run = layout.founds
+        self.begun = False
         self.record: RunFile | None = None
         self.member = ""
         self.members: dict[int, str] = {}
@@ -157,6 +159,15 @@ class Node:
             self.report.emit("stopping", detail=str(self.failure or why))
             self.stopping.set()
             self.wake.set()
+
+    @property
+    def comes_late(self) -> bool:
+        """Whether this agent has yet to take its place in a run of groups that was up without it, as a spare or as who
+        is back. It may fail in that alone: its place stays empty, and the other groups serve on.
+        """
+        run = self.mirror.run
+        later = self.layout.settings.grouped and self.layout.follows and not self.begun
+        return later and run is not None and bool(run.redundancy)
 
     def interrupt(self, why: str) -> None:
         """Stop, since somebody wants no more of it; before the run was up once, that is a start that failed."""
@@ -297,9 +308,10 @@ class Node:
         self.wake.set()
 
     def publish_node(self, force: bool = False, stopped: bool = False, left: str = "") -> None:
-        failed = self.failure if self.stopping.is_set() else None
+        ends = self.stopping.is_set() and not self.comes_late
+        failed = self.failure if ends else None
         state: dict[str, Any] = {
-            "stopping": self.stopping.is_set(),
+            "stopping": ends,
             "stopped": stopped,
             "left": left,
             "failed": str(failed or ""),

@@ -23,7 +23,11 @@ def placed(layout: Layout) -> tuple[Placed, ...]:
 def check(layout: Layout) -> None:
     """Raise `UsageError` for what would stop a group of this node, before anything is started."""
     found = placed(layout)
-    reach.of(layout.home, any(map(_is_wide, found)))
+    wide, fronts = any(map(_is_wide, found)), layout.front.number
+    reach.of(layout.home, wide)
+    if layout.is_spare and (layout.role_moves or fronts > 1):
+        # The place that it takes may have a frontend. Who cannot have one is told so now, and not in the hour of need.
+        reach.of(replace(layout.home, node_rank=0), wide or fronts > 1, fronts)
     for p in found:
         _check_events(p, layout)
         if layout.is_spare or layout.home.node_rank in p.nodes:

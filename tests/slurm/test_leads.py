@@ -201,3 +201,28 @@ def test_one_engine_alone_is_a_group_whose_first_node_may_be_lost(model: Path, t
             assert [n["host"] for n in found["all"]["nodes"]] == ["node4", "node2", "node3"]
             eventually(lambda: served(fronts[1]) == before and served(fronts[2]) == before, LONG)
             assert run.leader() == 1 and not run.events("internal_error")
+
+
+@pytest.mark.slow
+def test_a_spare_that_cannot_begin_ends_alone(model: Path) -> None:
+    """It can have no frontend any more, since its default route is gone: the place stays empty, the others serve on."""
+    flags = ("--groups=3", "--spares=1", "--etcd-members=3", "--frontends=auto", "--lease-ttl=3", "--spare-wait=4")
+    with lab(4) as made:
+        routed(made)
+        with Led(made, model, *flags, "--node-wait=300").hand() as run:
+            run.full("g0", "g1", "g2")
+            fronts = eventually(lambda: f if len(f := run.fronts()) == 3 else None)
+            before, lives = served(fronts[1]), run.lives("g1") + run.lives("g2")
+            made.node("node4").run(["ip", "route", "del", "default"], check=True)
+            made.node("node1").power_off()
+            (refused,) = eventually(lambda: run.events("node_refused"), LONG)
+            assert "has to take answers at" in refused["detail"]
+            assert run.processes.pop(3).wait(60) == 2
+            run.processes.pop(0).wait(60)
+            eventually(lambda: run.groups()["g0"]["missing_nodes"] == [0], LONG, "its lease is over")
+            assert run.lives("g1") + run.lives("g2") == lives and served(fronts[2]) == before
+            assert not run.events("stopping")
+            # Started again as it is, it is refused at once.
+            run.hand(3)
+            assert run.processes.pop().wait(60) == 2 and "has to take answers at" in run.output()[-3000:]
+            assert not run.events("stopping") and run.lives("g1") + run.lives("g2") == lives
