@@ -76,7 +76,7 @@ def test_status_json_layout() -> None:
     assert set(data) == {
         *("schema", "run", "redundancy", "primary", "stopping", "frontend_url", "model", "created", "cohorts", "nodes"),
         *("nnodes", "lost_nodes", "missing_nodes", "starting", "generation", "rolling", "alarms", "groups"),
-        *("leader_reported_ago", "leader_silent", "spares", "frontend_urls"),
+        *("leader", "leader_reported_ago", "leader_silent", "spares", "frontend_urls"),
     }
     assert data["cohorts"][0]["role"] == "primary" and data["cohorts"][1]["role"] == "shadow"
     (whole,) = data["groups"]
