@@ -23,7 +23,7 @@ from gms_launch.cohort.model import ALIVE, Phase, Redundancy
 from gms_launch.cohort.reconciler import Desire
 from gms_launch.cohort.records import CommandRecord, RunState, Wanted
 from gms_launch.errors import LaunchError, MovedError, UsageError, by_code
-from gms_launch.node import begin, end, lead, members, quiet, upkeep
+from gms_launch.node import begin, end, lead, members, proof, quiet, upkeep
 from gms_launch.node.desk import Clerk
 from gms_launch.node.group import Group
 from gms_launch.node.node import Node
@@ -125,15 +125,14 @@ class Agent:
         now = time.monotonic()
         pauses: list[float] = []
         for group in self.node.groups:
-            group.hear()
-            self._reconcile(group)
-            if (
-                group.is_leader
-                and not group.over
-                and self.node.session.may_act
-                and self._formed(group)
-                and (at := self._decide(group, now)) is not None
-            ):
+            try:
+                at = self._look_after(group, now)
+            except LaunchError as exc:
+                if not group.layout.group:
+                    raise
+                group.fail(exc)
+                continue
+            if at is not None:
                 pauses.append(max(0.0, at - now))
         if (at := self._role.look(now)) is not None:
             pauses.append(max(0.0, at - now))
@@ -156,6 +155,16 @@ class Agent:
         self._shown = time.monotonic()
         return pause
 
+    def _look_after(self, group: Group, now: float) -> float | None:
+        """This node's part in a group; returns when its leader has to look again though nothing happened."""
+        group.hear()
+        self._reconcile(group)
+        if not group.is_leader or group.over or not self.node.session.may_act:
+            return None
+        if group.layout.group and lead.end_failed(group):
+            return None
+        return self._decide(group, now) if self._formed(group) else None
+
     def _formed(self, group: Group) -> bool:
         """Whether all of a group's nodes have taken their places in it once, and fit: until then none is lost, unless
         the group had begun under another agent.
@@ -172,7 +181,7 @@ class Agent:
     def _decide(self, group: Group, now: float) -> float | None:
         """The leader's part for one group; returns when it has to look again though nothing happened."""
         if group.settings.hybrid:
-            lead.look_at_tokens(group)
+            proof.look_at_tokens(group)
         view, policy = lead.view(group, now), lead.policy(group.settings)
         actions, group.memory = controller.decide(view, group.memory, policy, now)
         for decision in actions:
@@ -212,6 +221,8 @@ class Agent:
             desired = {}  # what we know is out of date
         elif group.leaderless(self.node.loop.time()):
             desired = {k: replace(d, running=False, why="its group's leader was lost") for k, d in desired.items()}
+        elif group.layout.group and group.over:
+            desired = {k: replace(d, running=False, why="its group is over") for k, d in desired.items()}
         for action in reconciler.decide(desired, ranks.local(), ended, group.settings.group_kill):
             match action:
                 case reconciler.StartRank():
@@ -258,19 +269,28 @@ class Agent:
             for node in self.node.mirror.nodes.values():
                 if node.node_rank >= self.node.settings.serving_nodes:
                     continue  # a spare's end is its own
+                if node.failed and self._outlives_agents:
+                    continue  # as one that is lost: each of its groups waits for it
                 if node.failed and node.node_rank != self.node.node_rank:
                     self.node.fail(by_code(node.exit_code, f"{membership.name(node)}: {node.failed}"))
                 elif node.stopping and node.node_rank != self.node.node_rank:
                     self.node.stop(f"{membership.name(node)} is stopping")
+
+    @property
+    def _outlives_agents(self) -> bool:
+        """Whether the end of another node's agent with an error concerns the groups there alone: once all is up."""
+        return self.node.layout.number_of_groups > 0 and self.node.ready.is_set()
 
     def _follow_gms(self, group: Group) -> None:
         """Start new GMS servers when the group calls for them and nothing here uses the old ones any more."""
         run = group.mirror.run
         if run is None or run.gms_epoch <= group.gms_epoch or group.renewing or self.node.stopping.is_set():
             return
+        if group.failure is not None or (group.layout.group and group.over):
+            return
         if all(rank.phase is Phase.FENCED for rank in group.ranks):
             group.renewing = True
-            self.node.spawn(self._renew_gms(group, run.gms_epoch))
+            group.spawn(self._renew_gms(group, run.gms_epoch))
 
     async def _renew_gms(self, group: Group, epoch: int) -> None:
         try:
@@ -284,7 +304,7 @@ class Agent:
 
     def _rank_event(self, group: Group, rank: Rank, kind: str, detail: str) -> None:
         if kind == "registered":
-            self.node.spawn(lead.confirm(group, rank))
+            group.spawn(proof.confirm(group, rank))
         elif kind == "unfenced":
             group.progress(f"cohort {rank.cohort_id} cannot be fenced: {detail}")
         elif kind == "fenced":
@@ -337,7 +357,7 @@ class Agent:
         if group.redundancy is Redundancy.FULL:
             group.memory = replace(group.memory, initial=False)
             if group.layout.group:
-                self.node.spawn(group.look_at_gms())
+                group.spawn(group.look_at_gms())
 
     def _sum_up(self) -> None:
         """What the groups amount to, and whether too few are left."""

@@ -46,8 +46,8 @@ class Host(Protocol):
     writer: Writer
     progress: Callable[[str], None]
 
-    def spawn(self, work: Coroutine[Any, Any, Any], /) -> None:
-        """Let something run beside."""
+    def spawn(self, work: Coroutine[Any, Any, Any], fail: Callable[[LaunchError], None] | None = None, /) -> None:
+        """Let something run beside; `fail` gets what it is to end, in place of the run."""
 
     def front_host(self) -> str:
         """Where the leader of the run is, with the frontend that groups ask; empty where that is this node."""
@@ -81,7 +81,7 @@ class Group:
         self.settings = layout.settings
         self.node_rank = layout.topology.node_rank
         self.is_leader = layout.topology.is_leader
-        self.wake, self.stopping, self.spawn = host.wake, host.stopping, host.spawn
+        self.wake, self.stopping = host.wake, host.stopping
         self.gms = GmsWatch(layout.devices(), layout.node_dir.gms)
         self.gates = Gates(layout.gates)
         self.writer = host.writer
@@ -104,6 +104,7 @@ class Group:
         self.formed = not layout.group
         self.gms_epoch = 0
         self.renewing = False
+        self.failure: LaunchError | None = None
         self.answered: set[str] = set()
         self.gms_asked: dict[str, tuple[str, ...] | None] = {}
 
@@ -119,8 +120,17 @@ class Group:
         """Tell people, and which group it is about where there are several."""
         self._host.progress(f"{self.layout.group}: {line}" if self.layout.group else line)
 
+    def spawn(self, work: Coroutine[Any, Any, Any], /) -> None:
+        """Let something run beside. What it fails with is this group's."""
+        self._host.spawn(work, self.fail)
+
     def fail(self, error: LaunchError) -> None:
-        self._host.fail(error)
+        """End this group, and no other, with an error: its leader hears of it. Without groups that is the run."""
+        if not self.layout.group:
+            self._host.fail(error)
+        elif self.failure is None:
+            self.failure = error
+            self.wake.set()
 
     @property
     def over(self) -> bool:

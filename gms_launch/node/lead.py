@@ -1,7 +1,6 @@
 """The leader's part of the agent: what the controller is shown, and how its decisions are carried out.
 
-And the watch on what is served: a promotion is confirmed by a token, and tokens must go on coming. Decides nothing:
-that is `cohort.controller`. What every node does, the leader's too, is in `agent`.
+Decides nothing: that is `cohort.controller`. What every node does, the leader's too, is in `agent`.
 """
 
 from __future__ import annotations
@@ -9,25 +8,20 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-import time
 import uuid
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from gms_launch.cohort import actions, controller, membership
-from gms_launch.cohort.model import ENDED, Phase, Redundancy
+from gms_launch.cohort.model import ENDED, Redundancy
 from gms_launch.cohort.records import CommandRecord, CommandResult, DesiredCohort, Wanted
 from gms_launch.cohort.view import KillRequest, Memory, Policy, Request, RollRequest, Slot, View
 from gms_launch.engines.base import LOOPBACK
-from gms_launch.errors import DeadlineError, LaunchError
+from gms_launch.errors import DeadlineError, LaunchError, by_code
 from gms_launch.node import consent, herald
-from gms_launch.node.confirm import TokenWatch
 from gms_launch.node.gms_watch import DOWN
 from gms_launch.node.group import Group
-from gms_launch.node.half import Half
 from gms_launch.node.node import Node
-from gms_launch.node.rank import Rank
-from gms_launch.node.tokens import Asked
 from gms_launch.observe import snapshot
 from gms_launch.process import clock
 from gms_launch.run import ports
@@ -36,8 +30,6 @@ from gms_launch.settings.declared import Settings
 
 #: How long the agent of a node has to begin a drill (seconds).
 DRILL_TIME = 10.0
-#: Pause between two looks for a first token (seconds); the frontend announces nothing.
-CONFIRM_PAUSE = 0.005
 
 
 def policy(settings: Settings) -> Policy:
@@ -312,6 +304,15 @@ def end(me: Group, error: LaunchError, why: str = "") -> None:
     me.wake.set()
 
 
+def end_failed(me: Group) -> bool:
+    """End a group that a node of it cannot go on with; says whether there is one."""
+    for node in me.mirror.nodes.values():
+        if node.failed and not node.stopping:
+            end(me, by_code(node.exit_code, f"{membership.name(node)}: {node.failed}"))
+            return True
+    return False
+
+
 def _log_of(me: Group, cohort_id: int) -> str:
     """Where the log is of the rank that is to blame, and what it says.
 
@@ -333,67 +334,3 @@ def node_name(me: Group, node_rank: int) -> str:
     """A node of the group for people, also when it is gone."""
     node = me.mirror.nodes.get(node_rank) or me.report.seen.get(node_rank)
     return membership.name(node) if node is not None else f"node {node_rank}"
-
-
-async def confirm(me: Group, rank: Rank) -> None:
-    """A promotion is done when that engine gives a token: to a user, or to us if nobody asks for one.
-
-    Ours costs a prefill, and users wait at that very moment.
-    """
-    begun = time.monotonic()
-    half = Half(me.desk, me.layout, rank.port) if me.layout.role != "agg" else None
-    tokens: Asked = half or me.tokens(rank)
-    seen = half or TokenWatch(me.tokens(rank))
-    me.no_token, me.asked_since = "", seen.asked_since
-    while rank.phase is Phase.ACTIVE and not me.stopping.is_set():
-        if not await me.loop.run_in_executor(None, seen.a_token_came):
-            me.no_token, me.asked_since = seen.why, seen.asked_since
-            # Quickly while it is about to come, then without getting in anybody's way.
-            await asyncio.sleep(CONFIRM_PAUSE if time.monotonic() - begun < 2.0 else 0.2)
-            continue
-        if rank.phase is Phase.ACTIVE:
-            if rank.hybrid:
-                rank.token = True
-                me.report.emit("token", *rank.life)
-                me.ranks.publish(rank)
-            else:
-                confirmed(me, rank.life)
-            me.wake.set()
-            if me.canary is not None and me.settings.group_kill:
-                me.spawn(_watch_tokens(me, rank, tokens))
-        return
-
-
-def confirmed(me: Group, life: tuple[int, int]) -> None:
-    """A promotion is done."""
-    me.confirmed = life
-    before = me.canary.token_after if me.canary is not None else None
-    data: dict[str, Any] = {} if before is None else {"token_after": before + clock.OFFSET}
-    me.report.emit("first_token", *life, **data)
-
-
-def look_at_tokens(me: Group) -> None:
-    """With hybrid load balancing a promotion is done when a token has come from every node's engine."""
-    for cohort_id, desired in me.mirror.desired.items():
-        life, nodes = (cohort_id, desired.incarnation), range(me.layout.topology.nnodes)
-        ranks = [r for n in nodes if (r := me.mirror.ranks.get((cohort_id, n))) and r.incarnation == life[1]]
-        serving = [r for r in ranks if r.phase is Phase.ACTIVE and r.token]
-        if life != me.confirmed and len(serving) == len(nodes):
-            confirmed(me, life)
-
-
-async def _watch_tokens(me: Group, rank: Rank, tokens: Asked) -> None:
-    """For as long as a rank serves, see that tokens come."""
-    assert me.canary is not None
-    watching = me.loop.create_task(me.canary.watch(rank.life, tokens))
-    ended = me.loop.create_task(rank.ended.wait())
-    try:
-        await asyncio.wait({watching, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if watching.done():
-            watching.result()
-            if not me.is_leader and rank.phase is Phase.ACTIVE:
-                me.ranks.hung(rank, me.canary.hung[rank.life])
-        me.wake.set()
-    finally:
-        watching.cancel()
-        ended.cancel()

@@ -181,9 +181,9 @@ class Node:
             self.failure = error
         self.stop("the run failed")
 
-    def spawn(self, work: Coroutine[Any, Any, Any], /) -> None:
-        """Let something run beside, until it ends or the agent does."""
-        self.tasks.spawn(work)
+    def spawn(self, work: Coroutine[Any, Any, Any], fail: Callable[[LaunchError], None] | None = None, /) -> None:
+        """Let something run beside, until it ends or the agent does; `fail` gets an error of it that ends something."""
+        self.tasks.spawn(work, fail)
 
     def _outlived(self, what: str, error: BaseException) -> None:
         """An error of ours in a task or a callback: the run goes on."""
@@ -342,7 +342,9 @@ class Node:
             if group.report is self.report:
                 own |= part
             else:
-                group.report.node(**state, **part, force=force)
+                wrong = failed or group.failure
+                told = {} if wrong is None else {"failed": str(wrong), "exit_code": wrong.exit_code}
+                group.report.node(**(state | told), **part, force=force)
         self.report.node(**state, **own, force=force)
 
     def reap(self) -> None:

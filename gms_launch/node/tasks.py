@@ -1,7 +1,8 @@
 """Work beside the agent's loop, and what becomes of its errors.
 
-A `LaunchError` is meant, and ends the run. Any other error is one of ours, and a run is not to end for it: it is told,
-and what should be is compared with what is again. The same for callbacks of the loop (readers, signal handlers).
+A `LaunchError` is meant, and ends the run, or the group whose work it was. Any other error is one of ours, and a run
+is not to end for it: it is told, and what should be is compared with what is again. The same for callbacks of the loop
+(readers, signal handlers).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from gms_launch.errors import LaunchError
@@ -25,11 +27,11 @@ class Tasks:
         """Take what goes wrong in the loop's callbacks, too."""
         loop.set_exception_handler(self._in_loop)
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run `work` beside the loop."""
+    def spawn(self, work: Coroutine[Any, Any, Any], fail: Callable[[LaunchError], None] | None = None) -> None:
+        """Run `work` beside the loop; `fail` gets what it is to end, in place of the run."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._ended, fail or self._fail))
 
     async def cancel(self) -> None:
         """End whatever is left."""
@@ -37,18 +39,18 @@ class Tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
+    def _ended(self, fail: Callable[[LaunchError], None], task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._judge(getattr(task.get_coro(), "__qualname__", "a task"), error)
+            self._judge(getattr(task.get_coro(), "__qualname__", "a task"), error, fail)
 
     def _in_loop(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception") or RuntimeError(context["message"])
-        self._judge(str(context.get("handle") or context["message"]), error)
+        self._judge(str(context.get("handle") or context["message"]), error, self._fail)
 
-    def _judge(self, what: str, error: BaseException) -> None:
+    def _judge(self, what: str, error: BaseException, fail: Callable[[LaunchError], None]) -> None:
         if isinstance(error, LaunchError):
-            self._fail(error)
+            fail(error)
         else:
             self._outlived(what, error)
 

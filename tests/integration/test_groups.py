@@ -290,6 +290,27 @@ def test_a_lost_node_ends_its_own_group_alone(pairs: Four) -> None:
     assert run.status()["redundancy"] == "down", "of all groups together"
 
 
+def test_a_group_whose_memory_cannot_be_served_again_ends_alone(pairs: Four) -> None:
+    """New GMS servers do not start on one of its nodes: something else has their names."""
+    run = pairs
+    run.full("g0")
+    untouched, (primary, _) = run.lives("g0"), run.primary_ranks("g1")
+    place = Path(f"{run.run_file['node_dir']}+3/g1")
+    node = next(n for n in run.status()["nodes"] if n["node_rank"] == 3)
+    kill(next(s["pid"] for s in node["services"] if "gms" in s["name"]))
+    eventually(lambda: run.groups()["g1"]["redundancy"] == "none", LONG, "no shadow could take over any more")
+    for socket in place.glob("gms_*.sock"):
+        socket.unlink()
+        (socket / "taken").mkdir(parents=True)
+    os.killpg(primary, signal.SIGKILL)
+    over = eventually(lambda: run.groups()["g1"]["over"], LONG, "the group is over")
+    assert "gms" in over and run.of("g1", "gms_restart")
+    eventually(lambda: run.of("g1", "group_over"), LONG, "it is told")
+    eventually(run.text, LONG, "an answer, once nothing is sent to the other any more")
+    assert run.lives("g0") == untouched and not run.of("g0", "kill")
+    assert not run.events("node_lost"), "its agents are there"
+
+
 def test_the_node_that_leads_a_group_comes_back(pairs: Four) -> None:
     run = pairs
     run.full("g0", "g1")

@@ -387,7 +387,9 @@ class RunWorld(LeadWorld):
         if a.token and self.sure(a) and not any(what == "end" for _, what, _ in a.wants):
             absent = {ranks[0]: a.absent.get(ranks[0], self.now) for ranks in self.places if ranks[0] not in a.nodes}
             a.absent = absent
-            said = {str(k[1]): v for k, v in a.known.items() if k[0] == "said"}
+            # Of its own group too it knows here what etcd has got.
+            heard = {k: self.store[k] if k in a.unsaid else v for k, v in a.known.items() if k[0] == "said"}
+            said = {str(k[1]): v for k, v in heard.items()}
             if not any(what == "over" for _, what, _ in a.wants):
                 found = census.orphans(said, absent, NODE_WAIT, self.now)
                 a.wants += [(a.token, "over", (int(name), said[name])) for name in found]
