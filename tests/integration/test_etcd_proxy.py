@@ -20,7 +20,7 @@ from gms_launch.engines.base import DynamoPlane, Nats
 from gms_launch.services import etcd_proxy
 from gms_launch.services.base import NotReadyError
 from tests.integration.test_cluster import Three, three
-from tests.support import LONG, eventually, free_port
+from tests.support import LONG, eventually, free_port, gms_launch
 
 __all__ = ["three"]
 
@@ -135,3 +135,16 @@ def test_it_leads_to_where_a_member_is_now(three: Three, near: Near) -> None:
     three.kill(0) if three.leads(2) else None
     eventually(near.ready, LONG, "by the one that is left in its list")
     assert nobody.rpartition(":")[2] in near.near.config.read_text()
+
+
+def test_without_a_haproxy_nothing_is_started(tmp_path: Path, model: Path) -> None:
+    env = {"GMS_LAUNCH_HOME": str(tmp_path / "home")}
+    flags = ("--engine", "reference", "--model", str(model), "--virtual-gpus", "1", "--nnodes", "3", "--node-rank", "0")
+    flags += ("--leader-addr", "127.0.0.1", "--interface", "lo", "--etcd-members", "3")
+    flags += ("--haproxy-bin", str(tmp_path / "none"), "--frontend-port", str(free_port()))
+    for verb in ("plan", "up"):
+        done = gms_launch(verb, *flags, env=env)
+        assert done.returncode == 2 and "haproxy_bin" in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "home").exists()
+    looked = gms_launch("doctor", *flags, env=env)
+    assert looked.returncode == 1 and "FAIL  haproxy" in looked.stdout
