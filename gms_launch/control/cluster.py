@@ -116,6 +116,13 @@ def remove(etcd: Etcd, member: int, retry: float = 8.0) -> None:
     etcd.call(lambda c: c.clusterstub.MemberRemove(request, timeout=etcd.timeout), retry)
 
 
+def lead(etcd: Etcd, member: int, retry: float = 8.0) -> None:
+    """Have `member` lead, if the server that `etcd` is connected to does. Raises grpc's errors and `NoContactError`."""
+    if standing(etcd, retry).leads:
+        request = etcd3.etcdrpc.MoveLeaderRequest(targetID=member)
+        etcd.call(lambda c: c.maintenancestub.MoveLeader(request, timeout=etcd.timeout), retry)
+
+
 def promote(etcd: Etcd, member: int, patience: float) -> None:
     """Give a learner its vote, once it knows what the others know. Raises `NoContactError` after `patience` seconds."""
     deadline = time.monotonic() + patience

@@ -71,7 +71,7 @@ async def shut_down(me: Node) -> None:
     me.publish_node(stopped=True, left=left)
     me.report.targets(ended=True)
     await me.loop.run_in_executor(None, me.exporter.stop)
-    await me.loop.run_in_executor(None, me.session.close, me.has_moved)
+    await me.loop.run_in_executor(None, me.session.close, members.farewell(me), me.has_moved)
     if "etcd" in me.services:
         await me.services["etcd"].stop()
     if me.ends_run:

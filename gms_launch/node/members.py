@@ -28,8 +28,9 @@ log = logging.getLogger("agent")
 AGAIN = 2.0
 #: How long the members may take to agree on one (seconds).
 PATIENCE = 20.0
-#: What leaving may take: the run ends meanwhile (seconds).
-FAREWELL = 2.0
+#: What leaving may take while the run ends (seconds), and which part of kill_wait: longer than etcd is without a
+#: leader, should one be chosen meanwhile.
+FAREWELL, SHARE = 5.0, 0.2
 
 
 async def join(me: Node) -> None:
@@ -107,24 +108,39 @@ async def leave(me: Node) -> None:
     if me.report.link is not None:
         me.report.link.learn(_others(store))
     try:
-        await asyncio.wait_for(asyncio.to_thread(_remove, store), FAREWELL)
+        stays = f"{me.layout.run}-{me.mirror.lead.node_rank if me.mirror.lead is not None else 0}"
+        await asyncio.wait_for(asyncio.to_thread(_remove, store, stays, farewell(me)), farewell(me) + 1.0)
     except (LaunchError, asyncio.TimeoutError) as exc:
         log.warning("this node's member of etcd could not take leave: %s", exc or "no answer")
     await runner.stop()
 
 
-def _remove(store: Store) -> None:
+def farewell(me: Node) -> float:
+    """How long etcd may take for a last word of this node (seconds): a second, where members do not leave meanwhile."""
+    several = me.layout.store.several and not me.ends_run
+    return min(FAREWELL, SHARE * me.settings.kill_wait) if several else 1.0
+
+
+def _remove(store: Store, stays: str, patience: float) -> None:
+    """Take this node's member out. If it leads etcd, the one called `stays` does from then on, without an election."""
     from gms_launch.control import client, cluster
 
     here = store.member()
     asked = client.Etcd(store.credentials.access(_others(store)), brisk=True)
+    own = client.Etcd(store.credentials.access((store.url,)), brisk=True)
     try:
-        for member in cluster.members(asked, retry=0.5):
-            if here.peer_url in member.peers:
-                with contextlib.suppress(client.RpcError):  # it is no member any more
-                    cluster.remove(asked, member.id, retry=0.5)
+        found = cluster.members(asked, retry=patience)
+        mine = next((m for m in found if here.peer_url in m.peers), None)
+        heir = next((m for m in found if m.name == stays), None)
+        if mine is None:
+            return
+        with contextlib.suppress(client.RpcError):  # it is no member any more
+            if heir is not None:
+                cluster.lead(own, heir.id, retry=patience)
+            cluster.remove(asked, mine.id, retry=patience)
     finally:
         asked.close()
+        own.close()
 
 
 async def gathered(me: Node) -> None:

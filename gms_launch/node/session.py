@@ -190,10 +190,10 @@ class Session:
         except LaunchError as exc:
             self._post(self._member.give_up, exc)
 
-    def close(self, leave: bool = False) -> None:
-        """Write what is left and end; `leave` this node's place to others. Blocks for a second at most."""
+    def close(self, timeout: float, leave: bool = False) -> None:
+        """Write what is left and end; `leave` this node's place to others. Blocks for `timeout` seconds at most."""
         if self._link is not None:
-            self._link.close(1.0, leave)
+            self._link.close(timeout, leave)
 
     def ask_to_lead(self) -> None:
         """Ask for the run's leader role. Blocks. Raises `NoContactError`."""
