@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from gms_launch.process import lifecycle, proc
 from tests.support import GMS_LAUNCH, LONG, Deployment, eventually, journal
 
@@ -68,6 +70,7 @@ HOOKS = {
 }
 
 
+@pytest.mark.slow
 def test_a_failover_takes_its_usual_time_whatever_the_hook_does(tmp_path: Path, model: Path) -> None:
     heard, does = tmp_path / "heard", tmp_path / "does"
     does.write_text("")

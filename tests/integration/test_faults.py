@@ -365,6 +365,7 @@ def test_an_etcd_whose_history_fills_its_quota_is_told_and_makes_room_and_failov
     assert run.events("service_exited") == []
 
 
+@pytest.mark.slow
 def test_an_etcd_that_stays_full_is_told_and_serves_on_and_is_well_when_there_is_room(deploy: Deploy) -> None:
     """Filled by what is not history. A failover comes as far as to an engine that cannot register until there is room;
     what could not be written meanwhile is written then."""

@@ -123,6 +123,7 @@ def find(what: str = "", seeds: int = 4000) -> str:
     pytest.fail("not found")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mistake", "what"),
     [

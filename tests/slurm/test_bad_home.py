@@ -46,6 +46,7 @@ def small_home_lab() -> Iterator[Lab]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_shared_home_in_trouble_changes_no_failover(small_home_lab: Lab, model: Path) -> None:
     home = small_home_lab.dir / "home"

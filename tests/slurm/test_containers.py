@@ -106,6 +106,7 @@ def test_a_run_in_a_pid_namespace(lab: Lab, model: Path, image: Path) -> None:
         cleared(lab, run)
 
 
+@pytest.mark.slow
 def test_an_agent_in_a_pid_namespace_that_hangs_is_ended_from_outside(lab: Lab, model: Path, image: Path) -> None:
     run = LabRun(lab, model, "--tp=2")
     try:

@@ -116,6 +116,7 @@ def test_a_node_of_one_group_is_lost_and_the_other_gives_its_answers(four: Lab, 
         assert run.lives("g0") == untouched and run.text()
 
 
+@pytest.mark.slow
 def test_an_agent_of_one_group_is_killed_and_the_run_knows_before_its_lease_is_over(four: Lab, model: Path) -> None:
     """Nobody holds what its engine was asked: the port is closed. So the frontend must not go on asking there."""
     with Groups(four, model, "--lease-ttl=100", "--node-wait=200", "--groups", "2").hand() as run:

@@ -241,6 +241,7 @@ def test_a_batch_job_with_bad_settings_fails_and_says_why(lab: Lab, model: Path)
     assert "shadows (from --shadows): 77 is above 9" in run.output()
 
 
+@pytest.mark.slow
 def test_a_batch_job_ends_when_a_node_is_lost_although_srun_hangs(fragile_lab: Lab, model: Path) -> None:
     run = LabRun(fragile_lab, model, *QUICK)
     number = submit(run)

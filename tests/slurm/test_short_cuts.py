@@ -63,6 +63,7 @@ def endure(run: LabRun, cuts: int, lease_ttl: float, seed: int) -> None:
     assert run.text()
 
 
+@pytest.mark.slow
 def test_cuts_of_most_of_a_lease(bare_lab: Lab, model: Path) -> None:
     with LabRun(bare_lab, model, "--lease-ttl=6", nodes=["node1", "node2"]).hand() as run:
         endure(run, 3, 6.0, seed=1)
