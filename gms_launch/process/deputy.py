@@ -105,7 +105,8 @@ class Deputy:
                     if not data:
                         return
                     self._take(Duty.decode(data))
-                elif self._line is not None and fd == self._line.fileno():
+                    break  # a new life's descriptor may have the number of one that is ready in this list
+                if self._line is not None and fd == self._line.fileno():
                     self._poller.unregister(fd)  # the agent's to read; looked at again when it has had its time
                     self._due[None] = time.monotonic() + PATIENCE
                 else:

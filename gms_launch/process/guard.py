@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: The agent gave a process this long to die of SIGKILL before it called it unkillable (seconds).
 KILL_TIMEOUT = 30.0
+#: How long what stands in for the agent has to say that it is dead (seconds): on a busy machine we may be done sooner.
+LAST_WORD = 2.0
 #: Of one process on the list: pid and start time, a line. So many lines are one write that a pipe keeps whole.
 LINES = 100
 
@@ -96,6 +98,7 @@ def main() -> None:
     run, node_rank, fd, log = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     lock_dir = sys.argv[5] if len(sys.argv) > 5 else ""
     leash, words = (int(n) for n in sys.argv[6:8]) if len(sys.argv) > 7 else (-1, -1)
+    beside: threading.Thread | None = None
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, signal.SIG_IGN)
     if leash >= 0:
@@ -104,7 +107,8 @@ def main() -> None:
         # Beside the first duty, whatever becomes of this one.
         line = socket.socket(fileno=words) if words >= 0 else None
         stand_in = Deputy(run, node_rank, socket.socket(fileno=leash), line)
-        threading.Thread(target=stand_in.serve, name="deputy", daemon=True).start()
+        beside = threading.Thread(target=stand_in.serve, name="deputy", daemon=True)
+        beside.start()
     told = listen(fd)
     from gms_launch.process import strays
     from gms_launch.spool import files
@@ -113,6 +117,8 @@ def main() -> None:
     locks = sorted(lock for place in places for lock in place.glob("failover*.lock"))
     _, left = strays.clear(run, KILL_TIMEOUT, frozenset({os.getpid()}), node_rank, locks, told)
     text = "".join(f"guard: process {name} could not be killed\n" for name in left.values())
+    if beside is not None:
+        beside.join(LAST_WORD)
     if text:
         files.append(log, text.encode())
 

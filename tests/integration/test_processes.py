@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,8 @@ import pytest
 from gms_launch.node import fence
 from gms_launch.node.gates import Gates
 from gms_launch.node.guarded import Guarded
-from gms_launch.process import guard, lifecycle, proc, strays
+from gms_launch.process import guard, lifecycle, proc, strays, word
+from gms_launch.process.deputy import Duty, Leash
 from gms_launch.process.lifecycle import Command
 from gms_launch.process.proc import ProcessId
 from gms_launch.spool.output import Output
@@ -241,3 +244,29 @@ def test_a_guard_kills_what_its_agent_has_told_it_of(run: str, tmp_path: Path) -
     finally:
         other.kill(), other.wait()
         told.kill(), told.wait()
+
+
+def test_a_guard_goes_when_it_has_said_that_its_agent_is_dead(run: str, tmp_path: Path) -> None:
+    """Also where what says so comes late: on a busy machine all else was done before."""
+    key = word.secret("password", "attempt")
+    theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    rank = subprocess.Popen(SLEEP, start_new_session=True)
+    with word.listen("127.0.0.1", 0) as line, word.listen("127.0.0.1", 0) as leader, ours:
+        try:
+            with theirs:
+                _, writer = guard.start(run, 3, tmp_path / "guard.log", deputy=(theirs.fileno(), line.fileno()))
+            identity = proc.identity(rank.pid)
+            assert identity is not None
+            leash = Leash(ours)
+            leash.tell(Duty({(0, 1): identity}, (), key, 0.0, (leader.getsockname(),), 77))
+            guard.tell(writer, [identity])
+            os.close(writer)
+            assert rank.wait(60) == -signal.SIGKILL, "it is at its work"
+            time.sleep(0.3)  # and done with it, before the agent's end is seen
+            leash.close()
+            heard: list[word.Word] = []
+            eventually(lambda: heard.extend(word.hear(leader, key)) or heard, what="the word")  # type: ignore[func-returns-value]
+            assert heard == [word.Word(word.AGENT, 77, 3)]
+            eventually(lambda: not proc.tagged(f"{run}/guard"), what="and it is gone")
+        finally:
+            rank.kill(), rank.wait()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -57,7 +59,8 @@ class Guarded:
         theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.leash = Leash(ours)
         self.run = f"word{os.getpid()}"
-        self.thread = threading.Thread(target=Deputy(self.run, 4, theirs, self.line).serve)
+        self.deputy = Deputy(self.run, 4, theirs, self.line)
+        self.thread = threading.Thread(target=self.deputy.serve)
         self.thread.start()
         self.child = subprocess.Popen(
             [sys.executable, "-c", "import time; time.sleep(600)"],
@@ -137,6 +140,47 @@ def test_a_deputy_says_that_its_agent_is_dead_to_whom_it_concerns(guarded: Guard
     eventually(lambda: heard.extend(word.hear(guarded.peer, KEY)) or heard, what="the word")  # type: ignore[func-returns-value]
     assert heard == [Word(word.AGENT, 77, 4)]
     assert guarded.child.poll() is None, "what is left is the guard's"
+
+
+def test_a_life_that_begins_as_another_ends_is_not_taken_for_it(guarded: Guarded) -> None:
+    """Its descriptor has the other's number, and the deputy was too busy to look in between."""
+    second = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    try:
+        began = proc.identity(second.pid)
+        assert began is not None
+        guarded.duty({(0, 1): guarded.who})
+        eventually(lambda: (0, 1) in guarded.deputy._watched)
+        number = guarded.deputy._watched[0, 1]
+        busy = Busy(guarded.deputy._poller)
+        guarded.deputy._poller = busy  # type: ignore[assignment]
+        guarded.hear(Word(9, 9, 9))  # it comes round
+        assert busy.waits.wait(60)
+        guarded.child.kill()
+        guarded.child.wait()
+        guarded.duty({(0, 2): began})
+        busy.goes_on.set()
+        eventually(lambda: guarded.deputy._watched == {(0, 2): number}, what="the same number")
+        time.sleep(2 * deputy.PATIENCE)  # nothing is to happen
+        assert second.poll() is None and list(guarded.leash.acted()) == []
+    finally:
+        second.kill()
+        second.wait()
+
+
+class Busy:
+    """A poller for somebody who looks late: waits before its next look until it `goes_on`."""
+
+    def __init__(self, poller: select.poll) -> None:
+        self._poller = poller
+        self.waits, self.goes_on = threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._poller, name)
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        self.waits.set()
+        self.goes_on.wait()
+        return self._poller.poll(timeout)
 
 
 def test_an_agent_that_ends_in_order_is_not_called_dead(guarded: Guarded) -> None:
