@@ -1,6 +1,7 @@
 """The proof of a promotion, and the watch on what is served.
 
-A promotion is confirmed by a token, and tokens must go on coming for as long as a rank serves.
+A promotion is confirmed by a token, and tokens must go on coming for as long as a rank serves. How one is looked for is
+in `confirm` and `half`, what is to happen when none comes is the controller's to decide.
 """
 
 from __future__ import annotations

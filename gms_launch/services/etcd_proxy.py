@@ -2,8 +2,8 @@
 that lives.
 
 Dynamo's client (tried with 1.4.2) spreads its calls over all endpoints that it is told of. A member that is silent
-takes the leases and watches that went by it with it, since nothing there waits with a limit; one that is gone makes
-every second call fail until it is back. Nothing is opened on the way: they show each other their certificates.
+may take the leases and watches that went by it with it; one that is gone makes many calls fail until it is back.
+Nothing is opened on the way: they show each other their certificates.
 """
 
 from __future__ import annotations
