@@ -27,7 +27,8 @@ def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list
     """The next actions, and the memory to pass in next time."""
     actions: list[Action] = []
     memory = _remember(view, memory, now)
-    lost = tuple(sorted(r for r, since in memory.absent_since.items() if now - since >= NODE_GRACE))
+    away = memory.absent_since.items()
+    lost = tuple(sorted(r for r, since in away if r in view.lost or now - since >= NODE_GRACE))
     if lost != view.lost:
         actions.append(LoseNodes(lost))
     if lost:
@@ -87,7 +88,7 @@ def _without(
 ) -> tuple[list[Action], Memory]:
     """Nodes are lost, and every cohort with them, since each spans all nodes: kill, wait, give up."""
     names = ", ".join(view.absent[r] for r in lost)
-    since = min(memory.absent_since[r] for r in lost)
+    since = max(view.heard_since, min(memory.absent_since[r] for r in lost))
     if memory.initial or now - since >= policy.node_wait:
         late = "" if memory.initial else f" and did not come back within {policy.node_wait:g} s (node_wait)"
         return [*actions, Abort(-1, 0, f"{names} was lost{late}", late=not memory.initial)], memory
@@ -132,7 +133,7 @@ def next_look(view: View, memory: Memory, policy: Policy, now: float) -> float |
     times = [t for t in memory.not_before.values() if t > now]
     times += [f[-1] + policy.window for f in memory.failures.values() if f]
     for since in memory.absent_since.values():
-        times += [since + NODE_GRACE, since + policy.node_wait]
+        times += [since + NODE_GRACE, max(view.heard_since, since) + policy.node_wait]
     if policy.activate and memory.activated is not None:
         times.append(memory.activated_at + policy.promotion_timeout)
     if memory.lost_primary is not None:

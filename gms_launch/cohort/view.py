@@ -99,6 +99,8 @@ class View:
     `lock_keeper` is a process that keeps the lock and is of no living cohort. `hung` are lives that serve no tokens
     although their processes live, with the reason. `no_token` says why the life that has registered last has given none
     yet, as far as the frontend tells; `asked_since`: that is held against it from then on (infinite: not yet).
+    `heard_since`: since when it has heard of the others without a gap (infinite: it does not now). How long they are
+    away is counted from then on, since what they did in between nobody has told it.
     """
 
     slots: Mapping[int, Slot]
@@ -114,6 +116,7 @@ class View:
     rolling: bool = False
     no_token: str = ""
     asked_since: float = 0.0
+    heard_since: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -182,7 +183,7 @@ class Agent:
         """The leader's part for one group; returns when it has to look again though nothing happened."""
         if group.settings.hybrid:
             proof.look_at_tokens(group)
-        view, policy = lead.view(group, now), lead.policy(group.settings)
+        view, policy = lead.view(group, now, self._heard_since()), lead.policy(group.settings)
         actions, group.memory = controller.decide(view, group.memory, policy, now)
         for decision in actions:
             lead.carry_out(group, decision)
@@ -190,6 +191,13 @@ class Agent:
         if actions:
             self._reconcile(group)
         return controller.next_look(view, group.memory, policy, now)
+
+    def _heard_since(self) -> float:
+        """Since when this agent hears of others without a gap (monotonic seconds; infinite: it does not now)."""
+        store, session = self.node.layout.store, self.node.session
+        if store.own and store.is_member and not store.several:
+            return 0.0  # without this node's etcd nobody hears of anybody
+        return session.heard_since if (session.lease_left() or 0.0) > 0 else math.inf
 
     def _living(self) -> dict[tuple[int, int], ProcessId]:
         """The ranks that live here, by slot and incarnation."""

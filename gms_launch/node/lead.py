@@ -48,8 +48,8 @@ def policy(settings: Settings) -> Policy:
     )
 
 
-def view(me: Group, now: float) -> View:
-    """The run as the leader sees it `now` (monotonic seconds)."""
+def view(me: Group, now: float, heard_since: float = 0.0) -> View:
+    """The run as the leader sees it `now`, who hears of the other nodes since `heard_since` (monotonic seconds)."""
     shot, nnodes = snapshot.build(me.mirror), me.layout.topology.nnodes
     slots = {}
     for c in shot.cohorts:
@@ -92,6 +92,7 @@ def view(me: Group, now: float) -> View:
             if n.node_rank not in shot.lost and any(g.state == DOWN for g in n.gms)
         ),
         gms_restarting=any(n.gms_epoch < shot.gms_epoch for n in shot.nodes if n.node_rank not in shot.lost),
+        heard_since=heard_since,
         lock_keeper=me.ranks.keeper,
         hung=me.canary.hung if me.canary is not None else {},
         generation=shot.generation,

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("agent")
 
+#: Who may what in the run's own etcd, besides its agents, which may all.
+ROLES = {USES[DYNAMO].cn: (DYNAMO_ROOT,)}
 #: How long before the lease ends a silent leader is looked for (seconds).
 LOOK_AHEAD = 1.0
 #: A leader whose machine answers and whose etcd does not: how long that may be a restart (seconds).
@@ -90,7 +92,7 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._link: ControlLink | None = None
         self._renewed = asyncio.Event()
-        self._sent = 0.0
+        self._sent = self.heard_since = 0.0
         self.mirrored = asyncio.Event()
         self.is_cut_off = False
         self._seated = True
@@ -124,7 +126,7 @@ class Session:
         link.connect(keys, long if layout.founds else arrival.patience(layout.topology.nnodes, long))
         if layout.founds:
             if layout.own_etcd:
-                link.establish(roles())
+                link.establish(ROLES)
             link.forget(keys)
         else:
             returning.check(link, keys, record, self._settings.lease_ttl, layout.role_moves)
@@ -184,7 +186,7 @@ class Session:
         """Our etcd may have lost its data, and knows nobody then. Blocks."""
         assert self._link is not None
         try:
-            self._link.establish(roles(), again=True)
+            self._link.establish(ROLES, again=True)
         except NoContactError as exc:
             log.warning("whether etcd asks who everybody is cannot be told: %s", exc)
         except LaunchError as exc:
@@ -317,6 +319,8 @@ class Session:
 
     def lease_renewed(self, sent: float) -> None:
         stale = not self.may_act
+        if sent > self._sent + terms.silence(self._settings.lease_ttl):
+            self.heard_since = time.monotonic()
         self._sent = max(self._sent, sent)
         self._renewed.set()
         if self._settings.spares:
@@ -393,8 +397,3 @@ class Session:
             return
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._renewed.wait(), max(0.0, since + seconds - time.monotonic()))
-
-
-def roles() -> dict[str, tuple[str, ...]]:
-    """Who may what in the run's own etcd, besides its agents, which may all."""
-    return {USES[DYNAMO].cn: (DYNAMO_ROOT,)}

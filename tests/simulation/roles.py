@@ -69,6 +69,7 @@ class Machine(Agent):
     alone: float | None = None
     lock: Rank | None = None
     absent: dict[int, float] = field(default_factory=dict)
+    heard_since: float = 0.0
     #: How often there was news, and after which, and when, it last looked.
     heard: int = 0
     looked: tuple[float, int] = (-1.0, 0)
@@ -224,6 +225,13 @@ class RunWorld(LeadWorld):
             if proc.incarnation >= a.skipped.get(proc.cohort, 0):
                 self.record(a, proc.life, proc.phase, proc.since)
 
+    def renew(self, a: Agent) -> None:
+        assert isinstance(a, Machine)
+        before = a.sent
+        super().renew(a)
+        if a.sent > before + SILENCE:
+            a.heard_since = a.sent
+
     def begin(self, m: Machine) -> None:
         """A new agent, in its place or in another's: nothing of an earlier one lives, and no life of then begins."""
         self.forget(m)
@@ -355,7 +363,7 @@ class RunWorld(LeadWorld):
             phase = cohort_phase(phases, counting)
             slots[cohort] = Slot(cohort, desire.incarnation, desire.running, False, phase, since)
         absent = {p: f"node {r}" for p, r in enumerate(ranks) if r != m.rank and not seats.here(m.nodes, m.seats, r)}
-        return View(slots, m.confirmed, absent=absent, lost=lost)
+        return View(slots, m.confirmed, absent=absent, lost=lost, heard_since=m.heard_since)
 
     def control(self, m: Machine, group: int) -> None:
         view = self.view(m, group)

@@ -202,6 +202,22 @@ def test_a_lost_node_takes_every_cohort_with_it_and_is_waited_for() -> None:
     assert memory.failures == {}
 
 
+def test_how_long_a_node_is_lost_is_not_counted_while_nobody_can_tell() -> None:
+    policy = replace(POLICY, node_wait=30.0)
+    dead = [slot(k, Phase.FENCED, running=False) for k in (0, 1)]
+    waiting = replace(view(*dead), absent={1: "node 1 (b)"}, lost=(1,))
+    _, memory = controller.decide(waiting, RUNNING, policy, 100.0)
+    blind = replace(waiting, heard_since=math.inf)
+    assert controller.decide(blind, memory, policy, 131.0)[0] == []
+    assert controller.next_look(blind, memory, policy, 131.0) is None
+    again = replace(waiting, heard_since=140.0)
+    actions, memory = controller.decide(again, memory, policy, 141.0)
+    assert actions == [], "it is as lost as it was, and has its time anew"
+    assert controller.next_look(again, memory, policy, 141.0) == 170.0
+    late, _ = controller.decide(again, memory, policy, 170.0)
+    assert [type(a) for a in late] == [Abort]
+
+
 def test_a_node_lost_while_the_run_comes_up_ends_it() -> None:
     coming = replace(view(slot(0, Phase.STARTING)), absent={1: "node 1 (b)"})
     _, memory = controller.decide(coming, Memory(), POLICY, 0.0)
