@@ -8,6 +8,7 @@ holds for it too. Where the groups lie is `run.placement`'s business.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,8 +108,15 @@ def check(s: Settings) -> None:
     if (asked := sum(table.get("count", 1) for table in s.tables)) > MOST_GROUPS:
         raise UsageError(f"[[group]] tables make {asked} groups; a run has at most {MOST_GROUPS}")
     names = [name for table in s.tables for name in _names(table)]
-    if twice := next((n for n in names if names.count(n) > 1), None):
+    if twice := next((n for n, number in Counter(names).items() if number > 1), None):
         raise UsageError(f"two groups are called {twice}; give their [[group]] tables other names")
+    alike: dict[str, str] = {}
+    for name in names:
+        if (other := alike.setdefault(name.lower(), name)) != name:
+            raise UsageError(
+                f"groups {other} and {name} differ in case only: one would be taken for the other; give their "
+                "[[group]] tables other names"
+            )
     number = len(names) or s.groups
     if s.min_groups > number:
         raise UsageError(f"min_groups {s.min_groups}: the run has {numbered(number, 'group')}")

@@ -27,6 +27,8 @@ RESERVED_ENV = frozenset(
     {"GMS_LAUNCH_TAG", "GMS_LAUNCH_HOME", "GMS_LAUNCH_CONFIG", "GMS_LAUNCH_MEETING_SECRET", TABLES_ENV}
 )
 
+#: The table of a settings file that others' are in too.
+OWN_TABLE = "gms-launch"
 #: A settings file or an engine file is smaller than this (bytes); a device that never ends is read no further.
 LARGEST_FILE = 2**20
 #: What a message repeats of a wrong value (characters).
@@ -90,10 +92,11 @@ def _plain(number: float) -> str:
     return str(int(number)) if number == int(number) else f"{number:g}"
 
 
-def read_toml(path: Path, table_name: str = "gms-launch", what: str = "settings file") -> dict[str, Any]:
+def read_toml(path: Path, table_name: str = OWN_TABLE, what: str = "settings file") -> dict[str, Any]:
     """The table of that name of a TOML file if it is there, else the whole file. Raises `UsageError`, `what` it is.
 
-    Also for a key that stands in both: nobody could say which is meant.
+    Also for a key that stands in both, since nobody could say which is meant, and for a setting beside the table, which
+    would count for nothing.
     """
     try:
         import tomllib
@@ -118,8 +121,16 @@ def read_toml(path: Path, table_name: str = "gms-launch", what: str = "settings 
     table = data.get(table_name, data)
     if not isinstance(table, dict):
         raise UsageError(f"{what} {path}: [{table_name}] is not a table")
-    if twice := [key for key in table if table is not data and key in data]:
-        raise UsageError(f"{what} {path}: {twice[0]} is at the top and in [{table_name}]; leave one out")
+    if table is not data:
+        if twice := [key for key in table if key in data]:
+            raise UsageError(f"{what} {path}: {twice[0]} is at the top and in [{table_name}]; leave one out")
+        own = ["group", *BY_NAME] if table_name == OWN_TABLE else []
+        if beside := [key for key in data if key in own]:
+            write = f"[[{OWN_TABLE}.group]] instead of [[group]]" if beside[0] == "group" else f"it in [{OWN_TABLE}]"
+            raise UsageError(
+                f"{what} {path}: {beside[0]} is at the top, and only [{OWN_TABLE}] is read where there is one; write "
+                f"{write}"
+            )
     return table
 
 
@@ -197,7 +208,7 @@ def resolve(
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # which is no list of tables
 
 

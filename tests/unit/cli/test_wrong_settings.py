@@ -148,7 +148,8 @@ def ups() -> Iterator[tuple[tuple[str, ...], str, str, dict[str, str]]]:
     yield case(**{**step, "SLURM_GPUS_ON_NODE": "9" * 18})
     yield case(SLURM_JOB_ID="7", SLURMD_NODENAME="a", SLURM_JOB_NUM_NODES="²")
     for place in "\n", "a\nb", "/" + "x" * 300, "/x" * 1500, "/dev/null", "/dev/null/x", "/proc/x":
-        yield case(f"--gms-socket-dir={place}")
+        if place != "/proc/x":  # which root may write, as far as anybody says before it is tried
+            yield case(f"--gms-socket-dir={place}")
         yield case(GMS_LAUNCH_HOME=place)
     yield case("--gms-socket-dir=LOOP")
     yield case(GMS_LAUNCH_HOME="LOOP")
@@ -204,6 +205,65 @@ def ups() -> Iterator[tuple[tuple[str, ...], str, str, dict[str, str]]]:
     yield case(**{"GMS_LAUNCH_" + "X" * 5000: "x"})
     yield case(**{"GMS_LAUNCH_A\nB": "x"})
     yield from (case(engine=text) for text in engine_files())
+    yield from of_groups()
+
+
+def of_groups() -> Iterator[tuple[tuple[str, ...], str, str, dict[str, str]]]:
+    def made(*tables: str) -> tuple[tuple[str, ...], str, str, dict[str, str]]:
+        return case("--virtual-gpus=4", toml="\n".join(f"[[group]]\n{table}\n" for table in tables))
+
+    for name in (
+        "../x",
+        "/x",
+        "a/b",
+        "..",
+        ".",
+        "a.b",
+        "a b",
+        "",
+        "a\\u0000",
+        "\\u001b[31m",
+        "é",
+        "\u0430",
+        "g\u202e1",
+        "-a",
+    ):
+        yield made(f'name = "{name}"\ngpus = 1')
+    yield made(f'name = "{"x" * 17}"\ngpus = 1')
+    yield made('name = "a"\ngpus = 1', 'name = "a"\ngpus = 1')
+    yield made('name = "a"\ngpus = 1', 'name = "A"\ngpus = 1')
+    yield made('name = "a"\ngpus = 1\ncount = 2', 'name = "A-1"\ngpus = 1')
+    for key in "count", "nodes", "gpus", "tp", "pp", "dp":
+        size = "" if key in ("nodes", "gpus") else "gpus = 1"
+        for value in "0", "-1", "1025", "9223372036854775807", "inf", "1e999", "true", '"x"', "[1]", "1.5":
+            yield made(f'name = "a"\n{size}\n{key} = {value}')
+    for component in "..", "a.b", "a/b", "é", " ", "-a", "a*":
+        yield made(f'name = "a"\ngpus = 1\ncomponent = "{component}"')
+    for line in "engine_args = [1]", 'engine_args = "x"', 'engine_args = ["a\\u0000"]', 'role = "x"', 'run_id = "x"':
+        yield made(f'name = "a"\ngpus = 1\n{line}')
+    yield made(*(f'name = "a{k}"\ngpus = 1\ncount = 1024' for k in range(200)))
+    yield made(*(f'name = "a{k}"' for k in range(20_000)))
+    for toml in 'group = "x"', "group = [1]", '[group]\nname = "a"':
+        yield case("--virtual-gpus=4", toml=toml)
+    yield case(toml='[gms-launch]\nshadows = 1\n[[group]]\nname = "a"\ngpus = 1')
+    yield case(toml="shadows = 2\n[gms-launch]\ntp = 1")
+    for tables in (
+        "[",
+        "x",
+        "1",
+        "{}",
+        "[1]",
+        "[" * 100_000,
+        "9" * 5000,
+        '[{"name": "../x", "gpus": 1}]',
+        '[{"name": []}]',
+    ):
+        yield case("--virtual-gpus=4", GMS_LAUNCH_GROUP_TABLES=tables)
+    yield from (case("--virtual-gpus=4", f"--groups={number}") for number in ("0", "-1", "3", "1025", "x", "٣"))
+    yield case("--virtual-gpus=4", "--groups=2", "--min-groups=3")
+    yield from (case(f"--etcd-members={number}") for number in ("0", "2", "3", "7", "AUTO", "1,3", "٣"))
+    yield from (case(f"--frontends={number}") for number in ("0", "-1", "3", "x", "99999999999", "٣"))
+    yield from (case(f"--spares={number}") for number in ("-1", "1", "99999", "x", "٣"))
 
 
 def engine_files() -> Iterator[str]:
@@ -298,20 +358,22 @@ def verbs() -> Iterator[tuple[str, ...]]:
 
 
 @pytest.fixture
-def world(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place with a link that leads to itself, a recorded run, and nobody who would start an agent."""
+def world(tmp_path: Path, fast_dir: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place with a link that leads to itself, a recorded run, and nobody who would start an agent.
+
+    The node-local directory has a short path, as in life: a long one is refused itself, whatever else is wrong.
+    """
     home = tmp_path / "home"
     for name in os.environ:
         if name.startswith(("GMS_LAUNCH_", "SLURM_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("GMS_LAUNCH_HOME", str(home))
-    monkeypatch.setattr(nodedir, "LOCAL_ROOT", tmp_path / "shm")
-    (tmp_path / "shm").mkdir()
+    monkeypatch.setattr(nodedir, "LOCAL_ROOT", fast_dir)
     monkeypatch.chdir(tmp_path)
     Path("LOOP").symlink_to("LOOP")
 
     def taken(*_: object) -> None:
-        pytest.fail("it was taken")
+        raise SystemExit("it was taken")
 
     monkeypatch.setattr(command_line, "app", get_command(command_line.app))  # built once, and not for each
     monkeypatch.setattr("gms_launch.cli.up.run_agent", taken)
