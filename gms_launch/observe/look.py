@@ -69,6 +69,7 @@ def of(shot: snapshot.Snapshot, group: str) -> snapshot.Snapshot:
         alarms=shot.alarms,
         frontend_url=shot.frontend_url,
         frontend_host=host,
+        fronts=shot.fronts,
         stopping=found.stopping or shot.stopping,
     )
 
@@ -92,7 +93,9 @@ def now(directory: RunDir, run: RunFile, door: Door) -> snapshot.Snapshot:
         return ago, f"{who} has not reported for {'more than ' if heard is None else ''}{ago} s" if silent else ""
 
     first = mirror.lead.node_rank if mirror.lead is not None else 0
-    ago, silent = silence(first, f"the leader's agent (pid {run.agent_pid}, {run.leader_host})")
+    leads = mirror.nodes.get(first)
+    pid, host = (run.agent_pid, run.leader_host) if leads is None else (leads.agent_pid, leads.host)
+    ago, silent = silence(first, f"the leader's agent (pid {pid}, {host})")
     others = {g.leader for g in shot.groups} - {first}
     said = {first: (ago, silent)} | {k: silence(k, _agent(mirror, k)) for k in others}
     groups = tuple(replace(g, reported_ago=said[g.leader][0], leader_silent=said[g.leader][1]) for g in shot.groups)

@@ -94,11 +94,13 @@ def status(shot: Snapshot, moment: float, made: float, links: Sequence[tuple[str
         main.append(el("p", f"as of {shot.reported_ago:.0f} s ago: {shot.leader_silent}", class_="alarm", role="alert"))
     if shot.stopping:
         main.append(el("p", "the run is being stopped", class_="alarm"))
+    main += [el("p", alarm, class_="alarm", role="alert") for alarm in words.alarms(shot)]
+    main += [el("p", lack, class_="alarm") for lack in ([] if shot.starting else words.short(shot))]
     if shot.over:
         main.append(el("p", f"this group is over: {shot.over}", class_="alarm"))
     main.append(el("dl", *(el("div", el("dt", name), el("dd", value)) for name, value in facts)))
     if shot.groups:
-        main.append(table("groups", words.GROUPS, _with_links(words.groups(shot)), (3,)))
+        main.append(table("groups", words.GROUPS, _with_links(words.groups(shot, moment)), (3,)))
     else:
         main.append(table("cohorts and their ranks", words.COHORTS, words.cohorts(shot, moment), (4, 5, 6)))
     main.append(table("nodes and what runs on them", words.PARTS, words.parts(shot), (0, 3, 4)))

@@ -41,7 +41,8 @@ class CohortStatus:
 class Snapshot:
     """A run at one moment. `records` is the redundancy that the records of its ranks amount to.
 
-    `alarms` are etcd's own, by name; `spares` the nodes that wait for another to be lost, of `wanted_spares`.
+    `alarms` are etcd's own, by name; `spares` the nodes that wait for another to be lost, of `wanted_spares`. `fronts`:
+    the URL and host of each frontend whose node is there, where there are several; `members`: how many etcd has.
     In a run of groups the cohorts are those of `groups`, each a snapshot of its own with its name in `group`, whose
     nodes have their place in it for a rank; `leader` is the node rank in the run of the one that leads it, `places` the
     node ranks of all of its nodes where that is known, and `over` says why one has ended.
@@ -72,6 +73,8 @@ class Snapshot:
     lead: int | None = None
     places: tuple[int, ...] = ()
     frontend_host: str = ""
+    fronts: tuple[tuple[str, str], ...] = ()
+    members: int = 1
     groups: tuple[Snapshot, ...] = ()
     over: str = ""
     alarms: tuple[str, ...] = ()
@@ -134,7 +137,12 @@ class Snapshot:
     @property
     def frontend_urls(self) -> list[str]:
         """Where clients ask: at each frontend whose node is there, where there are several."""
-        return [n.frontend for n in self.nodes if n.frontend] or ([self.frontend_url] if self.frontend_url else [])
+        return [url for url, _ in self.fronts] or ([self.frontend_url] if self.frontend_url else [])
+
+    @property
+    def members_here(self) -> int:
+        """Of etcd's members those that are well, by their nodes' records."""
+        return sum(any(s.name == "etcd" and s.state == "ready" for s in n.services) for n in self.nodes if n.etcd)
 
     def group_json(self) -> dict[str, Any]:
         """One of `groups`; of a run without any the one that it is."""
@@ -226,6 +234,8 @@ def build(mirror: Mirror) -> Snapshot:
         group=mirror.group,
         leader=run.leader if run else 0,
         over=run.failed if run and mirror.group else "",
+        fronts=tuple((n.frontend, n.host) for n in nodes if n.frontend),
+        members=max(1, len(run.etcd)) if run else 1,
         spares=tuple(n for r, n in sorted(mirror.nodes.items()) if r >= serving),
         wanted_spares=run.spares if run else 0,
         alarms=tuple(sorted({a for n in nodes for a in n.alarms})),

@@ -20,11 +20,6 @@ from gms_launch.observe.stamp import stamp
 
 #: No row is longer (characters).
 PIPE_WIDTH = 10_000
-#: What an alarm of etcd's comes to.
-ALARMS = {
-    "NOSPACE": "it refuses writes, so what is shown may be old, and no engine can register",
-    "CORRUPT": "it takes its data for corrupt and refuses writes, so what is shown may be old",
-}
 _COLOURS = {
     Redundancy.FULL: "green",
     Redundancy.DEGRADED: "yellow",
@@ -56,14 +51,16 @@ def status(shot: Snapshot, now: float | None = None, verbose: bool = False) -> R
         words.frontend(shot),
         ("   stopping" if shot.stopping else "", "yellow"),
     )
+    for lack in words.short(shot) if not shot.starting else ():
+        head.append(f"   {lack}", "bold yellow")
     if shot.over:
         head.append(f"   over: {shot.over}", "bold red")
     of_cohorts = _table(words.COHORTS, words.cohorts(shot, moment))
-    parts: list[RenderableType] = [head, groups(shot) if shot.groups else of_cohorts]
+    parts: list[RenderableType] = [head, groups(shot, moment) if shot.groups else of_cohorts]
     if shot.leader_silent:
         parts.insert(0, Text(f"as of {shot.reported_ago:.0f} s ago: {shot.leader_silent}", "bold red"))
-    for alarm in shot.alarms:
-        parts.insert(0, Text(f"etcd has raised the alarm {alarm}: {ALARMS.get(alarm, 'see its manual')}", "bold red"))
+    for alarm in words.alarms(shot):
+        parts.insert(0, Text(alarm, "bold red"))
     for group in shot.groups if verbose else ():
         parts.append(Text.assemble(("\ngroup ", "dim"), (group.group, "bold")))
         parts.append(_table(words.COHORTS, words.cohorts(group, moment)))
@@ -88,11 +85,11 @@ def _parts(shot: Snapshot) -> Table:
     return _table(words.PARTS, rows)
 
 
-def groups(shot: Snapshot) -> Table:
+def groups(shot: Snapshot, moment: float) -> Table:
     """A line a group."""
     colours = {r.value: colour for r, colour in _COLOURS.items()} | {"over": "bold red"}
     rows: list[Sequence[RenderableType]] = []
-    for name, state, *more in words.groups(shot):
+    for name, state, *more in words.groups(shot, moment):
         rows.append((name, Text(state, colours.get(state, "yellow")), *more))
     return _table(words.GROUPS, rows)
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from gms_launch.cohort.failover import STEPS, Failover
 from gms_launch.cohort.model import Phase
-from gms_launch.cohort.records import EventRecord, NodeRecord
+from gms_launch.cohort.records import EventRecord, NodeRecord, RankRecord
 from gms_launch.numbers import numbered
 from gms_launch.observe import progress
 from gms_launch.observe.snapshot import CohortStatus, Snapshot
@@ -23,6 +23,11 @@ COHORTS = ("COHORT", "ROLE", "PHASE", "FOR", "LIFE", "NODE", "PID", "NOTE")
 GROUPS = ("GROUP", "REDUNDANCY", "PRIMARY", "PARKED", "NODES", "MODEL", "NOTE")
 PARTS = ("NODE", "COMPONENT", "STATE", "PID", "STARTS", "NOTE")
 EVENTS = ("TIME", "NODE", "EVENT", "COHORT", "DETAIL")
+#: What an alarm of etcd's comes to.
+ALARMS = {
+    "NOSPACE": "it refuses writes, so what is shown may be old, and no engine can register",
+    "CORRUPT": "it takes its data for corrupt and refuses writes, so what is shown may be old",
+}
 #: The state of an agent that is not heard of.
 SILENT = "silent"
 
@@ -66,8 +71,10 @@ def _loopback(url: str) -> bool:
 
 def frontend(shot: Snapshot) -> str:
     """Where clients come in; of a loopback address also whose, since it may be read on another machine."""
-    if len(several := [n for n in shot.nodes if n.frontend]) > 1:
-        return ", ".join(n.frontend + (f" (only on {n.host})" if _loopback(n.frontend) else "") for n in several)
+    if shot.fronts:
+        return ", ".join(url + (f" (only on {host})" if _loopback(url) else "") for url, host in shot.fronts)
+    if shot.lead not in (None, 0) and 0 in shot.missing:
+        return f"{shot.frontend_url} (its node is not here: nobody gets in)"
     if not _loopback(shot.frontend_url):
         return shot.frontend_url
     leader = shot.frontend_host or next((n.host for n in shot.nodes if number(n) == 0), "the leader's node")
@@ -89,7 +96,7 @@ def cohorts(shot: Snapshot, moment: float) -> list[Row]:
                 (
                     str(c.cohort_id),
                     (c.role or "-") + (asked if c.role else ""),
-                    rank.phase.value + asked,
+                    _phase(c, rank) + asked,
                     age(rank.since, moment),
                     str(c.incarnation),
                     place(shot, rank.node_rank),
@@ -102,7 +109,13 @@ def cohorts(shot: Snapshot, moment: float) -> list[Row]:
     return found
 
 
-def groups(shot: Snapshot) -> list[Row]:
+def _phase(cohort: CohortStatus, rank: RankRecord) -> str:
+    """What a rank is at. One without signs of its own stays `starting`, when its cohort has been up for long."""
+    up = cohort.phase in (Phase.PARKED, Phase.WAKING, Phase.ACTIVE)
+    return "headless" if up and rank.phase is Phase.STARTING else rank.phase.value
+
+
+def groups(shot: Snapshot, moment: float) -> list[Row]:
     """A row for each group, under `GROUPS`."""
     found: list[Row] = []
     for g in shot.groups:
@@ -112,11 +125,58 @@ def groups(shot: Snapshot) -> list[Row]:
         nodes = ranges({*g.places, *(n.number for n in g.nodes)})
         # Only the agent that leads it says what becomes of its ranks.
         old = " ?" if g.leader_silent or 0 in g.missing else ""
-        note = g.over.partition("\n")[0] or g.leader_silent
-        note = note or (f"{len(g.missing)} of {numbered(g.nnodes, 'node')} not here" if g.missing else "")
+        note = standing(g, shot, moment)
         who = f"cohort {serving.cohort_id}.{serving.incarnation}{old}" if serving else ""
         shadows = f"{parked} of {g.shadows}{old}" if g.cohorts else ""  # another node's agent knows no cohorts of it
         found.append((g.group, state, who, shadows, nodes, g.model_name, note))
+    return found
+
+
+def standing(group: Snapshot, run: Snapshot, moment: float) -> str:
+    """What keeps a group of a run from being full, and what is done about it; empty when nothing does."""
+    if group.over:
+        return in_a_line(group.over)
+    said = [group.leader_silent] if group.leader_silent else []
+    if group.missing:
+        nodes = ", ".join(place(group, r) for r in group.missing)
+        who = f"{'node' if len(group.missing) == 1 else 'nodes'} {nodes} not here"
+        said.append(who if group.starting else f"{who}: {_comes(run)}")
+    if said:
+        return "; ".join(said)
+    down = sorted({place(group, n.node_rank) for n in group.nodes for g in n.gms if g.state == "DOWN"})
+    said = [f"GMS is down on node {', '.join(down)}"] if down else []
+    for c in group.cohorts:
+        ends = any(r.leftovers for r in c.ranks)
+        what = "given up: " + c.why if c.given_up else "cannot be killed" if ends else tries(c, moment)
+        what = what or progress.note(c, group, moment)
+        said += [f"cohort {c.cohort_id}: {in_a_line(what)}"] if what else []
+    if not said and group.records is not group.redundancy and group.primary is not None and not group.starting:
+        return "not confirmed yet: a token is waited for"
+    return "; ".join(said)
+
+
+def _comes(run: Snapshot) -> str:
+    """What is to come in the place of a node that is not here."""
+    if run.spares:
+        return "back, or a spare in its place after spare_wait"
+    without = ", no spare is here" if run.wanted_spares else ""
+    return f"waited for until node_wait is over{without}"
+
+
+def alarms(shot: Snapshot) -> list[str]:
+    """What etcd itself says is wrong with it."""
+    return [f"etcd has raised the alarm {a}: {ALARMS.get(a, 'see its manual')}" for a in shot.alarms]
+
+
+def short(shot: Snapshot) -> list[str]:
+    """Of what a run has to bear the loss of nodes with, what is not there."""
+    found = []
+    if shot.members > 1 and shot.members_here < shot.members:
+        rest = shot.members_here - shot.members // 2 - 1
+        bears = f"the loss of {rest} more is borne" if rest > 0 else "no other may be lost"
+        found.append(f"etcd has {shot.members_here} of {shot.members} members: {bears}")
+    if len(shot.spares) < shot.wanted_spares:
+        found.append(f"{len(shot.spares)} of {numbered(shot.wanted_spares, 'spare')} here")
     return found
 
 
