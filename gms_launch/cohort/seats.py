@@ -29,11 +29,14 @@ class Rules:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The agents of `node_rank`, which is lost, and of the rank `spare` change places; `seats` are the new records."""
+    """The agents of `node_rank`, which is lost, and of the rank `spare` change places; `seats` are the new records, and
+    `before` what they were when that was decided: of an exchange before it, not all may have been heard.
+    """
 
     node_rank: int
     spare: int
     seats: tuple[SeatRecord, SeatRecord]
+    before: tuple[SeatRecord | None, SeatRecord | None]
 
 
 def owner(seats: Mapping[int, SeatRecord], node_rank: int) -> int:
@@ -109,7 +112,7 @@ def decide(
         spare = free.pop(0)
         serial += 1
         pair = SeatRecord(rank, owner(seats, spare), serial), SeatRecord(spare, owner(seats, rank), serial)
-        found.append(Exchange(rank, spare, pair))
+        found.append(Exchange(rank, spare, pair, (seats.get(rank), seats.get(spare))))
     return found
 
 

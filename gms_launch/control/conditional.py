@@ -19,21 +19,21 @@ def write(
     conditions: Conditions,
     values: Mapping[str, bytes | None],
     lease: int = 0,
-    once: str = "",
+    unless: str = "",
     retry: float = 8.0,
 ) -> bool:
     """Store or (None) delete keys at once if the conditions hold; says whether they do. Blocks.
 
-    If `once` is given and that key is there, nothing is written all the same. Raises `NoContactError`.
+    If the key `unless` is given and there, nothing is written all the same. Raises `NoContactError`.
     """
 
     def request(client: Any) -> bool:
         t = client.transactions
         holds = [t.create(k) == 0 if v is None else t.value(k) == v for k, v in conditions.items()]
         steps = [t.delete(k) if v is None else t.put(k, v, lease or None) for k, v in values.items()]
-        first = [t.create(once) == 0] if once else []
+        first = [t.create(unless) == 0] if unless else []
         done, _ = client.transaction(compare=[*holds, *first], success=steps, failure=[])
-        if done or not once:
+        if done or not unless:
             return bool(done)
         return bool(client.transaction(compare=holds, success=[], failure=[])[0])
 

@@ -24,7 +24,8 @@ def prefix(start: str) -> Range:
 class Keys:
     """The keys of one group of a run. Those of a run without groups are the run's own.
 
-    `run` holds what is said of the group as a whole. Events, and where nodes hear each other, are of the run.
+    `run` holds what is said of the group as a whole, by its leader as long as there is no `over`. Events, and where
+    nodes hear each other, are of the run.
     """
 
     def __init__(self, run: str, group: str = "") -> None:
@@ -44,6 +45,7 @@ class Keys:
         self.seats = f"{top}seats/"
         self.asked = f"{top}asked/"
         self.answers = f"{self.prefix}answers/"
+        self.over = f"{top}over/{group}"
 
     def node(self, node_rank: int) -> str:
         return f"{self.nodes}{node_rank}"

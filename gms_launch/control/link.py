@@ -141,7 +141,7 @@ class ControlLink:
         """Store what nobody else may have stored; says whether it is ours."""
         if not self._conditions:
             return self._etcd.create(key, value, self._lease)
-        if not conditional.write(self._etcd, self._conditions, {key: value}, self._lease, once=key):
+        if not conditional.write(self._etcd, self._conditions, {key: value}, self._lease, unless=key):
             self._etcd.revoke(self._lease)
             raise MovedError("another agent has this node's rank by now")
         return self._etcd.get(key) == value
@@ -205,13 +205,9 @@ class ControlLink:
         """Put `value` in the place of a command that stands and is nobody's yet. Blocks. Raises `NoContactError`."""
         return self._etcd.replace_first_version(key, value, retry=2.0)
 
-    def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
-        """Store a value soon; `later` when nobody acts on it."""
-        self._publisher.put(key, value, lease, later)
-
-    def put_once(self, key: str, value: bytes) -> None:
-        """Store a value soon, unless the key has one."""
-        self._publisher.put_once(key, value)
+    def put(self, key: str, value: bytes, lease: int = 0, later: bool = False, unless: str = "") -> None:
+        """Store a value soon, `later` when nobody acts on it; not if the key `unless` is there by then."""
+        self._publisher.put(key, value, lease, later, unless)
 
     def delete(self, key: str) -> None:
         self._publisher.delete(key)

@@ -30,11 +30,11 @@ BATCH = 100
 
 
 class Entry(NamedTuple):
-    """What is to be written: `value` (None deletes) under `lease` (0: none); `once`: only if the key is not there."""
+    """What is to be written: `value` (None deletes) under `lease` (0: none); only if the key `unless` is not there."""
 
     value: bytes | None
     lease: int = 0
-    once: bool = False
+    unless: str = ""
 
 
 Pending = dict[str, Entry]
@@ -59,12 +59,9 @@ class Publisher(threading.Thread):
         self._condition = threading.Condition()
         self._stopping = False
 
-    def put(self, key: str, value: bytes, lease: int = 0, later: bool = False) -> None:
-        self._add(key, Entry(value, lease), later)
-
-    def put_once(self, key: str, value: bytes) -> None:
-        """Store a value, now, unless somebody has stored one: whatever many may say at once, all hear once."""
-        self._add(key, Entry(value, once=True), later=False)
+    def put(self, key: str, value: bytes, lease: int = 0, later: bool = False, unless: str = "") -> None:
+        """`unless`: nothing is stored if that key is there by then."""
+        self._add(key, Entry(value, lease, unless), later)
 
     def delete(self, key: str) -> None:
         self._add(key, Entry(None), later=True)
@@ -107,7 +104,7 @@ class Publisher(threading.Thread):
     def _next(self) -> Pending | None:
         """Wait for something to write; None at the end.
 
-        Keys with a lease come alone, since a dead lease fails its batch, and those that may be there already.
+        Keys with a lease come alone, since a dead lease fails its batch, and those that may have to be left out.
         """
         with self._condition:
             while not self._now:
@@ -119,27 +116,27 @@ class Publisher(threading.Thread):
                     return None
                 self._condition.wait(wait)
             first = next(iter(self._now))
-            if self._now[first].lease or self._now[first].once:
+            if self._now[first].lease or self._now[first].unless:
                 return {first: self._now.pop(first)}
-            keys = [k for k, entry in self._now.items() if not entry.lease and not entry.once][:BATCH]
+            keys = [k for k, entry in self._now.items() if not entry.lease and not entry.unless][:BATCH]
             return {k: self._now.pop(k) for k in keys}
 
     def _write(self, batch: Pending) -> None:
-        ((key, (value, lease, once)), *rest) = batch.items()
+        ((key, (value, lease, unless)), *rest) = batch.items()
         if self._conditions:
-            self._write_if(batch, lease, key if once else "")
+            self._write_if(batch, lease, unless)
         elif rest:
             self._etcd.put_many({k: entry.value for k, entry in batch.items()}, retry=1.0)
-        elif value is not None and once:
-            self._etcd.create(key, value, retry=1.0)
+        elif unless:
+            conditional.write(self._etcd, {unless: None}, {key: value}, lease, retry=1.0)
         elif value is None:
             self._etcd.delete(key, retry=1.0)
         else:
             self._etcd.put(key, value, lease=lease or None, retry=1.0)
 
-    def _write_if(self, batch: Pending, lease: int, once: str) -> None:
+    def _write_if(self, batch: Pending, lease: int, unless: str) -> None:
         values = {k: entry.value for k, entry in batch.items()}
-        if self._refused or conditional.write(self._etcd, self._conditions, values, lease, once, retry=1.0):
+        if self._refused or conditional.write(self._etcd, self._conditions, values, lease, unless, retry=1.0):
             return
         self._refused = True
         if self._on_refused is not None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from gms_launch.cohort import census, controller, membership
 from gms_launch.cohort.model import Redundancy
 from gms_launch.cohort.records import RunRecord
+from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError
 from gms_launch.node.herald import agent_number
 from gms_launch.node.node import Node
@@ -93,8 +94,10 @@ class Orphans:
         assert link is not None, "who leads the run has etcd"
         key = f"{keys.groups}{name}"
         conditions = {keys.node(record.leader): None, key: record.encode()}
+        # Whoever led it may have something to say that has waited, and says it before hearing of this.
+        records = {key: ended.encode(), Keys(me.layout.run, name).over: why.encode()}
         try:
-            done = await me.loop.run_in_executor(None, link.write_if, conditions, {key: ended.encode()})
+            done = await me.loop.run_in_executor(None, link.write_if, conditions, records)
         except NoContactError as exc:
             log.warning("that group %s is over cannot be written down: %s", name, exc)
             done = False

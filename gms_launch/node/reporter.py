@@ -124,9 +124,9 @@ class Reporter:
         self.link.say(key, value)
 
     def put_once(self, key: str, value: bytes) -> None:
-        """Store a record in etcd, at once, unless somebody did."""
+        """Store a record in etcd, at once, unless somebody did: whatever many may say at once, all hear once."""
         assert self.link is not None, "nothing is reported before there is etcd"
-        self.link.put_once(key, value)
+        self.link.put(key, value, unless=key)
 
     def take(self, command: CommandRecord) -> bool:
         """Take a command for this agent; False when it no longer stands. Blocks. Raises `NoContactError`."""
@@ -240,7 +240,8 @@ class Reporter:
         if self._above is None:
             self.say(self._keys.run, record.encode())
         else:
-            self.put(self._keys.run, record.encode())
+            assert self.link is not None, "nothing is reported before there is etcd"
+            self.link.put(self._keys.run, record.encode(), unless=self._keys.over)
 
     def record(self) -> NodeRecord:
         """This node as it comes to the run."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gms_launch.cohort import arrival, census
-from gms_launch.cohort.records import EventRecord, LeadRecord, NodeRecord, SeatRecord
+from gms_launch.cohort.records import EventRecord, LeadRecord, NodeRecord
+from gms_launch.cohort.seats import Exchange
 from gms_launch.control import terms
 from gms_launch.control.keys import DYNAMO_ROOT, Range, Share, followed, prefix
 from gms_launch.control.mirror import Mirror
@@ -208,16 +209,14 @@ class Session:
         assert self._link is not None and self.mirror.lead is not None
         self._link.lead_while(self.mirror.keys.lead, self.mirror.lead.encode())
 
-    def exchange(self, seats: Sequence[SeatRecord], lost: int) -> bool:
-        """Give node ranks to other agents, if the rank `lost` is without one; says whether. Blocks.
-
-        Raises `NoContactError`.
-        """
+    def exchange(self, x: Exchange) -> bool:
+        """Exchange seats if all is as it was when that was decided; says whether. Blocks. Raises `NoContactError`."""
         assert self._link is not None
-        keys, known = self.mirror.keys, self.mirror.seats
-        before = {keys.seat(s.node_rank): known[s.node_rank].encode() if s.node_rank in known else None for s in seats}
-        records = {keys.seat(s.node_rank): s.encode() for s in seats}
-        return self._link.write_if({**before, keys.node(lost): None}, records)
+        keys = self.mirror.keys
+        places = [keys.seat(seat.node_rank) for seat in x.seats]
+        before = {key: None if seat is None else seat.encode() for key, seat in zip(places, x.before, strict=True)}
+        records = {key: seat.encode() for key, seat in zip(places, x.seats, strict=True)}
+        return self._link.write_if({**before, keys.node(x.node_rank): None}, records)
 
     def _post(self, call: Callable[..., None], *arguments: Any) -> None:
         """Run `call` on the loop; from any thread, also while the loop is closing."""

@@ -54,7 +54,7 @@ class Takeover:
             for x in found:
                 told = f"{self._name(x.spare)}, a spare, takes the place of {self._name(x.node_rank)}"
                 try:
-                    done = await me.loop.run_in_executor(None, me.session.exchange, x.seats, x.node_rank)
+                    done = await me.loop.run_in_executor(None, me.session.exchange, x)
                 except NoContactError as exc:
                     log.warning("no spare can take the place of %s: %s", self._name(x.node_rank), exc)
                     return

@@ -158,7 +158,7 @@ def test_what_many_say_at_once_is_heard_once(store: Etcd) -> None:
     watch = seen.watch(store)
     seen.wait(standing)
     for number, publisher in enumerate(publishers):
-        publisher.put_once("/a/ended", b"%d" % number)
+        publisher.put("/a/ended", b"%d" % number, unless="/a/ended")
         publisher.put(f"/a/{number}", b"x")
         publisher.start()
     changes = [seen.wait(lambda k, _: k == "change")[0] for _ in range(4)]
@@ -166,6 +166,21 @@ def test_what_many_say_at_once_is_heard_once(store: Etcd) -> None:
     for publisher in publishers:
         publisher.stop(PATIENCE)
     watch.stop()
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_has_waited_too_long_is_not_said_any_more(store: Etcd, held: bool) -> None:
+    """Whoever was stopped says what has waited before hearing what has happened since."""
+    store.put("/a/seat", b"mine")
+    publisher = Publisher(store, {"/a/seat": b"mine"} if held else None)
+    publisher.put("/a/run", b"well", unless="/a/over")
+    publisher.put("/a/other", b"too", unless="/a/over/other")
+    store.put_many({"/a/run": b"over", "/a/over": b"why"})
+    publisher.start()
+    publisher.put("/a/last", b"x")
+    publisher.stop(PATIENCE)
+    assert store.get("/a/run") == b"over"
+    assert store.get("/a/other") == b"too" and store.get("/a/last") == b"x"
 
 
 def test_watch_costs_nothing_while_etcd_is_away(store: Etcd, etcd: EtcdServer) -> None:

@@ -195,10 +195,8 @@ class LeadWorld:
             self.exchange(value)
 
     def exchange(self, x: Exchange) -> None:
-        if x.node_rank in self.nodes or any(
-            self.seats.get(s.node_rank, SeatRecord(s.node_rank, s.node_rank, 0)).serial >= s.serial for s in x.seats
-        ):
-            return  # it is back at that moment
+        if x.node_rank in self.nodes or tuple(self.seats.get(s.node_rank) for s in x.seats) != x.before:
+            return  # it is back at that moment, or another exchange was before this one
         before = {seats.owner(self.seats, s.node_rank) for s in x.seats}
         if before != {s.origin for s in x.seats}:
             raise Broken(f"ranks {x.node_rank} and {x.spare} of {sorted(before)} are given to others: {x.seats}")

@@ -159,6 +159,8 @@ class RunWorld(LeadWorld):
             if once and key in self.store:
                 self.learn(m, key, self.store[key])
                 continue
+            if key[0] == "said" and self.over(key[1]):
+                continue  # that is the last word
             if key[0] in ("desired", "said"):
                 self.fenced(m, key[1])
             if value is None:
@@ -169,6 +171,10 @@ class RunWorld(LeadWorld):
             for other in self.agents:
                 if other is not m and other.up and self.follows(other, key):
                     other.news.append(("record", (key, value)))
+
+    def over(self, group: int) -> bool:
+        """Whether the run's leader has said so, after which nobody says how the group is."""
+        return bool(self.store["said", group].failed)
 
     def fenced(self, m: Machine, group: int) -> None:
         """Nobody writes as a group's leader after the one that followed it."""
@@ -203,6 +209,7 @@ class RunWorld(LeadWorld):
         assert isinstance(a, Machine)
         fresh, before, known = not a.lease, (a.rank, a.told), a.known
         super().sit(a)
+        self.notice(a)
         self._reached = {}
         if a.lease not in self.ends:
             return
@@ -252,6 +259,7 @@ class RunWorld(LeadWorld):
         a.heard += 1
         if a.news[0][0] != "record":
             super().hear(a)
+            self.notice(a)
             if not a.token:
                 a.absent = {}  # as whoever begins to lead
             return
@@ -259,6 +267,14 @@ class RunWorld(LeadWorld):
         own = key[0] in ("desired", "said") and self.leads_group(a) and self.group_of[a.rank] == key[1]
         if not (own and not (key[0] == "said" and value.failed)) and self.follows(a, key):
             self.learn(a, key, value)
+
+    def notice(self, m: Machine) -> None:
+        """Who is there is seen, also if it is away again when this agent acts next: it looks after each word of one."""
+        group = self.group_of.get(m.rank)
+        m.absent = {r: since for r, since in m.absent.items() if r not in m.nodes}
+        if group is not None:
+            away = {p: s for p, s in m.memory.absent_since.items() if self.places[group][p] not in m.nodes}
+            m.memory = replace(m.memory, absent_since=away)
 
     def record(self, m: Machine, life: Life, phase: Phase, since: float) -> None:
         if (group := self.group_of.get(m.rank)) is None:

@@ -107,9 +107,7 @@ class SpareWorld(World):
     def exchange(self, x: Exchange) -> None:
         """Etcd does it, or refuses it."""
         self.decided.remove(x)
-        if x.node_rank in self.present() or x.seats[0].serial <= max(
-            (s.serial for s in self.seats.values()), default=0
-        ):
+        if x.node_rank in self.present() or tuple(self.seats.get(s.node_rank) for s in x.seats) != x.before:
             return
         self.seats |= {s.node_rank: s for s in x.seats}
         old = self.nodes[x.node_rank]

@@ -68,6 +68,7 @@ def test_a_spare_that_is_lost_while_it_takes_over_is_followed_by_the_next() -> N
     assert seats.here(NODES, known, 3) is False, "what is in its old place is still its own record"
     (x,) = decide(without(1), known, seen, 120.0)
     assert x.seats == (SeatRecord(1, 4, 2), SeatRecord(4, 3, 2))
+    assert x.before == (known[1], None), "else who has heard half of an exchange gives one spare two places"
 
 
 def test_who_was_lost_and_is_back_as_a_spare_may_take_its_old_place_again() -> None:
