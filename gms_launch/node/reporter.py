@@ -52,6 +52,7 @@ LEVELS = {
             "service_killed",
             "service_restarted",
             "service_looping",
+            "service_crowded",
             "guard_exited",
             "guard_missing",
             "stood_still",

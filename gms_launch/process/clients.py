@@ -22,10 +22,12 @@ Address = tuple[str, int]
 
 #: Bits of the states that are asked for: established, and on their way to the end.
 _STATES = sum(1 << state for state in (1, 4, 5, 8, 9, 11))
+_ESTABLISHED, _LISTEN = 1, 10
 #: NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP; and the types of messages that end an answer.
 _SOCK_DIAG, _BY_FAMILY, _DUMP, _ERROR, _DONE = 4, 20, 0x301, 2, 3
-#: struct inet_diag_req_v2 up to the address, which is all zero; struct inet_diag_msg: family, ports, addresses, inode.
-_REQUEST, _ANSWER = struct.Struct("=IHHIIBBBBI48x"), struct.Struct("=Bxxx2s2s16s16s28xI")
+#: struct inet_diag_req_v2 up to the address, which is all zero; struct inet_diag_msg: family, state, ports, addresses,
+#: what waits to be read (of who listens: to be taken in), user id, inode.
+_REQUEST, _ANSWER = struct.Struct("=IHHIIBBBBI48x"), struct.Struct("=BBxx2s2s16s16s16xI4xII")
 
 
 @dataclass(frozen=True)
@@ -97,29 +99,50 @@ class Clients:
 
 @dataclass(frozen=True)
 class Row:
-    """One TCP connection: its ends, and the inode of our socket (0: its process has closed it)."""
+    """One TCP connection: its ends, and the inode of our socket (0: its process has closed it, or not taken it in).
+
+    `user` is whose our socket is; `whole`: neither end has ended it; `waits`: of one that listens, how many are to be
+    taken in.
+    """
 
     here: Address
     there: Address
     inode: int
+    user: int = 0
+    whole: bool = True
+    waits: int = 0
 
 
 def connections() -> list[Row]:
     """All that are established or on their way to the end here. Raises `OSError` where the kernel does not tell."""
+    return _rows(_STATES)
+
+
+def waiting(port: int) -> dict[Address, bool]:
+    """The connections to a port of this machine that nobody has taken in: where from, and whether they are whole.
+
+    Raises `OSError` where the kernel does not tell.
+    """
+    if not any(row.waits for row in _rows(1 << _LISTEN) if row.here[1] == port):
+        return {}
+    return {row.there: row.whole for row in connections() if row.here[1] == port and not row.inode}
+
+
+def _rows(states: int) -> list[Row]:
     found: list[Row] = []
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as kernel:
         kernel.settimeout(1.0)
         for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
-            asked = (_REQUEST.size, _BY_FAMILY, _DUMP, 1, 0, family, socket.IPPROTO_TCP, 0, 0, _STATES)
+            asked = (_REQUEST.size, _BY_FAMILY, _DUMP, 1, 0, family, socket.IPPROTO_TCP, 0, 0, states)
             kernel.send(_REQUEST.pack(*asked))
             for answer in _answers(kernel):
-                _, *ends, inode = _ANSWER.unpack_from(answer)
+                _, state, *ends, waits, user, inode = _ANSWER.unpack_from(answer)
                 ports, hosts = ends[:2], ends[2:]
                 here, there = (
                     (plain(socket.inet_ntop(family, host[:size])), int.from_bytes(port, "big"))
                     for host, port in zip(hosts, ports, strict=True)
                 )
-                found.append(Row(here, there, inode))
+                found.append(Row(here, there, inode, user, state == _ESTABLISHED, waits))
     return found
 
 

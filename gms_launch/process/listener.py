@@ -60,10 +60,24 @@ def sever(pid: int, host: str) -> int:
 
     The child reads the end of each at once, and not when TCP gives up. Raises `TakeError` and `OSError`.
     """
-    theirs = {str(row.inode) for row in clients.connections() if row.there[0] == host and row.inode}
+    return _end(pid, {str(row.inode) for row in clients.connections() if row.there[0] == host and row.inode})
+
+
+def turn_out(pid: int, ports: Iterable[int]) -> int:
+    """End the connections that other users of this machine have to a child at these ports of its, root's excepted;
+    returns how many there were. Of those who come from another machine nobody can say who they are.
+
+    Raises `TakeError` and `OSError`.
+    """
+    rows, own = clients.connections(), {0, os.getuid()}
+    theirs = {(row.there, row.here) for row in rows if row.there[1] in ports and row.inode and row.user not in own}
+    return _end(pid, {str(row.inode) for row in rows if row.inode and (row.here, row.there) in theirs})
+
+
+def _end(pid: int, inodes: set[str]) -> int:
     count = 0
-    for fd, inode in _sockets(pid):
-        if inode in theirs:
+    for fd, inode in _sockets(pid) if inodes else ():
+        if inode in inodes:
             with socket.socket(fileno=_getfd(pid, fd)) as found, contextlib.suppress(OSError):
                 if os.readlink(f"/proc/self/fd/{found.fileno()}") == f"socket:[{inode}]":  # the number is not anew
                     found.shutdown(socket.SHUT_RDWR)

@@ -47,7 +47,8 @@ class Service:
     `port`: where it must itself be listening, since another server could answer the probe. `restart` False: when it
     dies it stays dead, and what follows is for the controller to say. `liveness`: once ready, it is killed when it
     gives no answer for so long (seconds; 0: never); `alive` is a cheaper probe for that. `essential`: the run cannot go
-    on when it cannot be brought back within `timeout`.
+    on when it cannot be brought back within `timeout`. `private`: its ports at which other users of this machine have
+    no business.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Service:
     liveness: float = 0.0
     alive: Callable[[], object] | None = None
     essential: bool = False
+    private: tuple[int, ...] = ()
 
 
 def connect(

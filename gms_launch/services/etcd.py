@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from gms_launch.control.access import Access
 from gms_launch.errors import LaunchError
+from gms_launch.process import clients
 from gms_launch.process.lifecycle import Command
 from gms_launch.services.base import NotReadyError, Service
 from gms_launch.services.pem import PemFiles
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 RESERVED = 64 * 1024 * 1024
 #: How long etcd remembers what was (a watch that breaks for longer reads everything anew).
 HISTORY = "10m"
+#: So many who wait at its peers' port at once are a flood that goes on.
+FLOOD = 1000
 #: The name in its certificate, and in that of a peer.
 CN = "etcd"
 #: All that etcd takes: its records, and its log of two segments of 64 MB, one in use and the next.
@@ -109,14 +112,22 @@ def service(member: Member, binary: str, timeout: float, liveness: float = 0.0) 
         *("--logger", "zap", "--log-level", "warn"),
     )
     env: dict[str, str | None] = {"ETCD_UNSUPPORTED_ARCH": None, "ETCDCTL_API": None}
+    answers = Answers(member.access, max(0.2, liveness / 4), alone=not several)
+    hears = HearsPeers(member.peer_port)
+
+    def alive() -> None:
+        answers()
+        hears()
+
     return Service(
         *("etcd", Command(argv, env), (lambda: led(member.access)) if several else lambda: probe(member.access)),
         timeout,
         port=member.port,
         liveness=liveness,
-        alive=Answers(member.access, max(0.2, liveness / 4), alone=not several),
+        alive=alive,
         # Every Dynamo process ends itself when its lease does; of several members, one can be done without.
         essential=not several,
+        private=(member.port, member.peer_port),
     )
 
 
@@ -188,6 +199,28 @@ class Answers:
         if self._etcd is not None:
             self._etcd.close()
             self._etcd = None
+
+
+class HearsPeers:
+    """Whether a member takes in who comes to its peers' port, asked again and again.
+
+    An etcd (3.4, 3.5) that had no descriptor left for one there takes in nobody any more, keeps a core busy with that,
+    and answers its clients as before: only its restart mends it. Not while the flood that did it goes on, since what
+    it has with its peers it keeps until then.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port, self._waited = port, frozenset[tuple[str, int]]()
+
+    def __call__(self) -> None:
+        """Raises `NotReadyError` when somebody waits there who waited at the last look."""
+        try:
+            found = clients.waiting(self._port)
+        except OSError:
+            return  # the kernel does not tell
+        before, self._waited = self._waited, frozenset(found)
+        if before & found.keys() and sum(found.values()) < FLOOD:
+            raise NotReadyError(f"it takes in nobody at its peers' port {self._port}: {len(found)} wait there")
 
 
 def host(address: str) -> str:

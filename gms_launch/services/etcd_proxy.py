@@ -113,6 +113,7 @@ def service(near: EtcdProxy, binary: str, asked: Access, timeout: float, livenes
         port=near.port,
         liveness=liveness,
         alive=lambda: _answers(near),
+        private=(near.port,),
     )
 
 

@@ -43,7 +43,8 @@ def configure(server: Server) -> None:
 def service(server: Server, binary: str, timeout: float, liveness: float = 0.0) -> Service:
     """NATS, ready within `timeout` seconds and restarted when it is silent for `liveness` (0: never)."""
     command = Command((binary, "-c", str(server.config)), {})
-    return Service("nats", command, lambda: probe(server), timeout, port=server.port, liveness=liveness)
+    ready = lambda: probe(server)  # noqa: E731
+    return Service(*("nats", command, ready, timeout), port=server.port, liveness=liveness, private=(server.port,))
 
 
 def probe(server: Server) -> None:

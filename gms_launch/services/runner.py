@@ -26,6 +26,7 @@ from gms_launch.services.base import (
     last_words,
     restart_delay,
 )
+from gms_launch.services.crowd import Crowd
 from gms_launch.spool.output import Output
 
 log = logging.getLogger("agent")
@@ -37,8 +38,8 @@ class ServiceError(LaunchError):
 
 class ServiceRunner:
     """One service of this node. `on_change(event, detail)` is told: ready, exited, restarted, failed; looping, when it
-    ends again and again soon after its start, and steady, when it no longer does. `output` makes what it prints to, by
-    the log's name.
+    ends again and again soon after its start, and steady, when it no longer does; crowded, when connections of other
+    users were ended. `output` makes what it prints to, by the log's name.
 
     Only an essential one fails for good: when it cannot be brought back within its own timeout.
     """
@@ -56,6 +57,7 @@ class ServiceRunner:
         self.detail = ""
         self.starts = 0
         self._loop = ""
+        self._crowd = Crowd(service.name, service.private)
         self._tag, self._node_rank, self._open, self._on_change = tag, node_rank, output, on_change
         self._child: Child | None = None
         self._exited = asyncio.Event()
@@ -208,6 +210,8 @@ class ServiceRunner:
                     self._became("steady")
                 if not liveness:
                     continue
+                if crowd := await asyncio.to_thread(self._crowd.look, self.pid):
+                    self._on_change(self, "crowded", crowd)
                 reason = await asyncio.to_thread(_probe, self.service.alive or self.service.probe)
                 if reason is None or self._exited.is_set():
                     good = loop.time()

@@ -1,0 +1,59 @@
+"""Other users of this machine at a service's ports where they have no business.
+
+A port of the loopback is open to them all, and whoever may connect may hold connections, by the thousand and without a
+word, until there is no place for the run's own processes. The kernel says whose each is: theirs are ended. Few are
+nothing to act on, and are not looked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+
+from gms_launch.errors import LaunchError
+from gms_launch.numbers import numbered
+from gms_launch.process import listener
+
+log = logging.getLogger("agent")
+
+#: A service with fewer descriptors has no crowd.
+CROWD = 128
+#: How often the same is told (seconds).
+AGAIN = 30.0
+
+
+class Crowd:
+    """What is held at a service's `ports`, looked at again and again."""
+
+    def __init__(self, name: str, ports: tuple[int, ...]) -> None:
+        self._name, self._ports = name, ports
+        self._most = CROWD
+        self._ended, self._told = 0, -AGAIN
+
+    def look(self, pid: int) -> str:
+        """End what is others'; what has been ended, for people, and empty when that was told a moment ago. Blocks."""
+        if not self._ports or not pid or (held := _descriptors(pid)) < self._most:
+            return ""
+        try:
+            ended = listener.turn_out(pid, self._ports)
+        except (OSError, LaunchError) as exc:
+            log.warning("%s: connections of other users cannot be ended: %s", self._name, exc)
+            self._most = sys.maxsize
+            return ""
+        # One that has many of the run's own is not gone through at every look.
+        self._most = max(CROWD, 2 * (held - ended))
+        self._ended += ended
+        if not self._ended or time.monotonic() - self._told < AGAIN:
+            return ""
+        said = f"{numbered(self._ended, 'connection')} of other users of this machine to port "
+        self._ended, self._told = 0, time.monotonic()
+        return said + " and ".join(map(str, self._ports)) + " ended"
+
+
+def _descriptors(pid: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return 0

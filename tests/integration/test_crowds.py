@@ -1,0 +1,166 @@
+"""Another user of a node who holds connections by the thousand at ports where he has no business."""
+
+from __future__ import annotations
+
+import os
+import resource
+import selectors
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gms_launch.process import clients, listener
+from gms_launch.run import credentials
+from gms_launch.services import etcd_proxy
+from tests.integration.test_strangers import DROP
+from tests.support import Deployment, eventually, free_port
+
+pytestmark = [pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root")]
+
+#: Holds $2 connections to port $1 and says nothing; one that is ended is held anew.
+HOLDS = """
+import resource, select, socket, sys
+port, count = map(int, sys.argv[1:])
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+held, poll, told = {}, select.poll(), False
+while True:
+    while len(held) < count:
+        s = socket.socket()
+        s.setblocking(False)
+        s.connect_ex(("127.0.0.1", port))
+        held[s.fileno()] = s
+        poll.register(s, select.POLLIN)
+    if not told:
+        told = print("there", flush=True) is None
+    for fd, _ in poll.poll(100):
+        poll.unregister(fd)
+        held.pop(fd).close()
+        print("ended", flush=True)
+"""
+
+
+@contextmanager
+def crowd(port: int, count: int) -> Iterator[subprocess.Popen[str]]:
+    argv = [*DROP, "/usr/bin/python3", "-c", HOLDS, str(port), str(count)]
+    with subprocess.Popen(argv, cwd="/", stdout=subprocess.PIPE, text=True) as stranger:
+        assert stranger.stdout is not None
+        try:
+            assert stranger.stdout.readline() == "there\n"
+            yield stranger
+        finally:
+            stranger.kill()
+
+
+def serve(listener: socket.socket) -> None:
+    """Greet everybody, and end what they end, as a member of etcd does. Ends with its listener."""
+    with selectors.DefaultSelector() as all_of_them:
+        all_of_them.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in all_of_them.select():
+                found = key.fileobj
+                assert isinstance(found, socket.socket)
+                try:
+                    if found is listener:
+                        connection = listener.accept()[0]
+                        connection.sendall(b"served")
+                        all_of_them.register(connection, selectors.EVENT_READ)
+                        continue
+                    if found.recv(99):
+                        continue
+                except OSError:
+                    if found is listener:
+                        return
+                all_of_them.unregister(found)
+                found.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Iterator[Deployment]:
+    with Deployment(tmp_path / "home", model, "--event-plane", "nats") as deployment:
+        deployment.wait_full()
+        yield deployment
+
+
+def test_who_holds_all_places_of_etcds_proxy_is_turned_out_and_nobody_else(tmp_path: Path) -> None:
+    secrets = credentials.make(("127.0.0.1",))
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as member:
+        threading.Thread(target=serve, args=(member,), daemon=True).start()
+        access = secrets.access((f"https://127.0.0.1:{member.getsockname()[1]}",))
+        near = etcd_proxy.EtcdProxy(free_port(), access, tmp_path)
+        etcd_proxy.configure(near)
+        # Whether the member is well is not what this is about.
+        near.config.write_text(near.config.read_text().replace("check check-ssl verify required ca-file", "#"))
+        service = etcd_proxy.service(near, "/usr/sbin/haproxy", access, 60.0)
+        assert service.private == (near.port,)
+        proxy = subprocess.Popen(service.command.argv)
+
+        def come(timeout: float = 1.0) -> socket.socket | None:
+            client = socket.socket()
+            client.settimeout(timeout)
+            try:
+                client.connect(("127.0.0.1", near.port))
+                if client.recv(6) == b"served":
+                    return client
+            except OSError:
+                pass
+            client.close()
+            return None
+
+        def is_full() -> bool:
+            if (client := come()) is not None:
+                client.close()
+            return client is None
+
+        try:
+            before = eventually(come, what="the proxy is up")
+            with crowd(near.port, 2200) as stranger:
+                eventually(is_full, what="whoever comes now waits")
+                assert listener.turn_out(proxy.pid, service.private) > 1500
+                assert stranger.stdout is not None and stranger.stdout.readline() == "ended\n"
+                before.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    before.recv(1)
+                after = eventually(
+                    lambda: come() if listener.turn_out(proxy.pid, service.private) else None,
+                    what="there is a place for us, although he comes again and again",
+                )
+                after.close()
+            before.close()
+        finally:
+            proxy.kill()
+            proxy.wait()
+            member.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_crowd_at_a_runs_port_is_turned_out_and_told(run: Deployment) -> None:
+    before, lives = run.text(), [c["incarnation"] for c in run.status()["cohorts"]]
+    port = run.run_file["ports"]["nats"]
+    with crowd(port, 400) as stranger:
+        assert stranger.stdout is not None and stranger.stdout.readline() == "ended\n"
+        (told,) = run.happened("service_crowded")
+    assert told["detail"].startswith("nats ") and f"other users of this machine to port {port} ended" in told["detail"]
+    assert run.text() == before
+    assert [c["incarnation"] for c in run.wait_full()["cohorts"]] == lives
+    assert not run.events("service_exited")
+
+
+def test_an_etcd_that_a_crowd_made_deaf_to_its_peers_is_started_again(run: Deployment) -> None:
+    """Without a descriptor left for one connection it takes in none there for good, and keeps a core busy with that."""
+    before, lives = run.text(), [c["incarnation"] for c in run.status()["cohorts"]]
+    etcd = next(s for s in run.status()["nodes"][0]["services"] if s["name"] == "etcd")
+    port = run.run_file["ports"]["etcd_peer"]
+    resource.prlimit(etcd["pid"], resource.RLIMIT_NOFILE, (100, 100))
+    with crowd(port, 600):
+        eventually(lambda: clients.waiting(port), what="it has no descriptor left")
+        eventually(lambda: run.events("service_exited"), what="it is started again")
+    (told,) = run.events("service_exited")
+    assert f"takes in nobody at its peers' port {port}" in told["detail"]
+    assert run.wait_full()["redundancy"] == "full" and run.text() == before
+    assert [c["incarnation"] for c in run.status()["cohorts"]] == lives, "nothing else was"
+    eventually(lambda: not clients.waiting(port), what="and it takes in who comes")
