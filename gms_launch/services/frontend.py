@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from gms_launch.engines import installed
@@ -19,6 +19,11 @@ MOVING: dict[str, str | None] = {
     "DYN_RUNTIME_INHIBITED_DURATION_SECS": "0",
     "DYN_HTTP_SSE_KEEP_ALIVE_INTERVAL_MS": "5000",
 }
+#: By how much its lease is longer than an engine's (seconds). When etcd has been away, Dynamo's client makes one new
+#: connection at a time, with growing pauses, and the frontend's watches may come before its lease: some 10 s pass then
+#: until that is renewed (1.4), and half of a lease may be all that is left of it. Nothing is registered under it, so
+#: nobody waits for its end.
+AFTER_WATCHES = 40.0
 
 
 #: Settings of Dynamo's that would change how the frontend is reached behind our back.
@@ -73,7 +78,8 @@ def service(front: Frontend, python: str, timeout: float, liveness: float = 0.0)
         *installed.module(python, "dynamo.frontend", "--http-host", front.address, "--http-port", str(front.port)),
         *("--namespace", front.plane.namespace, "--migration-limit", str(front.migration_limit)),
     )
-    environment = front.plane.environment() | (MOVING if front.migration_limit else {})
+    environment = replace(front.plane, lease_ttl=front.plane.lease_ttl + AFTER_WATCHES).environment()
+    environment |= MOVING if front.migration_limit else {}
     if front.tls_cert:
         environment |= {"DYN_TLS_CERT_PATH": front.tls_cert, "DYN_TLS_KEY_PATH": front.tls_key}
     command = Command(argv, environment)

@@ -269,7 +269,7 @@ class Settings:
     lease_ttl: float = seconds(5.0, "how long a node may be cut off before it is taken for lost")
     node_wait: float = seconds(300.0, "how long to wait for a node that has not come yet, or was lost")
     spare_wait: float = seconds(10.0, "how long a node is lost before a spare takes its place")
-    dynamo_lease_ttl: float = seconds(20.0, "lease of Dynamo's processes in etcd")
+    dynamo_lease_ttl: float = seconds(20.0, "lease of Dynamo's engines in etcd; that of a frontend is 40 s longer")
     restart_backoff: float = seconds(1.0, "first delay before a cohort that failed early is started again; doubles")
     restart_backoff_max: float = seconds(60.0, "longest delay between two starts of a cohort")
     restart_window: float = seconds(600.0, "window in which starts are counted")
