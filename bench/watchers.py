@@ -37,7 +37,7 @@ from gms_launch.control.access import Access
 from gms_launch.control.door import Door
 from gms_launch.control.keys import Keys, Share, followed
 from gms_launch.control.link import ControlLink
-from gms_launch.node.session import roles
+from gms_launch.node.session import ROLES
 
 RUN, COHORTS, LEASE = "w", 2, 5.0
 #: Writes that are timed, and the pause between two (seconds).
@@ -83,7 +83,7 @@ class Line:
             self.link = ControlLink(self.access, lambda call, *said: call(*said))
             self.link.connect(self.run, arrival.patience(self.agents, 20.0) if self.number else 20.0)
             if not self.number:
-                self.link.establish(roles())
+                self.link.establish(ROLES)
                 self.link.put_now(self.run.run, b"run")
             else:
                 self.link.get(self.run.run)
