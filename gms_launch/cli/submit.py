@@ -83,6 +83,7 @@ def main(settings: Settings, job: sbatch.Job, dry_run: bool, wait: bool, timeout
         print(f"# {job.directory / 'submit.sbatch'}\n{text}\n# {job.directory / 'settings.toml'}\n{saved}", end="")
         return
     directory.refuse_live()
+    _refuse_queued(run)
     try:
         home().mkdir(mode=0o700, parents=True, exist_ok=True)
         job.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -174,6 +175,21 @@ def _from_shell(options: Sequence[str]) -> list[str]:
     given = {_SHORT.get(name, name) for name, _ in map(sbatch.named, options)}
     said = {option: os.environ.get(env, "") for env, option in _FROM_SHELL.items()}
     return [f"--{option}={value}" for option, value in said.items() if value and option not in given]
+
+
+def _refuse_queued(run: str) -> None:
+    """Raise `RefusedError` when this user's queue has a job of that run: both would read the settings saved last."""
+    command = ["squeue", "-h", "--me", "-n", run, "-o", "%A %T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return  # sbatch has the word then
+    number, _, state = done.stdout.partition("\n")[0].partition(" ")
+    if done.returncode == 0 and number:
+        raise RefusedError(
+            f"run {run} is job {number} already, which is {state.lower()}; `scancel {number}` first, or choose "
+            "another --run. Nothing was submitted"
+        )
 
 
 def _sbatch(script: Path) -> str:

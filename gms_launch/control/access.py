@@ -17,6 +17,12 @@ class Access:
     cert: str = ""
     key: str = ""
 
+    @property
+    def silent(self) -> str:
+        """That it does not answer, in words: of several members too few may."""
+        few = f", or fewer than {len(self.endpoints) // 2 + 1} of its {len(self.endpoints)} members do"
+        return f"etcd at {', '.join(self.endpoints)} does not answer{few if len(self.endpoints) > 1 else ''}"
+
 
 def split_endpoint(url: str) -> tuple[str, int, bool]:
     """Host, port and TLS of an endpoint URL; the scheme may be missing. Raises `UsageError`."""

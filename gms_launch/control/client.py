@@ -205,7 +205,7 @@ class Etcd:
                 error = exc
             self.drop(generation)
             if time.monotonic() + delay > deadline or self._closed:
-                told = f"etcd at {', '.join(self._access.endpoints)} does not answer: {describe(error)}"
+                told = f"{self._access.silent}: {describe(error)}"
                 try:
                     raise NoContactError(told) from error
                 finally:

@@ -249,10 +249,11 @@ class RunDir:
                 return
         elif not previous.local and abs(time.time() - previous.created) > 60.0 and not previous.responds():
             return
-        raise RefusedError(
-            f"run {self.run} is already up (agent {previous.agent_pid} on {previous.leader_host}); "
-            f"stop it with `gms-launch down --run {self.run}` or choose another --run"
-        )
+        why = f"already up (agent {previous.agent_pid} on {previous.leader_host})"
+        if previous.local and not proc.alive(previous.agent):
+            why = "up on other nodes, and too few members of its etcd answer to take this one back"
+        end = f"stop it with `gms-launch down --run {self.run}` or choose another --run"
+        raise RefusedError(f"run {self.run} is {why}; {end}")
 
     def text(self, path: Path) -> str:
         """One of the files that the leader's agent keeps in its node directory too: that copy while the agent lives,
@@ -359,8 +360,7 @@ def find(run: str | None) -> tuple[RunDir, RunFile]:
         if found is None:
             raise NoContactError(f"there is no run {wanted}: {directory.run_json} does not exist. {_known()}")
         return directory, found
-    job = slurm_run_id(os.environ)
-    if job:
+    if job := slurm_run_id(os.environ):
         directory = RunDir.of(job)
         found = directory.read()
         if found is not None:

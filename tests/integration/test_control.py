@@ -319,6 +319,10 @@ def test_another_endpoint_is_used_when_one_is_dead(etcd: EtcdServer) -> None:
     client.put("/a/1", b"1")
     assert client.get("/a/1") == b"1"
     client.close()
+    none = Etcd(Access(tuple(f"http://127.0.0.1:{free_port()}" for _ in range(3))), timeout=1.0)
+    with pytest.raises(NoContactError, match="does not answer, or fewer than 2 of its 3 members do: "):
+        none.get("/a/1", retry=0.1)
+    none.close()
 
 
 #: Where the servers of these tests are.

@@ -225,6 +225,13 @@ def test_what_slurm_refuses_is_told_and_nothing_else_happens(lab: Lab, model: Pa
     assert "--partition=lab\n" in done.stdout and "elsewhere" not in done.stdout and "--account=us\n" in done.stdout, (
         done
     )
+    # A name that a job in the queue has: that job would read what is saved now.
+    saved = run.home.parent / ".jobs" / run.run / "settings.toml"
+    number = submit(run, "-N1", "--shadows=2", "--sbatch=--hold").stdout.split()[1]
+    done = submit(run, "-N1", "--shadows=3")
+    assert done.returncode == 3 and f"is job {number} already, which is pending" in done.stderr, done
+    assert "shadows = 2" in saved.read_text()
+    assert lab.run(["scancel", number]).returncode == 0
     assert submit(run, "-N1", "--hosts=a,b").returncode == 2
     assert submit(run, "-N2", "--tp=3").returncode == 2
     done = submit(run, "-N1", "--sbatch=:")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import ssl
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gms_launch.control.authority import Authority
-from gms_launch.errors import NoContactError, UsageError
+from gms_launch.errors import NoContactError, RefusedError, UsageError
+from gms_launch.process import proc
 from gms_launch.run import contact
 from gms_launch.run.rundir import RunDir, RunFile, find
 
@@ -73,6 +76,28 @@ def test_a_run_whose_agents_were_killed_does_not_stand_beside_the_one_that_answe
     # None answers: all are named, for none is known to be the one that is meant.
     with pytest.raises(UsageError, match="killed"):
         find(None)
+
+
+def test_a_node_that_others_go_on_without_is_told_why_they_cannot_take_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One member of three answers, and the agent of this very node is dead: that is not a run that is up here."""
+    monkeypatch.setenv("GMS_LAUNCH_HOME", str(tmp_path))
+    authority, own = Authority.create(), proc.identity(os.getpid())
+    assert own is not None
+    with etcd_of(authority) as port:
+        directory = RunDir.of("r")
+        directory.path.mkdir()
+        where = tuple(f"https://127.0.0.1:{p}" for p in (port, 1, 2))
+        first = (socket.gethostname(), proc.boot_id(), own.pid, own.start)
+        run = RunFile("r", "1", time.time(), *first, "/nowhere", where, etcd_ca=authority.cert, settings={"groups": 2})
+        run = replace(run, pid_namespace=proc.namespace())
+        directory.write(run)
+        with pytest.raises(RefusedError, match="already up"):
+            directory.refuse_live()
+        directory.write(replace(run, agent_start=own.start + 1))  # that process has ended
+        with pytest.raises(RefusedError, match="up on other nodes, and too few members of its etcd answer"):
+            directory.refuse_live()
 
 
 def test_a_run_of_an_older_version_is_said_to_be_that(tmp_path: Path) -> None:
