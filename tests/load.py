@@ -214,6 +214,11 @@ class Load:
         """For each stream that was in flight at `moment`, and was not lost, its longest pause there (seconds)."""
         return [a.pause_at(moment) for a in self.in_flight_at(moment, True) if not a.error]
 
+    def pauses(self, since: float, until: float) -> list[float]:
+        """The pauses of all streams between two moments, the shortest first (seconds); of answers that are over."""
+        found = [p for a in list(self.answers) if a.question.stream for p in a.pauses]
+        return sorted(seconds for begun, seconds in found if begun < until and begun + seconds > since)
+
     def outage(self, moment: float) -> float:
         """From `moment` to the first answer to a request sent after the first one lost; 0 when none was (seconds)."""
         later = [a for a in list(self.answers) if a.done >= moment]

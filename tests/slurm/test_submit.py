@@ -130,6 +130,42 @@ def test_a_node_of_a_job_of_groups_is_rebooted_and_comes_back(routed: Lab, model
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_node_of_a_job_of_groups_stays_away_and_min_groups_decides(model: Path, least: int) -> None:
+    """Two groups of two nodes. With one left the job goes on where one is enough, and ends with 4 where it is not."""
+    with Lab(nodes=4, slurmd_timeout=20) as lab:
+        for node in lab.nodes.values():
+            node.run(["ip", "route", "add", "default", "via", f"{lab.net}.254"], check=True)
+        run = LabRun(lab, model, "--lease-ttl=2", "--groups=2", "--node-wait=10", f"--min-groups={least}")
+        try:
+            done = submit(run, "-N4", "--gpus-per-node=1", *WAIT)
+            assert done.returncode == 0, done
+            number, before = done.stdout.split()[1], groups(run)
+            lost = before["g1"]["nodes"][1]["host"]
+            assert [len(g["nodes"]) for g in before.values()] == [2, 2] and lost == "node4"
+            lab.node(lost).power_off()
+            eventually(lambda: run.events("group_over"), LONG, "it was waited for long enough")
+            (over,) = run.events("group_over")
+            assert over["group"] == "g1" and "did not come back within 10 s" in over["detail"], over
+            if least == 2:
+                eventually(lambda: run.run_file()["ended"], LONG, "the run's end")
+                found = run.run_file()
+                assert found["exit_code"] == 4 and "1 group of 2 can still serve, and 2 must" in found["reason"], found
+                eventually(lambda: job(lab, number)["JobState"] not in ("RUNNING", "COMPLETING"), LONG, "the job's end")
+                assert job(lab, number)["ExitCode"] == "4:0", job(lab, number)
+                return
+            eventually(lambda: "down" in lab.run(["sinfo", "-h", "-n", lost, "-o", "%t"]).stdout, LONG, "Slurm knows")
+            assert job(lab, number)["JobState"] == "RUNNING" and not run.events("stopping")
+            assert groups(run)["g1"]["over"] and ranks(groups(run)["g0"]) == ranks(before["g0"]) and run.text()
+            run.cli("down")
+            eventually(lambda: job(lab, number)["JobState"] not in ("RUNNING", "COMPLETING"), LONG)
+        finally:
+            lab.node("node4").start()
+            cleared(lab, run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_job_of_the_queue_comes_up_again_as_often_as_it_may(lab: Lab, model: Path) -> None:
     run = LabRun(lab, model)
     try:
