@@ -29,6 +29,8 @@ NODE_WAIT = 30.0
 POLICY = Policy(COHORTS, 100.0, 20.0, 1.0, 8.0, 600.0, limit=20, node_wait=NODE_WAIT)
 #: Whoever is back for so long has been seen (seconds).
 SEEN = 10.0
+#: A watch that has said nothing for so long is begun anew: what etcd has known for longer, who is well knows (seconds).
+WATCH = 6.0
 #: Fewer groups than this end the run.
 LEAST = 1
 Key = tuple[Any, ...]
@@ -70,6 +72,7 @@ class Machine(Agent):
     lock: Rank | None = None
     absent: dict[int, float] = field(default_factory=dict)
     heard_since: float = 0.0
+    behind_since: float | None = None
     #: How often there was news, and after which, and when, it last looked.
     heard: int = 0
     looked: tuple[float, int] = (-1.0, 0)
@@ -510,6 +513,10 @@ class RunWorld(LeadWorld):
         while self.now < end:
             super().pass_time(min(1.0, end - self.now))
             for m in self.agents:
+                m.behind_since = (self.now if m.behind_since is None else m.behind_since) if m.news else None
+                if m.behind_since is not None and self.now - m.behind_since >= WATCH and not m.stopped:
+                    while m.news and self.reaches(m):
+                        self.hear(m)
                 if not m.procs or self.sure(m):
                     continue
                 if not m.stopped:
