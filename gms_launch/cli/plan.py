@@ -167,11 +167,14 @@ def of_groups(settings: Settings, gpu_gib: int, gpus: int, as_json: bool) -> Non
     if as_json:
         rows = [p.to_json() | {"gpu_memory": r and r.to_json()} for p, r in zip(placed, rooms, strict=True)]
         spare = {"spares": settings.spares} if settings.spares else {}
+        store, front = nodes[0].store, nodes[0].front
         whole = {"schema": 1, "nnodes": settings.nnodes, **spare, "gpus": gpus, "groups": rows}
+        whole |= {"etcd_nodes": list(range(store.members)), "frontend_nodes": list(range(front.number))}
         print(json.dumps(whole | ({} if gpu_gib else {"nodes": plans}), indent=1))
     else:
         print(f"run {settings.run_id or 'RUN'}: {placement.summary(placed, settings.nnodes, gpus)}")
         print("\n".join(placement.drawing(placed, settings.nnodes, gpus, settings.spares)))
+        print(placement.around(settings))
         for p, room in zip(placed, rooms, strict=True):
             if room is not None:
                 print(f"\n# memory of each GPU of group {p.group.name}", *room.lines(), sep="\n# ")

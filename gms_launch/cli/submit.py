@@ -122,7 +122,7 @@ def _with_groups(settings: Settings, job: sbatch.Job) -> tuple[sbatch.Job, list[
     options = job.options if said else (*job.options, f"--gpus-per-node={gpus}")
     drawn = placement.drawing(placed, nodes, gpus, own.spares)
     job = replace(job, nodes=nodes, options=options, groups=len(placed))
-    return job, [placement.summary(placed, nodes, gpus), *drawn]
+    return job, [placement.summary(placed, nodes, gpus), *drawn, placement.around(own)]
 
 
 def as_toml(settings: Settings, secret: Callable[[str], str] = str) -> str:

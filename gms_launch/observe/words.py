@@ -145,11 +145,14 @@ def standing(group: Snapshot, run: Snapshot, moment: float) -> str:
         return "; ".join(said)
     down = sorted({place(group, n.node_rank) for n in group.nodes for g in n.gms if g.state == "DOWN"})
     said = [f"GMS is down on node {', '.join(down)}"] if down else []
+    slots: dict[str, list[str]] = {}  # what several are at is told once
     for c in group.cohorts:
         ends = any(r.leftovers for r in c.ranks)
         what = "given up: " + c.why if c.given_up else "cannot be killed" if ends else tries(c, moment)
         what = what or progress.note(c, group, moment)
-        said += [f"cohort {c.cohort_id}: {in_a_line(what)}"] if what else []
+        if what:
+            slots.setdefault(in_a_line(what), []).append(str(c.cohort_id))
+    said += [f"{'cohort' if len(ids) == 1 else 'cohorts'} {', '.join(ids)}: {what}" for what, ids in slots.items()]
     if not said and group.records is not group.redundancy and group.primary is not None and not group.starting:
         return "not confirmed yet: a token is waited for"
     return "; ".join(said)

@@ -158,6 +158,27 @@ def drawing(placed: Sequence[Placed], nnodes: int, gpus: int, spares: int = 0) -
     return ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[3]]).rstrip() for r in rows]
 
 
+def around(s: Settings) -> str:
+    """Where lies what all groups need, and what the loss of a node comes to."""
+    members, fronts = 0 if s.etcd_endpoints else s.members(s.serving_nodes), s.fronts(s.serving_nodes)
+    where = [f"{name} on {_from_0(count)}" for name, count in (("etcd", members), ("frontend", fronts)) if count]
+    if s.nnodes == 1:
+        return ", ".join(where)
+    if members < 3:
+        may = not s.etcd_endpoints and s.serving_nodes >= 3
+        end = "the run ends when node 0 is lost" + (" (without --etcd-members 3 --frontends auto)" if may else "")
+    elif fronts == 1:
+        end = "no single node ends the run, but without node 0 nobody gets in (--frontends auto)"
+    else:
+        end = "no single node ends the run"
+    spare = "a spare takes the place of one that is lost" if s.spares else "the groups of one that is lost wait for it"
+    return f"{', '.join(where)}: {end}; {spare}"
+
+
+def _from_0(count: int) -> str:
+    return "node 0" if count == 1 else f"nodes 0-{count - 1}"
+
+
 def span(gpus: range) -> str:
     """GPUs of a node for people."""
     last = gpus.stop - 1

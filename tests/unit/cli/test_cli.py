@@ -194,6 +194,7 @@ def test_groups_are_drawn(tmp_path: Path, model: Path) -> None:
         ["node", "1", "GPUs", "0-3"],
         ["node", "2", "GPUs", "0-1"],
         ["GPUs", "2-3", "small-1", "leads,"],
+        ["etcd", "on", "node", "0,"],
     ]
     assert [node.partition("\n")[0] for node in nodes] == ["node 0 of 3", "node 1 of 3", "node 2 of 3"]
     assert nodes[1].count("-m gms_launch.engines.reference") == 2 and nodes[2].count("\n# small-1.cohort ") == 2

@@ -126,3 +126,37 @@ def test_a_spare_node_is_drawn_as_one() -> None:
     assert placement.drawing(placement.place(found, 2, 8), 3, 8, 1)[-1].endswith(
         "a spare: takes the place of a node that is lost"
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({}, "etcd on node 0, frontend on node 0"),
+        (
+            {"nnodes": "2"},
+            "etcd on node 0, frontend on node 0: the run ends when node 0 is lost; the groups of one that is lost wait "
+            "for it",
+        ),
+        (
+            {"nnodes": "4"},
+            "etcd on node 0, frontend on node 0: the run ends when node 0 is lost (without --etcd-members 3 "
+            "--frontends auto); the groups of one that is lost wait for it",
+        ),
+        (
+            {"nnodes": "4", "etcd_members": "3"},
+            "etcd on nodes 0-2, frontend on node 0: no single node ends the run, but without node 0 nobody gets in "
+            "(--frontends auto); the groups of one that is lost wait for it",
+        ),
+        (
+            {"nnodes": "5", "etcd_members": "auto", "frontends": "2", "spares": "1"},
+            "etcd on nodes 0-2, frontend on nodes 0-1: no single node ends the run; a spare takes the place of one "
+            "that is lost",
+        ),
+        (
+            {"nnodes": "3", "etcd_endpoints": "http://e:2379"},
+            "frontend on node 0: the run ends when node 0 is lost; the groups of one that is lost wait for it",
+        ),
+    ],
+)
+def test_where_etcd_and_the_frontends_lie_and_what_a_lost_node_comes_to(said: dict[str, str], told: str) -> None:
+    assert placement.around(resolve({"leader_addr": "a", "groups": "2", **said}, {}, {})) == told
