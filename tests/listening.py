@@ -53,7 +53,9 @@ def of_run(run: str, ports: Mapping[str, Any]) -> tuple[set[Row], list[Listener]
     # The agent has a second descriptor of its engine's socket, for the requests that wait (docs/hold.md).
     theirs = {(s.address, s.port) for s in found if names[s.pid] == "engine"}
     own = [s for s in found if names[s.pid] != "agent" or (s.address, s.port) not in theirs]
-    return {r for r in rows if (r.who, r.what) != ("agent", "requests")}, own
+    # And it listens itself where the proxies do, so that nobody takes their place between two starts.
+    shared = {("agent", "requests"), *(("agent", r.what) for r in rows if r.who in ("proxy", "etcd-proxy"))}
+    return {r for r in rows if (r.who, r.what) not in shared}, own
 
 
 def _who(pid: int, part: str) -> str:

@@ -19,6 +19,8 @@ from gms_launch.process.lifecycle import Command
 from gms_launch.spool.output import Output
 from gms_launch.spool.reading import within
 
+#: The variable that says at which descriptor a service is to listen.
+LISTENS = "GMS_LAUNCH_LISTENS"
 #: A service that ran this long before it died is started again without delay (seconds).
 STABLE_AFTER = 30.0
 #: Longest pause before a start (seconds); shorter for one that the run cannot go on without.
@@ -48,7 +50,8 @@ class Service:
     dies it stays dead, and what follows is for the controller to say. `liveness`: once ready, it is killed when it
     gives no answer for so long (seconds; 0: never); `alive` is a cheaper probe for that. `essential`: the run cannot go
     on when it cannot be brought back within `timeout`. `private`: its ports at which other users of this machine have
-    no business.
+    no business. `binds`: an address and a port at which the agent itself listens, from the first start to the end, and
+    whose descriptor each start is told of in `LISTENS`: nobody takes the port between two, and who comes then waits.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Service:
     alive: Callable[[], object] | None = None
     essential: bool = False
     private: tuple[int, ...] = ()
+    binds: tuple[str, int] | None = None
 
 
 def connect(

@@ -16,10 +16,11 @@ from urllib.parse import urlsplit
 from gms_launch.control.access import Access
 from gms_launch.process.lifecycle import Command
 from gms_launch.services import etcd, proxy
-from gms_launch.services.base import NotReadyError, Service
+from gms_launch.services.base import LISTENS, NotReadyError, Service
 from gms_launch.spool.files import write_private
 
 NAME = "etcd-proxy"
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class EtcdProxy:
 
     @property
     def url(self) -> str:
-        return f"https://127.0.0.1:{self.port}"
+        return f"https://{LOOPBACK}:{self.port}"
 
     @property
     def config(self) -> Path:
@@ -75,8 +76,6 @@ def text(near: EtcdProxy) -> str:
 global
     fd-hard-limit 4096
     nbthread 1
-    # Else a second one could listen on the same port unnoticed.
-    noreuseport
     stats socket {near.socket} mode 600 level admin
 defaults
     mode tcp
@@ -91,7 +90,7 @@ defaults
     default-server inter 500ms fastinter 250ms downinter 1s fall 2 rise 1
     default-server observe layer4 error-limit 1 on-error mark-down on-marked-down shutdown-sessions
 frontend dynamo
-    bind 127.0.0.1:{near.port}
+    bind "fd@${{{LISTENS}}}"
     default_backend etcd
 backend etcd
 {servers}
@@ -114,6 +113,7 @@ def service(near: EtcdProxy, binary: str, asked: Access, timeout: float, livenes
         liveness=liveness,
         alive=lambda: _answers(near),
         private=(near.port,),
+        binds=(LOOPBACK, near.port),
     )
 
 

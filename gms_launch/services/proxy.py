@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gms_launch.errors import UsageError
 from gms_launch.process.lifecycle import Command
-from gms_launch.services.base import NotReadyError, Service, http_answer
+from gms_launch.services.base import LISTENS, NotReadyError, Service, http_answer
 from gms_launch.services.etcd import host
 from gms_launch.services.frontend import Where
 from gms_launch.spool.files import write_private
@@ -73,8 +73,6 @@ global
     # Two descriptors a connection, as many as the agent may have; threads for streams, not one for every core.
     fd-hard-limit 65536
     nbthread 4
-    # Else a second one could listen on the same port unnoticed.
-    noreuseport
     stats socket {proxy.socket} mode 600 level admin
 defaults
     mode http
@@ -101,7 +99,7 @@ defaults
     http-error status 502 content-type application/json string '{_error("the frontend ended in the middle")}'
     http-error status 503 content-type application/json string '{_error("the frontend is not there, try again")}'
 frontend clients
-    bind {host(proxy.address)}:{proxy.port}{tls}
+    bind "fd@${{{LISTENS}}}"{tls}
     # Hashes are looked up and not keys, so the time that it takes tells nothing of a key.
     acl known http_auth_bearer,sha2(256),hex,map({proxy.keys}) -m found
     acl open path {" ".join(OPEN)}
@@ -134,7 +132,8 @@ def service(proxy: Proxy, binary: str, timeout: float, liveness: float = 0.0) ->
     """The proxy, ready within `timeout` seconds and restarted when it is silent for `liveness` (0: never)."""
     # -db: in the foreground, as one process.
     command = Command((binary, "-db", "-f", str(proxy.config)), {})
-    return Service("proxy", command, lambda: probe(proxy), timeout, port=proxy.port, liveness=liveness)
+    ready, at = lambda: probe(proxy), (proxy.address, proxy.port)
+    return Service("proxy", command, ready, timeout, port=proxy.port, liveness=liveness, binds=at)
 
 
 def probe(proxy: Proxy) -> None:

@@ -9,15 +9,17 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Callable
 from typing import Any
 
 from gms_launch.cohort.records import ServiceStatus
 from gms_launch.errors import LaunchError
-from gms_launch.process import lifecycle, proc
-from gms_launch.process.lifecycle import Child
+from gms_launch.process import lifecycle, listener, proc
+from gms_launch.process.lifecycle import Child, Command
 from gms_launch.services.base import (
     ESSENTIAL_MAX,
+    LISTENS,
     LOOP,
     RESTART_MAX,
     STABLE_AFTER,
@@ -61,6 +63,7 @@ class ServiceRunner:
         self._tag, self._node_rank, self._open, self._on_change = tag, node_rank, output, on_change
         self._child: Child | None = None
         self._exited = asyncio.Event()
+        self._listener: socket.socket | None = None
         self._stopping = False
         self._keeper: asyncio.Task[None] | None = None
 
@@ -98,10 +101,11 @@ class ServiceRunner:
         self.starts += 1
         tag = f"{self._tag}/{self.starts}/{self._node_rank}"
         try:
+            command, fds = self._listens(self.service.command)
             output = self._open(f"{self.service.name}.{self.starts}.log")
-            child = lifecycle.spawn(self.service.name, self.service.command, tag, output)
+            child = lifecycle.spawn(self.service.name, command, tag, output, fds)
         except OSError as exc:
-            raise ServiceError(f"{self.service.name} could not be started: {exc}") from None
+            raise ServiceError(f"{self.service.name} could not be started: {exc}{self._squatter()}") from None
         self._child, self._exited = child, asyncio.Event()
         loop = asyncio.get_running_loop()
         exited = self._exited
@@ -113,6 +117,15 @@ class ServiceRunner:
             exited.set()
 
         loop.add_reader(child.pidfd, ended)
+
+    def _listens(self, command: Command) -> tuple[Command, tuple[int, ...]]:
+        """What to run, and the descriptors that it is given. Raises `OSError`."""
+        if self.service.binds is None:
+            return command, ()
+        if self._listener is None:
+            self._listener = listener.bind(*self.service.binds)
+        number = self._listener.fileno()
+        return Command(command.argv, {**command.env, LISTENS: str(number)}), (number,)
 
     async def _wait_ready(self) -> None:
         loop = asyncio.get_running_loop()
@@ -142,9 +155,10 @@ class ServiceRunner:
 
     def _squatter(self) -> str:
         """Whoever has taken its port meanwhile, for people: what clients send goes there now."""
-        if self.service.port is None or (uid := proc.who_listens(self.service.port)) is None:
+        port = self.service.port
+        if port is None or self._listener is not None or (uid := proc.who_listens(port)) is None:
             return ""
-        return f"; a process of uid {uid} listens on port {self.service.port}"
+        return f"; a process of uid {uid} listens on port {port}"
 
     def _error(self, text: str) -> ServiceError:
         command = " ".join(self.service.command.argv)
@@ -229,7 +243,7 @@ class ServiceRunner:
 
     async def renew(self) -> None:
         """End it and start it anew. Raises `ServiceError`."""
-        await self.stop()
+        await self._end()
         self._stopping = False
         await self.start()
 
@@ -245,6 +259,12 @@ class ServiceRunner:
 
     async def stop(self, grace: float = 3.0) -> None:
         """End it: SIGTERM, and SIGKILL after `grace` seconds."""
+        await self._end(grace)
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+    async def _end(self, grace: float = 3.0) -> None:
         self.let_go()
         if self._child is None or self._exited.is_set():
             return

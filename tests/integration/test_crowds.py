@@ -17,6 +17,7 @@ import pytest
 from gms_launch.process import clients, listener
 from gms_launch.run import credentials
 from gms_launch.services import etcd_proxy
+from tests.integration.test_etcd_proxy import begin
 from tests.integration.test_strangers import DROP
 from tests.support import Deployment, eventually, free_port
 
@@ -98,7 +99,7 @@ def test_who_holds_all_places_of_etcds_proxy_is_turned_out_and_nobody_else(tmp_p
         near.config.write_text(near.config.read_text().replace("check check-ssl verify required ca-file", "#"))
         service = etcd_proxy.service(near, "/usr/sbin/haproxy", access, 60.0)
         assert service.private == (near.port,)
-        proxy = subprocess.Popen(service.command.argv)
+        listens, proxy = begin(service)
 
         def come(timeout: float = 1.0) -> socket.socket | None:
             client = socket.socket()
@@ -135,6 +136,7 @@ def test_who_holds_all_places_of_etcds_proxy_is_turned_out_and_nobody_else(tmp_p
         finally:
             proxy.kill()
             proxy.wait()
+            listens.close()
             member.shutdown(socket.SHUT_RDWR)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,8 +18,9 @@ import pytest
 from gms_launch.control.access import Access
 from gms_launch.control.client import Etcd, etcd3
 from gms_launch.engines.base import DynamoPlane, Nats
+from gms_launch.process import listener
 from gms_launch.services import etcd_proxy
-from gms_launch.services.base import NotReadyError
+from gms_launch.services.base import LISTENS, NotReadyError, Service
 from tests.integration.test_cluster import Three, three
 from tests.support import LONG, eventually, free_port, gms_launch
 
@@ -39,7 +41,7 @@ class Near:
         asked = Access((self.near.url,), three.authority.cert, three.root.cert, three.root.key)
         self.service = etcd_proxy.service(self.near, "/usr/sbin/haproxy", asked, 30.0)
         self.log = directory / "frontend.log"
-        self.proxy = subprocess.Popen(self.service.command.argv)
+        self.listens, self.proxy = begin(self.service)
         eventually(self.ready, LONG)
         here = Access((self.near.url,), access.ca, access.cert, access.key)
         env = dict(os.environ)
@@ -77,6 +79,16 @@ class Near:
         for process in (self.frontend, self.proxy):
             process.kill()
             process.wait()
+        self.listens.close()
+
+
+def begin(service: Service) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Start a service that listens at a descriptor of ours."""
+    assert service.binds is not None
+    listens = listener.bind(*service.binds)
+    number = listens.fileno()
+    env = os.environ | {LISTENS: str(number)}
+    return listens, subprocess.Popen(service.command.argv, env=env, pass_fds=[number])
 
 
 @pytest.fixture

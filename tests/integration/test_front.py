@@ -10,7 +10,9 @@ import re
 import signal
 import socket
 import ssl
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,9 @@ from gms_launch.engines.base import LOOPBACK
 from gms_launch.process import proc
 from gms_launch.services import frontend
 from tests import certificates
+from tests.integration.test_strangers import DROP, SQUATTER, STRANGER
 from tests.load import Load
-from tests.support import Deployment, eventually, gms_launch
+from tests.support import Deployment, eventually, gms_launch, stopped
 
 KEYS = ["alices-key-0123456789abcdef", "c2Vjb25kIGtleSBvZiBib2I/+=="]
 LATER = "a-key-that-comes-later-42"
@@ -222,6 +225,28 @@ def test_a_proxy_and_a_frontend_that_are_killed_come_back(run: Closed) -> None:
     os.kill(frozen, signal.SIGKILL)
     assert run.service("proxy")["pid"] == proxy["pid"]
     eventually(lambda: '"tiny"' in run.ask("/v1/models", KEYS[0])[1])
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root")
+def test_nobody_takes_the_port_of_a_proxy_that_is_started_again(run: Closed) -> None:
+    """He would be shown keys and prompts. The agent listens there itself: who comes meanwhile waits for the next."""
+    run.wait_full()
+    killed = run.service("proxy")
+    code = SQUATTER.format(uid=STRANGER, port=run.port)
+    stranger = subprocess.Popen([*DROP, "/usr/bin/python3", "-c", code], cwd="/", stdout=subprocess.PIPE, text=True)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with stopped(run.agent.pid):  # so that nobody is quicker than he
+                os.kill(int(str(killed["pid"])), signal.SIGKILL)
+                waits = pool.submit(run.ask, "/v1/models", KEYS[0])
+                with pytest.raises(TimeoutError):
+                    waits.result(2.0)
+            assert waits.result(60.0)[0] == 200, "it was answered by the proxy's next life"
+        again = int(str(killed["starts"])) + 1
+        eventually(lambda: run.service("proxy")["starts"] == again, what="its next life is told of")
+    finally:
+        stranger.kill()
+        assert stranger.communicate()[0] == "", "he never had it"
 
 
 def test_after_down_nothing_of_the_way_in_is_left(run: Closed) -> None:
