@@ -24,6 +24,7 @@ class Leader:
     def __init__(self, *answers: bool | Exception) -> None:
         self.loop = asyncio.get_running_loop()
         self.mirror = SimpleNamespace(nodes={}, keys=KEYS)
+        self.layout = SimpleNamespace(run="r")
         self.settings = SimpleNamespace(node_wait=0.05, dynamo_lease_ttl=20.0)
         self.dead_agents: dict[int, int] = {}
         self.ready, self.wake = asyncio.Event(), asyncio.Event()
