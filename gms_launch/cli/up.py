@@ -278,9 +278,13 @@ def _make_places(layout: Layout, record: RunFile) -> None:
 
 
 def _input_ended(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
-    if not os.read(0, 4096):
-        loop.remove_reader(0)
-        agent.node.interrupt("the command that started this agent is gone")
+    """A word there means that the run is to stop. An end without one may be that of this one connection."""
+    word = os.read(0, 4096)
+    loop.remove_reader(0)
+    if word:
+        agent.node.interrupt("the command that started this agent stops the run")
+    else:
+        agent.node.abandoned("the command that started this agent is gone, or the connection with it")
 
 
 def _watch_parent(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:

@@ -1,6 +1,8 @@
 """`gms-launch up --hosts a,b,c`: an agent on each host by SSH; it lives as long as this command.
 
-Every agent is told to stop by the end of its standard input, so nothing outlives this command, however that ends.
+Every agent is told to stop on its standard input, and stops at the end of that too, so nothing outlives this command,
+however that ends. In a run of groups that is up, an agent that is gone, or whose connection is, is a lost node: another
+is started there as soon as its host lets us in.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ from gms_launch.settings.declared import MOST_NODES, Settings
 from gms_launch.settings.rules import host_problem, shortened
 from gms_launch.transport import gms_launch, ssh
 
+#: How long after an agent was lost, and then after each try, another is started there (seconds).
+AGAIN = 10.0
+#: The last word to an agent. Without it, what it reads from is broken.
+STOP = "stop\n"
 #: What a stop may take beyond kill_wait before the connections are closed under it (seconds).
 PATIENCE = 10.0
 
@@ -94,19 +100,25 @@ class Hosts:
         self._hosts, self._settings, self._reporter = hosts, settings, reporter
         self._news: queue.Queue[tuple[int, str, str]] = queue.Queue()
         self._failures: dict[int, LaunchError] = {}
+        self._connections: list[ssh.Connection] = []
+        self._remotes: dict[int, ssh.Remote] = {}
+        self._over = threading.Event()
+        self._is_up = False
 
     def run(self) -> None:
         """Until the last agent has ended. Raises what the run failed with."""
-        connections = self._connect()
+        self._connections = self._connect()
         try:
-            remotes = [c.start(self._argv(k), self._secrets()) for k, c in enumerate(connections)]
+            for rank, connection in enumerate(self._connections):
+                self._remotes[rank] = connection.start(self._argv(rank), self._secrets())
             for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(sig, self._signalled)
-            for rank, remote in enumerate(remotes):
+            for rank, remote in self._remotes.items():
                 threading.Thread(target=self._read, args=(rank, remote), daemon=True).start()
-            self._follow(remotes)
+            self._follow()
         finally:
-            for connection in connections:
+            self._over.set()
+            for connection in self._connections:
                 connection.close()
         if self._failures:
             # Two agents may fail for one reason; the one that failed by itself says it best.
@@ -169,11 +181,26 @@ class Hosts:
             said = said or "the connection broke; its agent stops by itself when it notices"
         self._news.put((rank, "ended", json.dumps([code, said or errors.removeprefix("gms-launch: ")])))
 
+    def _again(self, rank: int) -> None:
+        """In a thread: start another agent on a host as soon as it lets us in, and read what that says."""
+        while not self._over.wait(AGAIN):
+            try:
+                connection = ssh.connect(self._hosts[rank])
+                self._connections.append(connection)
+                remote = self._remotes[rank] = connection.start(self._argv(rank), self._secrets())
+            except NoContactError:
+                continue  # that it is away has been said
+            if self._over.is_set():
+                remote.end_input()
+            self._news.put((rank, "again", "another agent was started"))
+            self._read(rank, remote)
+            return
+
     def _signalled(self, number: int, _: FrameType | None) -> None:
         self._news.put((-1, "stop", f"signal {signal.Signals(number).name}"))
 
-    def _follow(self, remotes: list[ssh.Remote]) -> None:
-        running = set(range(len(remotes)))
+    def _follow(self) -> None:
+        running = set(self._remotes)
         deadline: float | None = None
 
         def stop(why: str) -> None:
@@ -181,8 +208,9 @@ class Hosts:
             if deadline is None:
                 self._reporter.progress(f"stopping: {why}")
                 deadline = time.monotonic() + self._settings.kill_wait + PATIENCE
-                for remote in remotes:
-                    remote.end_input()
+                self._over.set()
+                for remote in list(self._remotes.values()):
+                    remote.end_input(STOP)
 
         while running:
             try:
@@ -203,11 +231,22 @@ class Hosts:
             elif kind == "progress":
                 self._reporter.progress(f"{self._hosts[rank]}: {text}")
             elif kind == "ready" and rank == 0:
+                self._is_up = True
                 self._reporter.ready(text)
+            elif kind == "again":
+                running.add(rank)
+                self._reporter.progress(f"{self._hosts[rank]}: {text}")
             elif kind == "ended":
                 running.discard(rank)
                 code, said = json.loads(text)
+                where, said = self._hosts[rank], said or f"ended with code {code}"
+                if code and rank and deadline is None and self._settings.grouped and self._is_up:
+                    more = "" if code == UsageError.exit_code else ", another is started when the host lets us in"
+                    self._reporter.progress(f"{where}: its agent is lost ({said}), the others go on{more}")
+                    if more:
+                        threading.Thread(target=self._again, args=(rank,), daemon=True).start()
+                    continue
                 if code:
-                    self._failures[rank] = by_code(code, f"{self._hosts[rank]}: {said or f'ended with code {code}'}")
-                # One agent is missing: the cohorts, which span all hosts, are broken.
-                stop(f"the agent on {self._hosts[rank]} has ended" + (f" with code {code}" if code else ""))
+                    self._failures[rank] = by_code(code, f"{where}: {said}")
+                # One agent is missing: the cohorts, which span all hosts, are broken; or the run is over.
+                stop(f"the agent on {where} has ended" + (f" with code {code}" if code else ""))

@@ -277,17 +277,12 @@ class Agent:
             for node in self.node.mirror.nodes.values():
                 if node.node_rank >= self.node.settings.serving_nodes:
                     continue  # a spare's end is its own
-                if node.failed and self._outlives_agents:
+                if node.failed and self.node.outlives_agents:
                     continue  # as one that is lost: each of its groups waits for it
                 if node.failed and node.node_rank != self.node.node_rank:
                     self.node.fail(by_code(node.exit_code, f"{membership.name(node)}: {node.failed}"))
                 elif node.stopping and node.node_rank != self.node.node_rank:
                     self.node.stop(f"{membership.name(node)} is stopping")
-
-    @property
-    def _outlives_agents(self) -> bool:
-        """Whether the end of another node's agent with an error concerns the groups there alone: once all is up."""
-        return self.node.layout.number_of_groups > 0 and self.node.ready.is_set()
 
     def _follow_gms(self, group: Group) -> None:
         """Start new GMS servers when the group calls for them and nothing here uses the old ones any more."""

@@ -20,7 +20,7 @@ from gms_launch.cohort.model import ALIVE, Redundancy
 from gms_launch.cohort.records import EndedRecord
 from gms_launch.control.claims import Claims
 from gms_launch.control.mirror import Mirror
-from gms_launch.errors import InterruptedRunError, LaunchError
+from gms_launch.errors import InterruptedRunError, LaunchError, NoContactError
 from gms_launch.node import whose
 from gms_launch.node.desk import Near
 from gms_launch.node.exporter import Exporter
@@ -168,6 +168,21 @@ class Node:
         run = self.mirror.run
         later = self.layout.settings.grouped and self.layout.follows and not self.begun
         return later and run is not None and bool(run.redundancy)
+
+    @property
+    def outlives_agents(self) -> bool:
+        """Whether the end of another node's agent with an error concerns the groups there alone: once all is up."""
+        return self.layout.number_of_groups > 0 and self.ready.is_set()
+
+    def abandoned(self, why: str) -> None:
+        """Nobody is there any more who could stop this agent. Where groups outlive an agent, it goes alone: they wait
+        for another here. Should all be abandoned, the run's leader stops the run.
+        """
+        if self.outlives_agents and not self.leads:
+            self.failure = self.failure or NoContactError(why)
+            self.stop(why)
+        else:
+            self.interrupt(why)
 
     def interrupt(self, why: str) -> None:
         """Stop, since somebody wants no more of it; before the run was up once, that is a start that failed."""

@@ -94,9 +94,11 @@ class Remote:
         """Waits for the end; -1 when the connection broke before."""
         return int(self._stdout.channel.recv_exit_status())
 
-    def end_input(self) -> None:
-        """End its standard input: an agent takes that for "stop"."""
+    def end_input(self, last: str = "") -> None:
+        """End its standard input, with a last word: an agent takes the end for "stop"."""
         with contextlib.suppress(OSError):  # it is gone already
+            self._stdin.write(last)
+            self._stdin.flush()
             self._stdin.channel.shutdown_write()
 
 

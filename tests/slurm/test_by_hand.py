@@ -202,6 +202,39 @@ def test_nothing_outlives_the_command_that_started_it_by_ssh(lab: Lab, model: Pa
         assert "the command that started this agent is gone" in logs
 
 
+@pytest.mark.slow
+def test_a_connection_that_breaks_costs_its_groups_alone(lab: Lab, model: Path, ssh_home: Path) -> None:
+    """Another agent is started there by itself; what is on the other hosts is not touched."""
+    node = lab.node("node1")
+    node.run(["ip", "route", "replace", "default", "via", f"{lab.net}.254"], check=True)
+    try:
+        flags = ("--groups=3", "--virtual-gpus=1", "--lease-ttl=2", "--node-wait=300")
+        with by_ssh(lab, model, ssh_home, "node[1-3]", *flags) as run:
+            before = run.text()
+            groups = {g["name"]: g for g in run.status()["groups"]}
+            others = [[c["ranks"][0]["pid"] for c in groups[name]["cohorts"]] for name in ("g0", "g2")]
+            old = run.engines(1)
+            session = proc.stat(run.agents()[1])
+            while session is not None and not session.comm.startswith("sshd"):
+                session = proc.stat(session.ppid)
+            assert session is not None
+            os.kill(session.pid, signal.SIGKILL)
+            eventually(
+                lambda: not any(proc.alive(i.identity) for i in old), LONG, "the agent ends all that it has there"
+            )
+            eventually(lambda: "its agent is lost" in run.output(), LONG)
+            assert run.text() == before
+            run.wait_full()
+            assert "node2: another agent was started" in run.output()
+            groups = {g["name"]: g for g in run.status()["groups"]}
+            assert others == [[c["ranks"][0]["pid"] for c in groups[name]["cohorts"]] for name in ("g0", "g2")]
+            run.processes[0].send_signal(signal.SIGINT)
+            assert run.exit_codes() == [0], run.output()
+            assert run.left() == {}
+    finally:
+        node.run(["ip", "route", "del", "default"], check=True)
+
+
 def test_in_the_background_by_ssh(lab: Lab, model: Path, ssh_home: Path) -> None:
     run = LabRun(lab, model)
     env = {"HOME": str(ssh_home)}
