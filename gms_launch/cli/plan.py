@@ -155,6 +155,7 @@ def of_groups(settings: Settings, gpu_gib: int, gpus: int, as_json: bool) -> Non
     placed = placement.place(groups.expand(own, gpus), settings.serving_nodes, gpus)
     rooms: list[Fit | None] = []
     for p in placed:
+        parts.check_events(p, nodes[0])
         parts.check_engine(p)
         rooms.append(memory(p.group.settings, gpu_gib))
     if gpu_gib and not any(rooms):

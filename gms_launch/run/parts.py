@@ -29,7 +29,7 @@ def check(layout: Layout) -> None:
         # The place that it takes may have a frontend. Who cannot have one is told so now, and not in the hour of need.
         reach.of(replace(layout.home, node_rank=0), wide or fronts > 1, fronts)
     for p in found:
-        _check_events(p, layout)
+        check_events(p, layout)
         if layout.is_spare or layout.home.node_rank in p.nodes:
             check_engine(p)
 
@@ -51,7 +51,7 @@ def _is_wide(p: Placed) -> bool:
     return bool(p.leader) or p.group.settings.hybrid
 
 
-def _check_events(p: Placed, layout: Layout) -> None:
+def check_events(p: Placed, layout: Layout) -> None:
     """Raise `UsageError` for events that would not get from a group's engines to the frontend."""
     if _is_wide(p) and layout.own_nats and layout.settings.event_plane == "nats":
         raise UsageError(

@@ -134,7 +134,10 @@ class Store:
         """Raise `UsageError` for what would keep this node's member, or its proxy, from being started."""
         if self.members > self.home.nnodes:
             numbers = numbered(self.home.nnodes, "node")
-            raise UsageError(f"etcd_members {self.members}: each is on a node of its own, and the run has {numbers}")
+            spares = f", and {numbered(self.settings.spares, 'spare')}" if self.settings.spares else ""
+            raise UsageError(
+                f"etcd_members {self.members}: each is on a node of its own, and the run has {numbers}{spares}"
+            )
         if self.is_member:
             self.service()
         self.near_services()

@@ -157,6 +157,8 @@ def resolve(
         tables = groups.tables(toml["group"], toml_path, parse)
     elif environ.get(TABLES_ENV):
         tables = groups.tables(_json(environ[TABLES_ENV]), TABLES_ENV, parse)
+    if toml and isinstance(toml.get("groups"), (list, dict)):
+        raise UsageError(f"{toml_path}: groups is a number, of equal groups; tables of groups begin with [[group]]")
     for key in toml or {}:
         if key != "group" and key not in BY_NAME:
             raise UsageError(f"{toml_path}: unknown setting {_short(key)}{_suggest(key, list(BY_NAME))}")

@@ -232,6 +232,16 @@ def test_groups_are_drawn(tmp_path: Path, model: Path) -> None:
     assert code == 2 and "group small-1 wants 2 on one node, and no node has more than 1 GPU left" in text
 
 
+def test_what_up_would_refuse_of_groups_is_refused_by_plan(tmp_path: Path, model: Path) -> None:
+    flags = ["plan", "--engine", "reference", "--model", str(model), "--groups", "2", "--nnodes", "4"]
+    code, text = run(tmp_path, *flags, "--event-plane", "nats")
+    assert (
+        code == 2 and "group g1 has engines on node 3, and the run's own NATS is on the first node's loopback" in text
+    )
+    code, text = run(tmp_path, *flags, "--spares", "2", "--etcd-members", "3")
+    assert code == 2 and "each is on a node of its own, and the run has 2 nodes, and 2 spares" in text
+
+
 TABLES = """engine = "reference"
 served_model_name = "tiny"
 [[group]]

@@ -163,3 +163,9 @@ def test_each_model_has_a_component_of_its_own() -> None:
     tables[0]["component"] = "mine"
     with pytest.raises(UsageError, match="groups a and d have component mine and serve models m1 and m3"):
         groups.expand(resolve({"model": "m1"}, {}, {"group": tables}), 8)
+
+
+@pytest.mark.parametrize("found", [[{"name": "a"}], {"name": "a"}])
+def test_a_table_by_the_name_of_the_number_is_told_how_tables_begin(found: Any) -> None:
+    with pytest.raises(UsageError, match=r"g.toml: groups is a number, of equal groups; .* begin with \[\[group\]\]"):
+        resolve({}, {}, {"groups": found}, "g.toml")
