@@ -93,13 +93,20 @@ class Role:
         me.report.hold_journal()
         me.session.lead()
         self._begins()
-        me.members = {}
+        me.members = self._told()
         place = me.layout.home
         me.report.run(leader=place.node_rank, leader_address=place.address)
         me.progress("this agent leads the run from now on: its leader was lost")
         me.report.emit("leads", detail=f"node {place.node_rank} ({place.host}) leads the run")
         me.spawn(self._catch_up())
         me.spawn(self._record())
+
+    def _told(self) -> dict[int, str]:
+        """Where the members are by the last leader's word, by node rank: the lost one's too, or all on every node would
+        be led elsewhere, and again when it is back.
+        """
+        told = self._me.mirror.run.etcd if self._me.mirror.run is not None else ()
+        return dict(enumerate(told)) if len(told) == self._me.layout.store.members else {}
 
     async def _catch_up(self) -> None:
         """What happened while nobody led is in etcd; what the last leader had not written yet, too."""

@@ -168,6 +168,7 @@ def test_without_the_first_node_another_leads_and_the_others_stay(tmp_path: Path
         others = [who for n in ("g1", "g2") for _, _, pid in run.lives(n) if (who := proc.identity(pid)) is not None]
         assert len(others) == 4
         agents = [who for n in (1, 2) if (who := proc.identity(run.agent_of(n))) is not None]
+        proxies = {n: run.services(n)["etcd-proxy"]["starts"] for n in (1, 2)}
         kill(run.agent_of(0))
         gone = time.monotonic()
         eventually(lambda: run.missing() == [0], LONG, "its lease is over")
@@ -176,6 +177,8 @@ def test_without_the_first_node_another_leads_and_the_others_stay(tmp_path: Path
             assert all(map(proc.alive, [*others, *agents])), "neither their leases nor their agents' are lost"
             time.sleep(0.2)
         assert run.run_file["ended"] is None
+        assert {n: run.services(n)["etcd-proxy"]["starts"] for n in (1, 2)} == proxies, "nor led elsewhere"
+        assert len(run.run_file["etcd_endpoints"]) == 3
 
 
 def asked(url: str, prompt: str = "hello", timeout: float = 10.0) -> str | None:

@@ -34,7 +34,7 @@ class Agent:
             role_moves=True, founds=False, store=store, home=place, run_dir=SimpleNamespace(events=tmp_path / "e.jsonl")
         )
         self.node_rank, self.leads, self.left = 1, False, 3.0
-        self.members = {0: "gone"}
+        self.members = {0: "gone", 1: "gone"}
         self.record = None
         self.asked = self.led = self.begun = 0
         self.said: list[Any] = []
@@ -165,10 +165,12 @@ def test_it_begins_to_lead_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         agent.events = {"a": old, "b": kept, "c": lost}
         (tmp_path / "e.jsonl").write_bytes(kept + b"\n")
         agent.mirror.lead, agent.leads = LeadRecord(1, 1, "node2", 7), True
+        agent.mirror.run = replace(RUN, etcd=("lost", "there", "there"))
         role.look(1.0)
         role.look(2.0)
         await agent.settle()
-        assert (agent.led, agent.begun, agent.members, agent.asked) == (1, 1, {}, 0)
+        assert agent.members == {0: "lost", 1: "there", 2: "there"}, "as it was told, the lost one too"
+        assert (agent.led, agent.begun, agent.asked) == (1, 1, 0)
         assert {"leader": 1, "leader_address": "10.0.0.2"} in agent.said and "leads" in agent.said
         assert agent.missed == [[lost + b"\n"]], "what the journal has not, of late"
         agent.leads, agent.mirror.lead = False, LeadRecord(2, 2, "node3", 9)
