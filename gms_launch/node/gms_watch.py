@@ -22,10 +22,10 @@ SILENT_LOOKS = 3
 
 
 class GmsWatch:
-    """`look` asks every socket (blocking); `status` is the last answer."""
+    """`look` asks every socket (blocking); `status` is the last answer. `first`: its first device of the node's."""
 
-    def __init__(self, devices: list[Device], directory: Path) -> None:
-        self.devices = devices
+    def __init__(self, devices: list[Device], directory: Path, first: int = 0) -> None:
+        self.devices, self._first = devices, first
         self._directory = directory
         self.gpu_uuids = frozenset(d.uuid for d in devices if not d.virtual)
         self.status: tuple[GmsStatus, ...] = ()
@@ -35,6 +35,11 @@ class GmsWatch:
     @property
     def sockets(self) -> list[Path]:
         return [find_socket(self._directory, d, tag) for d in self.devices for tag in TAGS]
+
+    @property
+    def told(self) -> tuple[GmsStatus, ...]:
+        """`status` for everybody else, with devices by their numbers on the node."""
+        return tuple(replace(g, device=self._first + g.device) for g in self.status)
 
     @property
     def missed(self) -> bool:

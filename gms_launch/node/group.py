@@ -82,7 +82,7 @@ class Group:
         self.node_rank = layout.topology.node_rank
         self.is_leader = layout.topology.is_leader
         self.wake, self.stopping = host.wake, host.stopping
-        self.gms = GmsWatch(layout.devices(), layout.node_dir.gms)
+        self.gms = GmsWatch(layout.devices(), layout.node_dir.gms, layout.gpus.start if layout.gpus else 0)
         self.gates = Gates(layout.gates)
         self.writer = host.writer
         far = not layout.home.is_leader

@@ -349,7 +349,7 @@ class Node:
         }
         for group in self.groups:
             part = {
-                "gms": group.gms.status,
+                "gms": group.gms.told,
                 "gms_epoch": group.gms_epoch,
                 "gpu_memory": group.gms.gpus,
                 "lock_holder": group.ranks.lock_holder() if group.layout.speaks else "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import urllib.request
@@ -160,7 +161,9 @@ def test_verbs_name_a_group(one_node: Grouped) -> None:
     run.full(*names)
     shown = run.cli("status").stdout
     assert [line.split()[:2] for line in shown.splitlines() if line[:2] in names] == [[n, "full"] for n in names]
-    assert "cohort-0" not in shown and run.cli("status", "-v").stdout.count("primary  ") == 4
+    ranks = run.cli("status", "-v").stdout
+    assert "cohort-0" not in shown and ranks.count("primary  ") == 4
+    assert re.findall(r"gpu (\d) weights", ranks) == ["0", "1", "2", "3"], "as the node numbers them"
     told = json.loads(run.cli("status", "--json").stdout)
     assert told["schema"] == 2 and [g["name"] for g in told["groups"]] == names and told["cohorts"] == []
     shown = json.loads(run.cli("status", "--group", "g3", "--json").stdout)
