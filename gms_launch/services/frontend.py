@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -24,7 +29,8 @@ MOVING: dict[str, str | None] = {
 #: until that is renewed (1.4), and half of a lease may be all that is left of it. Nothing is registered under it, so
 #: nobody waits for its end.
 AFTER_WATCHES = 40.0
-
+#: How often the frontend's counters are looked at while a request of our own is under way, and the pause (seconds).
+LOOKS, LOOK_PAUSE = 10, 0.02
 
 #: Settings of Dynamo's that would change how the frontend is reached behind our back.
 OWNED = ("DYN_TLS_CERT_PATH", "DYN_TLS_KEY_PATH", "DYN_TLS_CLIENT_CA_CERT_PATH")
@@ -121,16 +127,60 @@ def traffic(where: Where) -> tuple[float, float] | None:
     return (found.get(_TRAFFIC[0], 0.0), found.get(_TRAFFIC[1], 0.0)) if found else None
 
 
+class _CountedError(NotReadyError):
+    """The frontend answered with an error, and counts it."""
+
+
+class _Own:
+    """This process's own requests for tokens, by frontend: how many are being answered, and ended with an error.
+
+    The frontend counts such errors with those of users, and nobody has lost anything by them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open, self._failed = Counter[Where](), Counter[Where]()
+
+    @contextlib.contextmanager
+    def one(self, where: Where) -> Iterator[None]:
+        """While one is under way."""
+        failed = 0
+        with self._lock:
+            self._open[where] += 1
+        try:
+            yield
+        except _CountedError:
+            failed = 1
+            raise
+        finally:
+            with self._lock:
+                self._open[where] -= 1
+                self._failed[where] += failed
+
+    def standing(self, where: Where) -> tuple[int, int]:
+        with self._lock:
+            return self._open[where], self._failed[where]
+
+
+_own = _Own()
+
+
 def moves(where: Where) -> tuple[float, float] | None:
-    """How often requests have moved to another engine, and how many have failed for no fault of whoever asked.
+    """How often requests have moved to another engine, and how many have failed for no fault of whoever asked; those of
+    this process's own (`one_token`) do not count.
 
     None when nobody answers. Names as in Dynamo 1.2 to 1.6.
     """
-    moved = failed = 0.0
-    try:
-        text = _get(where, "/metrics")
-    except NotReadyError:
-        return None
+    for _ in range(LOOKS):
+        before = _own.standing(where)
+        try:
+            text = _get(where, "/metrics")
+        except NotReadyError:
+            return None
+        if before == _own.standing(where) and not before[0]:
+            break  # else one may have ended there that we have not read yet
+        time.sleep(LOOK_PAUSE)
+    moved, failed = 0.0, -float(before[1])
     for line in text.splitlines():
         if line.startswith("dynamo_frontend_model_migration_total{"):
             moved += float(line.rpartition("}")[2])
@@ -148,8 +198,9 @@ def has_given(where: Where, instance: int) -> bool:
     return any(line.startswith(_FIRST) and wanted in line for line in _get(where, "/metrics").splitlines())
 
 
-#: Kinds of errors that are the asker's own doing.
+#: Kinds of errors that are the asker's own doing, and the HTTP codes of these.
 _ASKERS = ("validation", "cancelled", "not_implemented")
+_ASKERS_HTTP = (400, 422, 499, 501)
 _FIRST = "dynamo_frontend_worker_last_time_to_first_token_seconds{"
 _TRAFFIC = ("dynamo_frontend_output_tokens_total", "dynamo_frontend_inflight_requests")
 
@@ -162,6 +213,11 @@ def one_token(
     that does not know that instance asks another one in its place (Dynamo 1.4). Returns whether the answer says whose
     it is.
     """
+    with _own.one(where):
+        return _one_token(where, model, timeout, name, instance)
+
+
+def _one_token(where: Where, model: str, timeout: float, name: str, instance: int) -> bool:
     connection = connect(where.address, where.port, timeout, where.context)
     try:
         asked = {"model": model, "prompt": "ready?", "max_tokens": 1, "temperature": 0}
@@ -172,7 +228,8 @@ def one_token(
         answer = connection.getresponse()
         data = answer.read()
         if answer.status != 200:
-            raise NotReadyError(f"HTTP {answer.status}: {data[:200].decode(errors='replace')}")
+            error = NotReadyError if answer.status in _ASKERS_HTTP else _CountedError
+            raise error(f"HTTP {answer.status}: {data[:200].decode(errors='replace')}")
         said = json.loads(data)
         if not said["choices"]:
             raise NotReadyError(f"no choice in {data[:200]!r}")

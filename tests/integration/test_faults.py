@@ -149,6 +149,8 @@ def test_an_endpoint_that_registers_broken_is_not_taken_for_a_promotion(deploy: 
     os.killpg(rank(run, shadow)["pgid"], signal.SIGKILL)
     eventually(lambda: run.cohort(shadow)["incarnation"] == 2 and run.cohort(shadow)["phase"] == "parked", LONG)
     os.killpg(rank(run, primary)["pgid"], signal.SIGKILL)
+    (over,) = run.happened("hold_over")
+    assert over["data"]["lost"] == 0, "what failed was gms-launch's own, and no user had asked"
     assert eventually(run.text, LONG) == before
     reasons = [e["detail"] for e in run.events("kill") if (e["cohort_id"], e["incarnation"]) == (shadow, 2)]
     assert any("no token within 8 s of the lock" in r for r in reasons), reasons
