@@ -88,6 +88,7 @@ def run(tmp_path: Path, model: Path) -> Iterator[Deployment]:
         yield deployment
 
 
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 8192, reason="too few descriptors (ulimit -n)")
 def test_who_holds_all_places_of_etcds_proxy_is_turned_out_and_nobody_else(tmp_path: Path) -> None:
     secrets = credentials.make(("127.0.0.1",))
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as member:
