@@ -15,6 +15,9 @@ from typing import Any
 
 from gms_launch.errors import LaunchError
 
+#: How soon a task that goes on although it was cancelled is cancelled again (seconds).
+AGAIN = 0.5
+
 
 class Tasks:
     """Keeps tasks until they end. `fail` gets what ends the run, `outlived` what happened and any other error."""
@@ -35,8 +38,7 @@ class Tasks:
 
     async def cancel(self) -> None:
         """End whatever is left."""
-        for task in list(self._tasks):
-            task.cancel()
+        await _end(*self._tasks)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _ended(self, fail: Callable[[LaunchError], None], task: asyncio.Task[Any]) -> None:
@@ -64,6 +66,19 @@ async def until(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
     if task.done():
         await task
         return
-    task.cancel()
+    await _end(task)
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks, and come back when they have ended.
+
+    One word is not enough: `asyncio.wait_for` forgets that it was cancelled when what it waited for comes in the same
+    moment (before Python 3.12), and a stop wakes whoever waits.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=AGAIN)
