@@ -73,6 +73,8 @@ def _agent(layout: Layout, reservation: ports.Reservation, reporter: Notify | Te
             begun = replace(layout, credentials=credentials.make(hosts, outside.pem(layout.settings)))
             if others := ports.moved(layout.settings, layout.ports):
                 reporter.progress(f"ports in use here, so others were taken: {others}")
+            for text in parts.unseen(layout) if layout.settings.grouped else ():
+                reporter.progress(f"{text}; its own must have it")
             moved = run_agent(parts.with_groups(begun, reservation.free), reporter, until_eof)
         while moved:  # it has another node rank now
             followed = follow(layout, reservation, reporter.progress)

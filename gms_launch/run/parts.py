@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from gms_launch import engines
 from gms_launch.errors import UsageError
@@ -32,6 +33,25 @@ def check(layout: Layout) -> None:
         check_events(p, layout)
         if layout.is_spare or layout.home.node_rank in p.nodes:
             check_engine(p)
+        elif _seen(p):  # what is wrong with it stops those that are to serve it, and the others would wait for them
+            _check_model(p)
+
+
+def unseen(layout: Layout) -> list[str]:
+    """Models of other nodes' groups that are not seen from this node, in words: each is there, or a mistake."""
+    found = [p for p in placed(layout) if layout.home.node_rank not in p.nodes and not _seen(p)]
+    return [f"group {p.group.name}: model {p.group.settings.model!r} is not seen from this node" for p in found]
+
+
+def _seen(p: Placed) -> bool:
+    return Path(p.group.settings.model or "/").exists()
+
+
+def _check_model(p: Placed) -> None:
+    try:
+        model.check(p.group.settings)
+    except UsageError as exc:
+        raise UsageError(f"group {p.group.name}: {exc}") from None
 
 
 def check_engine(p: Placed) -> None:

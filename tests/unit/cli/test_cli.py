@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,21 @@ def test_what_up_would_refuse_of_groups_is_refused_by_plan(tmp_path: Path, model
     )
     code, text = run(tmp_path, *flags, "--spares", "2", "--etcd-members", "3")
     assert code == 2 and "each is on a node of its own, and the run has 2 nodes, and 2 spares" in text
+
+
+def test_a_spoilt_model_of_another_nodes_group_is_told_at_once(tmp_path: Path, model: Path) -> None:
+    """Else its own nodes end with it, and this one waits for them."""
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(model, spoilt)
+    (spoilt / "config.json").unlink()
+    config = tmp_path / "two.toml"
+    config.write_text(
+        f'engine = "reference"\n[[group]]\nname = "a"\nnodes = 1\nmodel = "{model}"\n'
+        f'[[group]]\nname = "b"\nnodes = 1\nmodel = "{spoilt}"\n'
+    )
+    place = ["--nnodes", "2", "--node-rank", "0", "--leader-addr", "127.0.0.1", "--interface", "lo"]
+    code, text = run(tmp_path, "up", "--config", str(config), *place)
+    assert code == 2 and "group b: model" in text and "no config.json in it" in text
 
 
 TABLES = """engine = "reference"
