@@ -1,6 +1,6 @@
 """Faults at random moments against a real three-node deployment under load, judged from outside.
 
-    python -m tests.chaos.chaos [--rounds 300] [--seed 1] [--only KIND ...]
+    python -m tests.chaos.chaos [--rounds 300] [--seed 1] [--only KIND ...] [--out FILE]
 
 Each round injects one fault, waits until redundancy is full again, and checks what does not depend on what gms-launch
 says of itself: every text that a client got, that no client read an error where a shadow could take over, the lock's
@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +27,7 @@ from gms_launch.control.door import Door
 from gms_launch.gms import probe
 from gms_launch.process import proc
 from gms_launch.run.rundir import RunDir
+from tests.chaos.ends import Keep, Row, command, nowhere, often, telling
 from tests.load import Load
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
@@ -327,24 +325,6 @@ def check(run: LabRun, inode: int, load: Load) -> None:
             serving.pop(who, None)
 
 
-def keeper(out: Path | None, head: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
-    """What takes a row and writes all of them to a file, under `head`: a run that is cut off is not lost."""
-    rows: list[dict[str, Any]] = []
-
-    def keep(row: dict[str, Any]) -> None:
-        rows.append(row)
-        if out is not None:
-            new = out.with_name(f"{out.name}.new")
-            new.write_text(json.dumps(head | {"rounds": rows}, indent=1) + "\n")
-            new.replace(out)
-
-    return keep
-
-
-def nowhere(_row: dict[str, Any]) -> None:
-    """Keep nothing."""
-
-
 # -- rounds --------------------------------------------------------------------------------------------------------
 
 
@@ -352,10 +332,10 @@ def rounds(
     run: LabRun,
     kinds: list[Callable[[Round], str]],
     rng: random.Random,
-    keep: Callable[[dict[str, Any]], None] = nowhere,
-) -> list[dict[str, Any]]:
+    keep: Keep = nowhere,
+) -> list[Row]:
     """One round for each of `kinds`, each kept. Raises `BrokenError` or what a wait raises."""
-    results: list[dict[str, Any]] = []
+    results: list[Row] = []
     settled, forgiven = 0.0, False  # when the round before was over, and whether what it lost by then was its to lose
     inode = _lock(run).stat().st_ino
     with Load(run.run_file()["frontend_url"], 3, 3, 5.0, tokens=30, prompts=4, timeout=60.0) as load:
@@ -393,43 +373,19 @@ def rounds(
 
 def plan(count: int, rng: random.Random, only: list[str] | None = None) -> list[Callable[[Round], str]]:
     """Which faults, in which order: every kind equally often, shuffled."""
-    chosen = [k for k in KINDS if not only or k.__name__ in only]
-    many = [chosen[k % len(chosen)] for k in range(count)]
+    many = often(KINDS, count, only)
     rng.shuffle(many)
     return many
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", nargs="*", metavar="KIND", choices=[k.__name__ for k in KINDS])
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    rng, keep = random.Random(options.seed), keeper(options.out, {"seed": options.seed})
+def go(options: argparse.Namespace, rng: random.Random, keep: Keep) -> list[Row]:
     from gms_launch.engines.reference.demo_model import make
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, Lab(3, slurm=False) as lab:
         make(Path(name) / "model", 8)
-        with LabRun(lab, Path(name) / "model", *FLAGS, **ENVIRON).hand() as run:
-            try:
-                results = rounds(run, plan(options.rounds, rng, options.only), rng, keep)
-            except BaseException:
-                print(run.output()[-3000:], file=sys.stderr)
-                print(f"seed {options.seed}; the run's home: {run.home}", file=sys.stderr)
-                raise
-    by_kind: dict[str, list[dict[str, Any]]] = {}
-    for row in results:
-        by_kind.setdefault(row["kind"], []).append(row)
-    print(f"\n{len(results)} rounds, seed {options.seed}: every invariant held")
-    for kind, rows in sorted(by_kind.items()):
-        outages = [r["outage_s"] for r in rows]
-        full = [r["full_s"] for r in rows]
-        print(
-            f"{kind:30s} {len(rows):3d} rounds, outage p50 {statistics.median(outages):6.3f} max {max(outages):6.3f}, "
-            f"full again p50 {statistics.median(full):6.2f} max {max(full):6.2f} s"
-        )
+        with LabRun(lab, Path(name) / "model", *FLAGS, **ENVIRON).hand() as run, telling(run, options.seed):
+            return rounds(run, plan(options.rounds, rng, options.only), rng, keep)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, 300, KINDS, go, {"outage_s": "outage", "full_s": "full again"})

@@ -14,11 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import random
 import signal
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +28,8 @@ from gms_launch.control.door import Door
 from gms_launch.control.keys import DYNAMO_INSTANCES, Keys
 from gms_launch.gms import probe
 from gms_launch.process import proc
-from tests.chaos.chaos import ENVIRON, FLAGS, BrokenError, keeper, nowhere, stop_primary, stop_shadow
+from tests.chaos.chaos import ENVIRON, FLAGS, BrokenError, stop_primary, stop_shadow
+from tests.chaos.ends import Keep, Row, command, nowhere, often, telling
 from tests.integration.test_groups import Grouped
 from tests.load import Load
 from tests.support import LONG, eventually, free_port, kill
@@ -317,10 +315,10 @@ def rounds(
     run: TwoModels,
     kinds: list[tuple[Callable[[Round], str], str]],
     rng: random.Random,
-    keep: Callable[[dict[str, Any]], None] = nowhere,
-) -> list[dict[str, Any]]:
+    keep: Keep = nowhere,
+) -> list[Row]:
     """One round for each of `kinds` and the group it is for, each kept. Raises `BrokenError`, or what a wait raises."""
-    results: list[dict[str, Any]] = []
+    results: list[Row] = []
     deaf = False
     with contextlib.ExitStack() as stack:
         url = run.run_file["frontend_url"]
@@ -371,8 +369,7 @@ def rounds(
 
 def plan(count: int, rng: random.Random, only: list[str] | None = None) -> list[tuple[Callable[[Round], str], str]]:
     """Which faults in which group, in which order: every kind equally often, shuffled."""
-    chosen = [k for k in KINDS if not only or k.__name__ in only]
-    many = [(chosen[k % len(chosen)], rng.choice(NAMES)) for k in range(count)]
+    many = [(kind, rng.choice(NAMES)) for kind in often(KINDS, count, only)]
     rng.shuffle(many)
     return many
 
@@ -386,32 +383,13 @@ def make_models(directory: Path) -> dict[str, Path]:
     return {name: directory / name for name in NAMES}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", nargs="*", metavar="KIND", choices=[k.__name__ for k in KINDS])
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    rng = random.Random(options.seed)
-    command = " ".join([Path(sys.executable).name, "-m", "tests.chaos.groups", *sys.argv[1:]])
-    machine = f"{os.cpu_count()} cores, {platform.platform()}"
-    keep = keeper(options.out, {"command": command, "machine": machine, "seed": options.seed})
+def go(options: argparse.Namespace, rng: random.Random, keep: Keep) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         home = Path(name) / "home"
         home.mkdir()
-        with TwoModels(home, make_models(Path(name)), *FLAGS, **ENVIRON) as run:
-            try:
-                results = rounds(run, plan(options.rounds, rng, options.only), rng, keep)
-            except BaseException:
-                print(run.told()[-20000:], file=sys.stderr)
-                print(f"seed {options.seed}", file=sys.stderr)
-                raise
-    print(f"\n{len(results)} rounds, seed {options.seed}: every invariant held")
-    for kind in sorted({r["kind"] for r in results}):
-        full = [r["full_s"] for r in results if r["kind"] == kind]
-        print(f"{kind:20s} {len(full):3d} rounds, full again p50 {statistics.median(full):6.2f} max {max(full):6.2f} s")
+        with TwoModels(home, make_models(Path(name)), *FLAGS, **ENVIRON) as run, telling(run, options.seed):
+            return rounds(run, plan(options.rounds, rng, options.only), rng, keep)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, 100, KINDS, go, {"full_s": "full again"})

@@ -15,20 +15,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import platform
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bench import nodes_off
 from bench.stopping import stoppable
 from gms_launch.process import proc
-from tests.chaos.chaos import BrokenError, keeper, nowhere
+from tests.chaos.chaos import BrokenError
+from tests.chaos.ends import Keep, Row, command, nowhere, often, telling
 from tests.load import Either
 from tests.slurm.lab import Lab
 from tests.slurm.moving import NAMES, Actives, Pair, routed
@@ -158,8 +155,8 @@ def rounds(
     run: Pair,
     kinds: list[Callable[[Round], dict[str, Any]]],
     rng: random.Random,
-    keep: Callable[[dict[str, Any]], None] = nowhere,
-) -> list[dict[str, Any]]:
+    keep: Keep = nowhere,
+) -> list[Row]:
     """One round for each of `kinds`, of which `keep` gets the row. Raises `BrokenError`, or what a wait raises."""
     found: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
@@ -194,37 +191,17 @@ def rounds(
 
 def plan(count: int, rng: random.Random, only: list[str] | None = None) -> list[Callable[[Round], dict[str, Any]]]:
     """Which faults, in which order: every kind equally often, shuffled."""
-    chosen = [k for k in KINDS if not only or k.__name__ in only]
-    many = [chosen[k % len(chosen)] for k in range(count)]
+    many = often(KINDS, count, only)
     rng.shuffle(many)
     return many
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", nargs="*", metavar="KIND", choices=[k.__name__ for k in KINDS])
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    rng = random.Random(options.seed)
-    command = " ".join([Path(sys.executable).name, "-m", "tests.chaos.nodes", *sys.argv[1:]])
-    machine = f"{os.cpu_count()} cores, {platform.platform()}"
-    keep = keeper(options.out, {"command": command, "machine": machine, "seed": options.seed})
+def go(options: argparse.Namespace, rng: random.Random, keep: Keep) -> list[Row]:
     with Lab(nodes_off.NODES, slurm=False) as lab:
         routed(lab)
-        with Pair(lab) as run:
-            try:
-                found = rounds(run, plan(options.rounds, rng, options.only), rng, keep)
-            except BaseException:
-                print(run.told()[-20000:], file=sys.stderr)
-                print(f"seed {options.seed}", file=sys.stderr)
-                raise
-    print(f"\n{len(found)} rounds, seed {options.seed}: every invariant held")
-    for kind in sorted({r["kind"] for r in found}):
-        whole = [r["whole_s"] for r in found if r["kind"] == kind]
-        print(f"{kind:28s} {len(whole):3d} rounds, whole again within {max(whole):6.2f} s")
+        with Pair(lab) as run, telling(run, options.seed):
+            return rounds(run, plan(options.rounds, rng, options.only), rng, keep)
 
 
 if __name__ == "__main__":
-    stoppable(main)
+    stoppable(lambda: command(__doc__, 30, KINDS, go, {"whole_s": "whole again"}))
