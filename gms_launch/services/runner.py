@@ -154,11 +154,11 @@ class ServiceRunner:
             exited.cancel()
 
     def _squatter(self) -> str:
-        """Whoever has taken its port meanwhile, for people: what clients send goes there now."""
-        port = self.service.port
-        if port is None or self._listener is not None or (uid := proc.who_listens(port)) is None:
-            return ""
-        return f"; a process of uid {uid} listens on port {port}"
+        """Whoever has taken one of its ports meanwhile, for people: what is sent there goes to him now."""
+        for port in dict.fromkeys((self.service.port, *self.service.private)) if self._listener is None else ():
+            if port is not None and (uid := proc.who_listens(port)) is not None:
+                return f"; a process of uid {uid} listens on port {port}"
+        return ""
 
     def _error(self, text: str) -> ServiceError:
         command = " ".join(self.service.command.argv)

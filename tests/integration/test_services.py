@@ -7,6 +7,7 @@ import contextlib
 import os
 import queue
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -218,6 +219,17 @@ def test_a_wrong_password_is_not_ready(run: str, fast_dir: Path) -> None:
         with pytest.raises(NotReadyError, match="Authorization Violation"):
             nats.probe(replace(server, password="wrong"))
         await runner.stop()
+
+    asyncio.run(live())
+
+
+def test_who_has_the_port_of_etcds_peers_is_told_too(run: str, fast_dir: Path) -> None:
+    async def live() -> None:
+        service = etcd_service(fast_dir)
+        with socket.create_server(("127.0.0.1", service.private[1])), pytest.raises(ServiceError) as caught:
+            await ServiceRunner(service, f"{run}/etcd", 0, output(fast_dir), lambda *_: None).start()
+        said = f"; a process of uid {os.getuid()} listens on port {service.private[1]}\n"
+        assert "ended while it was starting" in str(caught.value) and said in str(caught.value)
 
     asyncio.run(live())
 
