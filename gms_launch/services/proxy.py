@@ -78,8 +78,9 @@ defaults
     mode http
     timeout connect 5s
     # A stream stands still for as long as a failover takes, and a request may wait for its first token as long.
-    timeout client 24d
     timeout server 24d
+    # Does not count while the client waits for us. A handshake that is not gone on with has no other limit.
+    timeout client 5m
     timeout tunnel 24d
     timeout http-request 30s
     timeout http-keep-alive 5m
