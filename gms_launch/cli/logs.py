@@ -17,10 +17,9 @@ def main(component: str | None, run: str | None, group: str | None, follow: bool
     directory = find_directory(run)
     run_file = directory.read()
     chosen = which.group(run_file, group)
-    if node is not None and run_file is not None and node >= run_file.nnodes:
-        raise UsageError(
-            f"--node {node}: run {directory.run} has {numbered(run_file.nnodes, 'node')}, ranks count from 0"
-        )
+    nodes = 0 if run_file is None else run_file.nnodes + int(run_file.settings.get("spares", 0))
+    if node is not None and run_file is not None and node >= nodes:
+        raise UsageError(f"--node {node}: run {directory.run} has {numbered(nodes, 'node')}, ranks count from 0")
     found = of_group(directory.logs, chosen, node) if chosen else on_node(directory.logs, node or 0)
     if run_file is not None and run_file.groups and not chosen and node is None and component is not None:
         # A group's log is where the group is.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from gms_launch.cohort.failover import CAUSES, ZEROS, Failover
+from gms_launch.cohort.failover import CAUSES, Failover
 from gms_launch.cohort.records import EventRecord
 from gms_launch.numbers import numbered
 from gms_launch.observe import drawing, words
@@ -179,7 +179,7 @@ def _failover(number: int, found: Failover, story: Story) -> Element:
     head = f"Failover {number}: {words.life(found.victim, found.group)} to {words.life(found.promoted)}"
     label = f"failover {number} on a time axis; the same as numbers in the tables below"
     cause = f"{stamp(found.time)}, cause: {words.in_a_line(found.cause) or 'unknown'} ({CAUSES[found.kind]})"
-    said = [f"0 ms: {ZEROS[found.zero]}", f"Clients: {words.silence(found)}"]
+    said = [f"0 ms: {words.zero(found)}", f"Clients: {words.silence(found)}"]
     said += [text for text in (words.requests(found), words.stood_still(found)) if text]
     # A step is when the last node had done its part; what each saw is beside it.
     seen = [

@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gms_launch.cohort.failover import ZEROS, Failover
+from gms_launch.cohort.failover import Failover
 from gms_launch.cohort.model import Redundancy
 from gms_launch.cohort.records import EventRecord
 from gms_launch.observe import words
@@ -107,7 +107,7 @@ def failover(found: Failover) -> RenderableType:
     table.add_column("MEANING")
     for row in words.steps(found):
         table.add_row(*row)
-    foot = Text.assemble(("0 ms: ", "dim"), ZEROS[found.zero], ("\nclients: ", "dim"), words.silence(found))
+    foot = Text.assemble(("0 ms: ", "dim"), words.zero(found), ("\nclients: ", "dim"), words.silence(found))
     said = [Text(text) for text in (words.requests(found), words.stood_still(found)) if text]
     return Group(head, table, foot, *said)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
-from gms_launch.cohort.failover import STEPS, Failover
+from gms_launch.cohort.failover import STEPS, ZEROS, Failover
 from gms_launch.cohort.model import Phase
 from gms_launch.cohort.records import EventRecord, NodeRecord, RankRecord
 from gms_launch.numbers import numbered
@@ -272,6 +272,14 @@ def steps(found: Failover) -> list[Row]:
     """Each step, when it was and what it means, in the order of time; those that have not happened last."""
     order = sorted(STEPS.items(), key=lambda item: found.steps.get(item[0], float("inf")))
     return [(s, f"{found.steps[s] * 1000:.1f} ms" if s in found.steps else "-", meaning) for s, meaning in order]
+
+
+def zero(found: Failover) -> str:
+    """What the moment is that steps are counted from."""
+    if found.kind == "node_lost":
+        waited = "nothing had been heard of the node for its lease by then, and clients may have waited for all of it"
+        return f"{ZEROS[found.zero]}; {waited}"
+    return ZEROS[found.zero]
 
 
 def silence(found: Failover) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -83,7 +84,9 @@ def test_zero_is_the_earliest_sign_of_the_fault() -> None:
     assert found.zero == "kill" and round(found.steps["detected"], 3) == 0.4
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(views.failover(found))
-    assert "0 ms: gms-launch sent SIGKILL" in console.export_text()
+    assert "0 ms: gms-launch sent SIGKILL\n" in console.export_text()
+    console.print(views.failover(replace(found, kind="node_lost")))
+    assert "SIGKILL; nothing had been heard of the node for its lease by then" in console.export_text()
 
 
 def test_a_failover_while_the_agent_stood_still_tells_no_gap() -> None:
