@@ -5,6 +5,7 @@ Requests are not sent there any more; and a group whose node does not come back,
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,6 +25,8 @@ log = logging.getLogger("agent")
 
 #: Between two tries to write down that a group is over (seconds).
 AGAIN = 1.0
+#: How long a frontend has to hear that an engine is gone before it loses the way to it (seconds); it takes some 0.1.
+HEARD = 1.0
 
 
 class Orphans:
@@ -33,19 +36,23 @@ class Orphans:
         self._me = me
         self._standing = Standing(lambda: me.report.link, me.settings.dynamo_lease_ttl)
         self._ended_leases: set[int] = set()
+        self._forgotten: set[str] = set()
         self._absent_since: dict[int, float] = {}
         self._ending: set[str] = set()
         self._told_down: set[str] = set()
 
     def forget(self) -> None:
         """What was seen when this agent led before, if it did, is long over."""
-        self._absent_since = {}
+        self._absent_since, self._forgotten = {}, set()
 
     def look(self, groups: Mapping[str, RunRecord]) -> None:
         """Act for each of them once; `groups` are all of the run's, as their leaders see them."""
         for name, record in groups.items():
             lost = self._is_lost(record.leader)
-            if lost and record.leases:
+            if not lost:
+                self._forgotten.discard(name)
+            elif name not in self._forgotten or record.leader in self._me.mirror.nodes:
+                self._forgotten.add(name)
                 self._forget_engines(name, record)
             self._tell(name, record, lost)
         if not self._me.ready.is_set():
@@ -109,7 +116,11 @@ class Orphans:
         me.loop.call_later(AGAIN + 0.1, me.wake.set)
 
     def _forget_engines(self, name: str, record: RunRecord) -> None:
-        """The node that a group's engines answered from is lost: no request is to be sent there any more."""
+        """The node that a group's engines answered from is lost: no request is to be sent there any more.
+
+        Once for each loss: an agent that is away and not dead may wake up and tell of another life, which took over
+        meanwhile, before it is seen to be back.
+        """
         fresh = set(record.leases) - self._ended_leases
         self._ended_leases |= fresh
         for lease in fresh:
@@ -121,10 +132,13 @@ class Orphans:
     async def _let_go(self, name: str, leases: set[int], node_rank: int) -> None:
         """Have the frontend send on what is asked of engines on a lost node, and what they were answering.
 
-        It would wait for the rest of those answers: nothing tells it that no more will come.
+        It would wait for the rest of those answers: nothing tells it that no more will come. Not before it has heard
+        that the engine is gone: it would ask there again, on a new connection, and what waits for one that nobody takes
+        is given up for good after 5 s (Dynamo 1.4).
         """
         me = self._me
         await self._standing.end(leases)
+        await asyncio.sleep(HEARD)
         node, pid = me.report.seen.get(node_rank), me.near.pid()
         if node is None or not pid or node.address in ("", me.layout.topology.address):
             return

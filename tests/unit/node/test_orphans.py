@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ import pytest
 from gms_launch.cohort.records import NodeRecord, RunRecord
 from gms_launch.control.keys import Keys
 from gms_launch.errors import NoContactError
+from gms_launch.node.herald import agent_number
 from gms_launch.node.orphans import Orphans
 
 KEYS = Keys("r")
@@ -24,7 +27,6 @@ class Leader:
     def __init__(self, *answers: bool | Exception) -> None:
         self.loop = asyncio.get_running_loop()
         self.mirror = SimpleNamespace(nodes={}, keys=KEYS)
-        self.layout = SimpleNamespace(run="r")
         self.settings = SimpleNamespace(node_wait=0.05, dynamo_lease_ttl=20.0)
         self.dead_agents: dict[int, int] = {}
         self.ready, self.wake = asyncio.Event(), asyncio.Event()
@@ -34,10 +36,19 @@ class Leader:
         self._answers = list(answers)
         self.report = SimpleNamespace(
             seen={2: NodeRecord(2, "node3", "10.0.0.3", "", 1, 1)},
-            link=SimpleNamespace(write_if=self._write),
+            link=SimpleNamespace(write_if=self._write, revoke=self._revoke),
             emit=lambda kind, detail, group: self.events.append((kind, group)),
         )
         self.tasks: list[asyncio.Task[Any]] = []
+        self.near = SimpleNamespace(pid=lambda: 1)
+        self.layout = SimpleNamespace(run="r", topology=SimpleNamespace(address="10.0.0.1"))
+        self.ended: list[int] = []
+        self.ended_at = 0.0
+
+    def _revoke(self, lease: int) -> bool:
+        self.ended.append(lease)
+        self.ended_at = time.monotonic()
+        return True
 
     def _write(self, conditions: Mapping[str, Any], records: Mapping[str, bytes]) -> bool:
         self.written.append((conditions, records))
@@ -112,5 +123,73 @@ def test_that_nobody_serves_there_is_told_once_for_each_time(monkeypatch: pytest
         del me.mirror.nodes[2]
         await me.looks(orphans, {"b": GROUP}, 0.2)
         assert me.events == [("redundancy", "b")] * 2
+
+    asyncio.run(scene())
+
+
+def lease_events(me: Leader) -> int:
+    return sum(kind == "lease_revoked" for kind, _ in me.events)
+
+
+def test_only_engines_from_before_the_loss_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that stood still tells of the life that took over, before it is seen to be back."""
+    monkeypatch.setattr("gms_launch.cohort.controller.NODE_GRACE", 0.05)
+    monkeypatch.setattr("gms_launch.node.orphans.HEARD", 0.0)
+
+    async def scene() -> None:
+        me = Leader()
+        me.settings.node_wait = 60.0
+        orphans = Orphans(cast(Any, me))
+        await me.looks(orphans, {"b": replace(GROUP, leases=(7,))}, 0.2)
+        assert me.ended == [7]
+        await me.looks(orphans, {"b": replace(GROUP, leases=(8,))}, 0.1)
+        assert me.ended == [7] and lease_events(me) == 1, "its successor is not meant"
+        me.mirror.nodes[2] = me.report.seen[2]
+        await me.looks(orphans, {"b": replace(GROUP, leases=(8,))}, 0.1)
+        assert me.ended == [7]
+        del me.mirror.nodes[2]
+        await me.looks(orphans, {"b": replace(GROUP, leases=(8,))}, 0.2)
+        assert me.ended == [7, 8], "lost again"
+
+    asyncio.run(scene())
+
+
+def test_what_a_dead_agent_had_said_is_forgotten_however_late_it_is_heard() -> None:
+    """Its guard's word is quicker than etcd's, and it cannot wake up."""
+
+    async def scene() -> None:
+        me = Leader()
+        node = me.mirror.nodes[2] = me.report.seen[2]
+        me.dead_agents[2] = agent_number(node.agent_pid, node.agent_start)
+        orphans = Orphans(cast(Any, me))
+        orphans.look({"b": GROUP})
+        orphans.look({"b": replace(GROUP, leases=(7,))})
+        assert lease_events(me) == 1
+        for task in me.tasks:
+            task.cancel()
+
+    asyncio.run(scene())
+
+
+def test_the_frontend_hears_that_an_engine_is_gone_before_it_loses_the_way_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it asks there again, over a connection that nobody takes."""
+    monkeypatch.setattr("gms_launch.cohort.controller.NODE_GRACE", 0.0)
+    monkeypatch.setattr("gms_launch.node.orphans.HEARD", 0.2)
+    moments: list[float] = []
+
+    def sever(*_: object) -> int:
+        moments.append(time.monotonic())
+        return 1
+
+    monkeypatch.setattr("gms_launch.process.listener.sever", sever)
+
+    async def scene() -> None:
+        me = Leader()
+        me.settings.node_wait = 60.0
+        await me.looks(Orphans(cast(Any, me)), {"b": replace(GROUP, leases=(7,))}, 0.1)
+        assert me.ended == [7] and moments[0] - me.ended_at >= 0.2
+        assert [kind for kind, _ in me.events] == ["lease_revoked", "redundancy", "severed"]
 
     asyncio.run(scene())
