@@ -162,7 +162,7 @@ class Settings:
     etcd_bin: str = setting("", "etcd binary; found on PATH when empty", "services")
     etcd_members: str = setting(
         "1",
-        "members of the run's etcd, on its first nodes: with 3 the loss of one is borne; auto: 3 from three nodes on",
+        "members of etcd, on the first nodes: with 3 the loss of one is borne; auto: 3 from 3 nodes (no spares) on",
         "services",
         choices=("auto", "1", "3", "5"),
     )

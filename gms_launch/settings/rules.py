@@ -158,7 +158,7 @@ def check(s: Settings) -> None:
             f"dynamo_lease_ttl {s.dynamo_lease_ttl:g} s: every Dynamo process exits when etcd is away for longer, "
             "and restarting etcd takes up to 2 s; use 5 or more"
         )
-    if s.etcd_endpoints and s.was_set("etcd_members"):
+    if s.etcd_endpoints and s.was_set("etcd_members") and s.etcd_members != "auto":
         raise UsageError("--etcd-members is about an etcd of the run's own, and --etcd-endpoints names another")
     if not NAMESPACE.match(s.namespace):
         raise UsageError(
