@@ -67,7 +67,8 @@ def examine(settings: Settings) -> list[tuple[str, bool, str]]:
         try:
             checks.append((name, True, look()))
         except (LaunchError, NotReadyError, OSError) as exc:
-            checks.append((name, False, str(exc)))
+            same = next((other for other, ok, detail in checks if not ok and detail == str(exc)), "")
+            checks.append((name, False, f"not looked at, for what {same} says" if same else str(exc)))
 
     def interpreter() -> str:
         if why := installed.unusable(settings.python):

@@ -207,9 +207,11 @@ def parts(shot: Snapshot) -> list[Row]:
         found.append((place(shot, node_rank), "agent", SILENT, "", "", why))
     for rank in range(shot.nnodes, shot.nnodes + shot.wanted_spares):
         if rank not in {n.node_rank for n in shot.spares}:
-            found.append(
-                (str(rank), "agent", SILENT, "", "", "no spare is here: not come yet, stopped, cut off or gone")
+            what = "no spare is here: not come yet, stopped, cut off or gone"
+            away = (
+                "no spare is here: stopped or cut off, or in a lost node's place; that node's `gms-launch up` makes one"
             )
+            found.append((str(rank), "agent", SILENT, "", "", what if shot.starting else away))
     for node in (*shot.nodes, *shot.spares):
         where = place(shot, node.node_rank)
         note = f"{node.address}, a spare" if node in shot.spares else node.address

@@ -293,6 +293,12 @@ def test_submit_asks_slurm_for_what_the_groups_take(tmp_path: Path, model: Path)
     assert run(tmp_path, "submit", "--engine", "reference", "--model", str(model))[1].endswith("the job has: -N 2\n")
 
 
+def test_doctor_says_once_what_stops_several_of_its_checks(tmp_path: Path, model: Path) -> None:
+    code, text = run(tmp_path, "doctor", "--engine", "reference", "--model", str(model), "--nnodes", "2")
+    assert code == 1 and text.count("need --leader-addr") == 1, text
+    assert "ports                not looked at, for what topology says" in text
+
+
 def test_doctor_says_what_each_group_of_the_node_needs(tmp_path: Path, model: Path) -> None:
     config = tmp_path / "g.toml"
     config.write_text(TABLES.replace("nodes = 2\ntp = 4", f'gpus = 2\nmodel = "{tmp_path}"'))
