@@ -136,6 +136,18 @@ def test_engine_arguments_that_break_shadow_mode_are_refused_with_the_reason(arg
     resolve({"engine": "command"}, {}, engine_args=args)
 
 
+def test_an_etcd_of_ones_own_has_no_members_here_and_auto_asks_for_none() -> None:
+    own = {"etcd_endpoints": "http://a:2379"}
+    with pytest.raises(UsageError, match="--etcd-endpoints names another"):
+        resolved(etcd_members="3", **own)
+    assert resolved(etcd_members="auto", **own).etcd_endpoints
+
+
+def test_auto_is_three_members_from_three_nodes_on_and_a_frontend_beside_each() -> None:
+    s = resolved(etcd_members="auto", frontends="auto")
+    assert [(s.members(n), s.fronts(n)) for n in (1, 2, 3, 8)] == [(1, 1), (1, 1), (3, 3), (3, 3)]
+
+
 def test_the_number_of_replicas_is_said_once() -> None:
     with pytest.raises(UsageError, match=r"--data-parallel-size 1, and dp 2 \(from --dp\); leave one out"):
         resolve({"dp": "2"}, {}, engine_args=["-dp", "1"])
