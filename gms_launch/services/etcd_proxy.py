@@ -91,6 +91,10 @@ defaults
     default-server observe layer4 error-limit 1 on-error mark-down on-marked-down shutdown-sessions
 frontend dynamo
     bind "fd@${{{LISTENS}}}"
+    # Who does not begin to speak as Dynamo does is not led to a member.
+    tcp-request inspect-delay 5s
+    tcp-request content accept if {{ req.ssl_hello_type 1 }}
+    tcp-request content reject
     default_backend etcd
 backend etcd
 {servers}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import selectors
 import socket
+import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -58,7 +60,16 @@ def crowd(port: int, count: int) -> Iterator[subprocess.Popen[str]]:
             stranger.kill()
 
 
-def serve(listener: socket.socket) -> None:
+def hello() -> bytes:
+    """How somebody begins who speaks TLS."""
+    said = ssl.MemoryBIO()
+    talk = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), said, server_hostname="x")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        talk.do_handshake()
+    return said.read()
+
+
+def serve(listener: socket.socket, greeted: list[socket.socket]) -> None:
     """Greet everybody, and end what they end, as a member of etcd does. Ends with its listener."""
     with selectors.DefaultSelector() as all_of_them:
         all_of_them.register(listener, selectors.EVENT_READ)
@@ -69,10 +80,11 @@ def serve(listener: socket.socket) -> None:
                 try:
                     if found is listener:
                         connection = listener.accept()[0]
+                        greeted.append(connection)
                         connection.sendall(b"served")
                         all_of_them.register(connection, selectors.EVENT_READ)
                         continue
-                    if found.recv(99):
+                    if found.recv(4096):
                         continue
                 except OSError:
                     if found is listener:
@@ -92,7 +104,8 @@ def run(tmp_path: Path, model: Path) -> Iterator[Deployment]:
 def test_who_holds_all_places_of_etcds_proxy_is_turned_out_and_nobody_else(tmp_path: Path) -> None:
     secrets = credentials.make(("127.0.0.1",))
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as member:
-        threading.Thread(target=serve, args=(member,), daemon=True).start()
+        greeted: list[socket.socket] = []
+        threading.Thread(target=serve, args=(member, greeted), daemon=True).start()
         access = secrets.access((f"https://127.0.0.1:{member.getsockname()[1]}",))
         near = etcd_proxy.EtcdProxy(free_port(), access, tmp_path)
         etcd_proxy.configure(near)
@@ -107,6 +120,7 @@ def test_who_holds_all_places_of_etcds_proxy_is_turned_out_and_nobody_else(tmp_p
             client.settimeout(timeout)
             try:
                 client.connect(("127.0.0.1", near.port))
+                client.sendall(hello())
                 if client.recv(6) == b"served":
                     return client
             except OSError:
@@ -134,6 +148,7 @@ def test_who_holds_all_places_of_etcds_proxy_is_turned_out_and_nobody_else(tmp_p
                 )
                 after.close()
             before.close()
+            assert len(greeted) < 1000, "who says nothing is not led to a member"
         finally:
             proxy.kill()
             proxy.wait()
