@@ -42,8 +42,8 @@ class Crowd:
             log.warning("%s: connections of other users cannot be ended: %s", self._name, exc)
             self._most = sys.maxsize
             return ""
-        # One that has many of the run's own is not gone through at every look.
-        self._most = max(CROWD, 2 * (held - ended))
+        # One that has many, and all of them the run's own, is not gone through at every look.
+        self._most = CROWD if ended else max(CROWD, 2 * held)
         self._ended += ended
         if not self._ended or time.monotonic() - self._told < AGAIN:
             return ""
