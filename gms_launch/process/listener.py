@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import socket
@@ -29,6 +30,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 class TakeError(LaunchError):
     """A listening socket could not be found or taken."""
+
+
+class ClosedError(TakeError):
+    """It was closed while it was being taken."""
 
 
 def advertised(instance: bytes) -> tuple[str, int] | None:
@@ -78,10 +83,16 @@ def _end(pid: int, inodes: set[str]) -> int:
     count = 0
     for fd, inode in _sockets(pid) if inodes else ():
         if inode in inodes:
-            with socket.socket(fileno=_getfd(pid, fd)) as found, contextlib.suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{found.fileno()}") == f"socket:[{inode}]":  # the number is not anew
-                    found.shutdown(socket.SHUT_RDWR)
-                    count += 1
+            try:
+                own = _getfd(pid, fd)
+            except ClosedError:
+                continue  # it has ended that one itself
+            if os.readlink(f"/proc/self/fd/{own}") != f"socket:[{inode}]":  # the number is another's by now
+                os.close(own)
+                continue
+            with socket.socket(fileno=own) as found, contextlib.suppress(OSError):
+                found.shutdown(socket.SHUT_RDWR)
+                count += 1
     return count
 
 
@@ -158,8 +169,9 @@ def _getfd(pid: int, fd: int) -> int:
     try:
         got = int(_libc.syscall(SYS_PIDFD_GETFD, pidfd, fd, 0))
         if got < 0:
-            why = os.strerror(ctypes.get_errno())
-            raise TakeError(f"pidfd_getfd of descriptor {fd} of process {pid}: {why}")
+            why = os.strerror(number := ctypes.get_errno())
+            kind = ClosedError if number == errno.EBADF else TakeError
+            raise kind(f"pidfd_getfd of descriptor {fd} of process {pid}: {why}")
     finally:
         os.close(pidfd)
     return got

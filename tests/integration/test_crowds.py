@@ -182,3 +182,13 @@ def test_an_etcd_that_a_crowd_made_deaf_to_its_peers_is_started_again(run: Deplo
     assert run.wait_full()["redundancy"] == "full" and run.text() == before
     assert [c["incarnation"] for c in run.status()["cohorts"]] == lives, "nothing else was"
     eventually(lambda: not clients.waiting(port), what="and it takes in who comes")
+
+
+def test_a_connection_that_ends_while_it_is_taken_is_no_reason_to_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NATS ends who says nothing, too: one may be closed between the list of its descriptors and the look at it."""
+    with socket.socketpair()[0] as here:
+        inode = os.readlink(f"/proc/self/fd/{here.fileno()}")[len("socket:[") : -1]
+        listed = [(1 << 20, inode), (here.fileno(), inode)]
+        monkeypatch.setattr(listener, "_sockets", lambda pid: listed)
+        assert listener._end(os.getpid(), {inode}) == 1
+        assert here.recv(1) == b""
