@@ -36,7 +36,7 @@ def test_every_step_is_a_line_and_the_next_start_says_how_long_it_took(tmp_path:
         assert any("first token" in line for line in said if line.startswith("cohort "))
         shown = run.status()
         assert shown["starting"] is False and shown["missing_nodes"] == []
-        assert shown["nodes"][0]["gms"][0]["allocated_bytes"]
+        eventually(lambda: run.status()["nodes"][0]["gms"][0]["allocated_bytes"], LONG, "GMS is asked once more then")
         kept = tmp_path / "cache" / "gms-launch" / "starts.json"
         eventually(kept.exists)
         (times,) = json.loads(kept.read_text()).values()
