@@ -44,6 +44,7 @@ class Keys:
         self.refusals = f"{top}refusals/"
         self.seats = f"{top}seats/"
         self.asked = f"{top}asked/"
+        self.dark = f"{top}dark/"
         self.answers = f"{self.prefix}answers/"
         self.over = f"{top}over/{group}"
 
@@ -53,6 +54,10 @@ class Keys:
     def seat(self, node_rank: int) -> str:
         """Whose a node rank of the run is."""
         return f"{self.seats}{node_rank}"
+
+    def dark_of(self, group: str) -> str:
+        """What the run's leader says of a group whose leading node is lost."""
+        return f"{self.dark}{group}"
 
     def cohort(self, cohort_id: int) -> str:
         return f"{self.desired}{cohort_id}"
@@ -82,11 +87,11 @@ class Keys:
 
     def everywhere(self) -> list[Range]:
         """What an agent of a run of groups follows besides its groups."""
-        return [prefix(self.commands), Range(self.run), Range(self.peers)]
+        return [prefix(self.commands), prefix(self.dark), Range(self.run), Range(self.peers)]
 
     def over_all(self) -> list[Range]:
         """What the leader of a run of groups follows besides its own groups."""
-        tables = (self.nodes, self.commands, self.events, self.refusals, self.groups, self.seats, self.asked)
+        tables = (self.nodes, self.commands, self.events, self.refusals, self.groups, self.seats, self.asked, self.dark)
         return [*map(prefix, tables), Range(self.run), Range(self.peers)]
 
     def event(self, time_ns: int, node_rank: int, serial: int) -> str:

@@ -119,6 +119,10 @@ class ControlLink:
         """Store soon what the run's leader says, if we still are it."""
         (self._leading or self._publisher).put(key, value)
 
+    def unsay(self, key: str) -> None:
+        """Delete soon what the run's leader said, if we still are it."""
+        (self._leading or self._publisher).delete(key)
+
     def claim(self, key: str, value: bytes, lease_ttl: float) -> bytes | None:
         """Store `value` under a new lease, which `listen` then keeps; blocks. Returns who has the key, if not we.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from gms_launch.cohort.dark import DarkRecord
 from gms_launch.cohort.records import (
     AnswerRecord,
     CommandRecord,
@@ -52,6 +53,7 @@ class Mirror:
         self.results: dict[str, CommandResult] = {}
         self.refusals: dict[str, str] = {}
         self.seats: dict[int, SeatRecord] = {}
+        self.dark: dict[str, DarkRecord] = {}
         self.asked: dict[str, QuestionRecord] = {}
         self.answers: dict[str, AnswerRecord] = {}
         self.problems: dict[str, str] = {}
@@ -87,6 +89,8 @@ class Mirror:
                 _set(self.ended, (int(cohort_id), int(incarnation)), EndedRecord, value)
             elif key.startswith(keys.seats):
                 _set(self.seats, int(key[len(keys.seats) :]), SeatRecord, value)
+            elif key.startswith(keys.dark):
+                _set(self.dark, key[len(keys.dark) :], DarkRecord, value)
             elif key.startswith(keys.asked):
                 _set(self.asked, key[len(keys.asked) :], QuestionRecord, value)
             elif key.startswith(keys.answers):

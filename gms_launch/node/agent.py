@@ -31,6 +31,7 @@ from gms_launch.node.node import Node
 from gms_launch.node.orphans import Orphans
 from gms_launch.node.rank import Rank
 from gms_launch.node.role import Role
+from gms_launch.node.severing import Severing
 from gms_launch.node.takeover import Takeover
 from gms_launch.node.tasks import until
 from gms_launch.observe import snapshot
@@ -63,6 +64,7 @@ class Agent:
         self._on_change = on_change
         self._shown = 0.0
         self._orphans = Orphans(self.node)
+        self._severing = Severing(self.node)
         self._clerk = Clerk(layout.run, self.node.near, self.node.report)
         self._takeover = Takeover(self.node)
         self._role = Role(self.node, self._begin_to_lead)
@@ -145,6 +147,7 @@ class Agent:
         self._follow_the_run()
         members.look(self.node)
         members.look_at_fronts(self.node)
+        self._severing.look()
         for group in self.node.groups:
             self._follow_gms(group)
         pause = min(pauses, default=None)

@@ -5,28 +5,24 @@ Requests are not sent there any more; and a group whose node does not come back,
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
 from gms_launch.cohort import census, controller, membership
+from gms_launch.cohort.dark import DarkRecord
 from gms_launch.cohort.model import Redundancy
 from gms_launch.cohort.records import RunRecord
 from gms_launch.control.keys import Keys
-from gms_launch.errors import DeadlineError, LaunchError, NoContactError
+from gms_launch.errors import DeadlineError, NoContactError
 from gms_launch.node.herald import agent_number
 from gms_launch.node.node import Node
 from gms_launch.node.standing import Standing
-from gms_launch.numbers import numbered
-from gms_launch.process import listener
 
 log = logging.getLogger("agent")
 
 #: Between two tries to write down that a group is over (seconds).
 AGAIN = 1.0
-#: How long a frontend has to hear that an engine is gone before it loses the way to it (seconds); it takes some 0.1.
-HEARD = 1.0
 
 
 class Orphans:
@@ -51,6 +47,7 @@ class Orphans:
             lost = self._is_lost(record.leader)
             if not lost:
                 self._forgotten.discard(name)
+                self._take_back(name, record.leader)
             elif name not in self._forgotten or record.leader in self._me.mirror.nodes:
                 self._forgotten.add(name)
                 self._forget_engines(name, record)
@@ -61,6 +58,13 @@ class Orphans:
             if name not in self._ending:
                 self._ending.add(name)
                 self._me.spawn(self._end(name, groups[name]))
+
+    def _take_back(self, name: str, node_rank: int) -> None:
+        """A node leads it again: what was said of the lost one is over."""
+        me = self._me
+        if name in me.mirror.dark and node_rank in me.mirror.nodes:
+            del me.mirror.dark[name]
+            me.report.unsay(me.mirror.keys.dark_of(name))
 
     def _tell(self, name: str, record: RunRecord, lost: bool) -> None:
         """Nobody serves in a group whose leader is lost, and nobody there says so: hooks and the pages' strips wait
@@ -130,22 +134,8 @@ class Orphans:
             self._me.spawn(self._let_go(name, fresh, record.leader))
 
     async def _let_go(self, name: str, leases: set[int], node_rank: int) -> None:
-        """Have the frontend send on what is asked of engines on a lost node, and what they were answering.
-
-        It would wait for the rest of those answers: nothing tells it that no more will come. Not before it has heard
-        that the engine is gone: it would ask there again, on a new connection, and what waits for one that nobody takes
-        is given up for good after 5 s (Dynamo 1.4).
-        """
-        me = self._me
+        """Have no frontend ask those engines any more, nor wait for what they were answering."""
+        me, node = self._me, self._me.report.seen.get(node_rank)
         await self._standing.end(leases)
-        await asyncio.sleep(HEARD)
-        node, pid = me.report.seen.get(node_rank), me.near.pid()
-        if node is None or not pid or node.address in ("", me.layout.topology.address):
-            return
-        try:
-            count = await me.loop.run_in_executor(None, listener.sever, pid, node.address)
-        except (LaunchError, OSError) as exc:
-            me.report.emit("not_severed", detail=f"{exc}; answers that {node.host} was giving hang", group=name)
-            return
-        detail = f"{numbered(count, 'connection')} of the frontend with {node.host} ({node.address})"
-        me.report.emit("severed", detail=detail, group=name)
+        if node is not None:
+            me.report.say(me.mirror.keys.dark_of(name), DarkRecord(node.host, node.address, tuple(leases)).encode())

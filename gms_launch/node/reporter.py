@@ -124,6 +124,11 @@ class Reporter:
         assert self.link is not None, "nothing is reported before there is etcd"
         self.link.say(key, value)
 
+    def unsay(self, key: str) -> None:
+        """Take out of etcd what the run's leader said."""
+        assert self.link is not None, "nothing is reported before there is etcd"
+        self.link.unsay(key)
+
     def put_once(self, key: str, value: bytes) -> None:
         """Store a record in etcd, at once, unless somebody did: whatever many may say at once, all hear once."""
         assert self.link is not None, "nothing is reported before there is etcd"

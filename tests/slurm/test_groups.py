@@ -55,8 +55,9 @@ class Groups(LabRun):
 @pytest.fixture(scope="module")
 def four() -> Iterator[Lab]:
     with Lab(4, slurm=False) as lab:
-        # Dynamo's frontend takes answers at the address of the default route, where an interface has IPv6 too.
-        lab.node("node1").run(["ip", "route", "add", "default", "via", f"{lab.net}.254"], check=True)
+        for name in ("node1", "node2"):
+            # Dynamo's frontend takes answers at the address of the default route, where an interface has IPv6 too.
+            lab.node(name).run(["ip", "route", "add", "default", "via", f"{lab.net}.254"], check=True)
         yield lab
 
 
@@ -96,17 +97,29 @@ def test_a_group_whose_nodes_do_not_fit_together_ends_the_start_and_says_why(
 
 @pytest.mark.parametrize("node", ["node3", pytest.param("node4", marks=pytest.mark.slow)])
 def test_a_node_of_one_group_is_lost_and_the_other_gives_its_answers(four: Lab, model: Path, node: str) -> None:
-    """Both serve the same model: what the lost one was asked goes on at the other, from the token where it was."""
-    flags = ["--lease-ttl=3", "--node-wait=120", "--groups", "2"]
+    """Both serve the same model: what the lost one was asked goes on at the other, from the token where it was, through
+    whichever frontend; the second one's node neither leads the run nor has a member of etcd.
+    """
+    flags = ["--lease-ttl=3", "--node-wait=120", "--groups", "2", "--frontends", "2"]
     with Groups(four, model, *flags, REFERENCE_TOKEN_SECONDS="0.02").hand() as run:
         run.full("g0", "g1")
         untouched, before, number = run.lives("g0"), run.lives("g1"), int(node[-1]) - 1
-        with Load(run.run_file()["frontend_url"], streams=12, unary=4, rate=5, tokens=40) as load:
+        urls = eventually(lambda: u if len(u := run.run_file()["frontend_urls"]) == 2 else None)
+        with (
+            Load(urls[0], streams=12, unary=4, rate=5, tokens=40) as load,
+            Load(urls[1], streams=6, unary=2, tokens=40, texts=load.texts) as other,
+        ):
             load.wait_busy(1.0)
+            other.wait_busy(1.0)
             four.node(node).power_off()
-            eventually(lambda: run.of("g1", "severed" if node == "node3" else "node_lost"), LONG, "it is lost")
+            if node == "node3":
+                eventually(lambda: {e["node_rank"] for e in run.of("g1", "severed")} == {0, 1}, LONG, "it is lost")
+            else:
+                eventually(lambda: run.of("g1", "node_lost"), LONG, "it is lost")
             load.wait_busy(1.0)
+            other.wait_busy(1.0)
         assert load.lost == [] and load.wrong == [], load.said()
+        assert other.lost == [] and other.wrong == [], other.said()
         run.processes.pop(number).wait(60)
         assert run.lives("g0") == untouched and run.of("g0", "kill") == []
         four.node(node).start(daemons=False)

@@ -11,7 +11,7 @@ import pytest
 
 from gms_launch.control import cluster
 from gms_launch.control.client import Etcd
-from gms_launch.node.orphans import HEARD
+from gms_launch.node.severing import HEARD
 from gms_launch.process import proc
 from gms_launch.run.rundir import RunDir
 from tests import listening
@@ -114,8 +114,13 @@ def test_a_machine_with_the_leader_of_etcd_is_switched_off(model: Path) -> None:
         assert len(others) > 6
         seen = lab.node("node4").run(["ss", "-Htnp", "dst", lab.node("node3").address], check=True).stdout
         assert '"haproxy"' in seen, "the fourth's Dynamo processes go by the member that is about to be lost"
-        with Load(run.run_file()["frontend_url"], streams=4, unary=2, tokens=30) as load:
+        urls = run.run_file()["frontend_urls"]
+        with (
+            Load(urls[0], streams=4, unary=2, tokens=30) as load,
+            Load(urls[1], streams=4, unary=2, tokens=30, texts=load.texts) as other,
+        ):
             load.wait_busy(1.0)
+            other.wait_busy(1.0)
             lab.node("node3").power_off()
             off = time.monotonic()
             eventually(lambda: run.status()["missing_nodes"] == [2], LONG, "its lease is over")
@@ -127,9 +132,11 @@ def test_a_machine_with_the_leader_of_etcd_is_switched_off(model: Path) -> None:
             while time.monotonic() < off + 15:  # longer than the leases of Dynamo's processes
                 assert all(map(proc.alive, others)), "engines elsewhere and the frontend go on"
                 time.sleep(0.2)
-            assert run.of("g2", "severed")
+            assert {e["node_rank"] for e in run.of("g2", "severed")} == {0, 1}
             load.wait_busy(1.0)
+            other.wait_busy(1.0)
         assert load.lost == [] and load.wrong == [], load.said()
+        assert other.lost == [] and other.wrong == [], other.said()
         assert run.text() == before
         assert run.cli("kill-primary", "--group", "g1").returncode == 0
         assert run.cli("kill-primary", "--group", "g3").returncode == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from gms_launch.control.keys import Keys, dynamo_lease
+from gms_launch.cohort.dark import DarkRecord
+from gms_launch.control.keys import Keys, Share, dynamo_lease, followed, prefix
+from gms_launch.control.mirror import Mirror
 
 
 def test_keys_sort_by_time_and_leases_are_read() -> None:
@@ -12,3 +14,16 @@ def test_keys_sort_by_time_and_leases_are_read() -> None:
     assert dynamo_lease("v1/mdc/dynamo/backend/generate/5b18a2") is None
     assert dynamo_lease("v1/instances/dynamo/backend/generate/x") is None
     assert dynamo_lease("v1/instances/dynamo/backend/router-discovery/5b18a2") is None, "a frontend's own"
+
+
+def test_every_agent_of_a_run_of_groups_hears_which_nodes_are_lost() -> None:
+    """Any of them may have a frontend, whatever else it follows."""
+    keys, lost = Keys("r"), DarkRecord("node3", "10.0.0.3", (7,))
+    for leads in (True, False):
+        assert prefix(keys.dark) in followed(Share(keys, leads, 2), [Share(Keys("r", "a"), False, 2)])
+    assert prefix(keys.dark) in keys.everywhere(), "a spare's agent"
+    mirror = Mirror("r")
+    mirror.apply(keys.dark_of("b"), lost.encode())
+    assert mirror.dark == {"b": lost}
+    mirror.apply(keys.dark_of("b"), None)
+    assert mirror.dark == {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from gms_launch.cohort.dark import DarkRecord
 from gms_launch.cohort.records import NodeRecord, RunRecord
 from gms_launch.control.keys import Keys
 from gms_launch.errors import NoContactError
@@ -26,7 +26,7 @@ class Leader:
 
     def __init__(self, *answers: bool | Exception) -> None:
         self.loop = asyncio.get_running_loop()
-        self.mirror = SimpleNamespace(nodes={}, keys=KEYS)
+        self.mirror = SimpleNamespace(nodes={}, keys=KEYS, dark={})
         self.settings = SimpleNamespace(node_wait=0.05, dynamo_lease_ttl=20.0)
         self.dead_agents: dict[int, int] = {}
         self.ready, self.wake = asyncio.Event(), asyncio.Event()
@@ -38,17 +38,25 @@ class Leader:
             seen={2: NodeRecord(2, "node3", "10.0.0.3", "", 1, 1)},
             link=SimpleNamespace(write_if=self._write, revoke=self._revoke),
             emit=lambda kind, detail, group: self.events.append((kind, group)),
+            say=self._say,
+            unsay=self._unsay,
         )
         self.tasks: list[asyncio.Task[Any]] = []
-        self.near = SimpleNamespace(pid=lambda: 1)
-        self.layout = SimpleNamespace(run="r", topology=SimpleNamespace(address="10.0.0.1"))
+        self.layout = SimpleNamespace(run="r")
         self.ended: list[int] = []
-        self.ended_at = 0.0
+        self.unsaid: list[str] = []
 
     def _revoke(self, lease: int) -> bool:
         self.ended.append(lease)
-        self.ended_at = time.monotonic()
         return True
+
+    def _say(self, key: str, value: bytes) -> None:
+        """Heard from etcd at once."""
+        assert key.startswith(KEYS.dark)
+        self.mirror.dark[key.removeprefix(KEYS.dark)] = DarkRecord.decode(value)
+
+    def _unsay(self, key: str) -> None:
+        self.unsaid.append(key)
 
     def _write(self, conditions: Mapping[str, Any], records: Mapping[str, bytes]) -> bool:
         self.written.append((conditions, records))
@@ -134,7 +142,6 @@ def lease_events(me: Leader) -> int:
 def test_only_engines_from_before_the_loss_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """An agent that stood still tells of the life that took over, before it is seen to be back."""
     monkeypatch.setattr("gms_launch.cohort.controller.NODE_GRACE", 0.05)
-    monkeypatch.setattr("gms_launch.node.orphans.HEARD", 0.0)
 
     async def scene() -> None:
         me = Leader()
@@ -171,25 +178,21 @@ def test_what_a_dead_agent_had_said_is_forgotten_however_late_it_is_heard() -> N
     asyncio.run(scene())
 
 
-def test_the_frontend_hears_that_an_engine_is_gone_before_it_loses_the_way_there(
+def test_what_is_lost_is_said_when_its_registration_has_ended_and_until_a_node_leads_it_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else it asks there again, over a connection that nobody takes."""
-    monkeypatch.setattr("gms_launch.cohort.controller.NODE_GRACE", 0.0)
-    monkeypatch.setattr("gms_launch.node.orphans.HEARD", 0.2)
-    moments: list[float] = []
-
-    def sever(*_: object) -> int:
-        moments.append(time.monotonic())
-        return 1
-
-    monkeypatch.setattr("gms_launch.process.listener.sever", sever)
+    monkeypatch.setattr("gms_launch.cohort.controller.NODE_GRACE", 0.05)
 
     async def scene() -> None:
         me = Leader()
         me.settings.node_wait = 60.0
-        await me.looks(Orphans(cast(Any, me)), {"b": replace(GROUP, leases=(7,))}, 0.1)
-        assert me.ended == [7] and moments[0] - me.ended_at >= 0.2
-        assert [kind for kind, _ in me.events] == ["lease_revoked", "redundancy", "severed"]
+        orphans, group = Orphans(cast(Any, me)), replace(GROUP, leases=(7,))
+        orphans.look({"b": group})
+        assert not me.mirror.dark, "it may be back at once"
+        await me.looks(orphans, {"b": group}, 0.2)
+        assert me.ended == [7] and me.mirror.dark == {"b": DarkRecord("node3", "10.0.0.3", (7,))} and not me.unsaid
+        me.mirror.nodes[2] = replace(me.report.seen[2], address="10.0.0.5")
+        await me.looks(orphans, {"b": group}, 0.1)
+        assert not me.mirror.dark and me.unsaid == [f"{KEYS.dark}b"]
 
     asyncio.run(scene())

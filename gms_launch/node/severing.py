@@ -1,0 +1,53 @@
+"""Ends the connections of this node's frontend with lost nodes, which TCP alone would leave open.
+
+The frontend would wait for the rest of their answers: nothing tells it that no more will come. The run's leader says
+which nodes are meant (`cohort.dark`), and every agent does it for its own frontend.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from gms_launch.cohort import dark
+from gms_launch.cohort.dark import DarkRecord
+from gms_launch.errors import LaunchError
+from gms_launch.node.node import Node
+from gms_launch.numbers import numbered
+from gms_launch.process import listener
+
+#: How long a frontend has to hear that an engine is gone before it loses the way to it (seconds); it takes some 0.1.
+HEARD = 1.0
+
+
+class Severing:
+    """What an agent remembers of lost nodes."""
+
+    def __init__(self, me: Node) -> None:
+        self._me = me
+        self._known: dict[str, DarkRecord] = {}
+
+    def look(self) -> None:
+        """Act once for each loss that the run's leader tells of."""
+        me, said = self._me, self._me.mirror.dark
+        for group in dark.news(self._known, said, me.layout.home.address):
+            me.spawn(self._sever(group, said[group]))
+        self._known = dict(said)
+
+    async def _sever(self, group: str, lost: DarkRecord) -> None:
+        """Have the frontend send on what it asked of engines on a lost node, and what they were answering.
+
+        Not before it has heard that the engine is gone: it would ask there again, on a new connection, and what waits
+        for one that nobody takes is given up for good after 5 s (Dynamo 1.4).
+        """
+        me = self._me
+        await asyncio.sleep(HEARD)
+        pid = me.near.pid()
+        if not pid or me.mirror.dark.get(group) != lost:
+            return
+        try:
+            count = await asyncio.to_thread(listener.sever, pid, lost.address)
+        except (LaunchError, OSError) as exc:
+            me.report.emit("not_severed", detail=f"{exc}; answers that {lost.host} was giving hang", group=group)
+            return
+        detail = f"{numbered(count, 'connection')} of the frontend with {lost.host} ({lost.address})"
+        me.report.emit("severed", detail=detail, group=group)
