@@ -5,6 +5,7 @@ the agent kills it and takes it off that list, within milliseconds. If it has no
 hangs, and the guard does both duties in its place: the kill, and the word to the other nodes. Nothing else: what comes
 next is for the agent and the controller, when they go on. To be late or twice does no harm, since that life is over.
 Where a spare may take this node's place, all that lives here is ended likewise when this node's lease is over.
+Of an agent that is dead it says so, and that all that lives here ends, which the guard sees to.
 
 Socket and list are the agent's; the deputy costs nothing while nothing happens.
 """
@@ -89,8 +90,12 @@ class Deputy:
     def serve(self) -> None:
         self._stand_by()
         duty = self._duty
-        if duty.ranks and self._line is not None:
-            word.say(self._line, Word(word.AGENT, duty.agent, self._node_rank), duty.key, duty.leader)
+        if not duty.ranks or self._line is None:
+            return
+        word.say(self._line, Word(word.AGENT, duty.agent, self._node_rank), duty.key, duty.leader)
+        # The guard ends what lives here, and so each of these lives is over: nobody needs to wait for the lease.
+        for life in duty.ranks:
+            word.say(self._line, Word(*life, self._node_rank), duty.key, others(duty.peers, life[0]))
 
     def _stand_by(self) -> None:
         while True:

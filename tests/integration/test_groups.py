@@ -286,7 +286,11 @@ def test_a_lost_node_ends_its_own_group_alone(pairs: Four) -> None:
     untouched = run.lives("g0")
     kill(run.agent_of(3))
     eventually(lambda: run.of("g1", "node_lost"), LONG)
-    assert run.of("g1", "node_lost")[0]["detail"].startswith("node 3 ")
+    (lost, *_) = run.of("g1", "node_lost")
+    assert lost["detail"].startswith("node 3 ")
+    ended = eventually(lambda: len(found := run.of("g1", "exit")) > 1 and found, LONG, "node 2's ranks of both cohorts")
+    assert {e["cohort_id"] for e in ended} == {0, 1}
+    assert all(e["time"] < lost["time"] for e in ended), "by its guard's word: nobody waited for the lease"
     eventually(lambda: run.groups()["g1"]["over"], LONG, "node_wait is over")
     assert "was lost and did not come back" in run.groups()["g1"]["over"]
     assert run.text() and run.lives("g0") == untouched, "the other serves on"
@@ -319,7 +323,8 @@ def test_the_node_that_leads_a_group_comes_back(pairs: Four) -> None:
     run.full("g0", "g1")
     untouched, before = run.lives("g0"), run.lives("g1")
     kill(run.agent_of(2))
-    eventually(lambda: [e for e in run.of("g1", "kill") if "leader was lost" in e["detail"]], LONG, "the rest ends")
+    eventually(lambda: {e["cohort_id"] for e in run.of("g1", "exit")} == {0, 1}, LONG, "the other node's ranks end")
+    eventually(lambda: run.status()["missing_nodes"] == [2], LONG, "its lease is over")
     assert run.node(2).returncode == 0
     run.full("g1")
     assert not {pid for *_, pid in run.lives("g1")} & {pid for *_, pid in before}

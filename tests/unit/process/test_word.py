@@ -142,6 +142,13 @@ def test_a_deputy_says_that_its_agent_is_dead_to_whom_it_concerns(guarded: Guard
     assert guarded.child.poll() is None, "what is left is the guard's"
 
 
+def test_a_deputy_says_that_what_lives_beside_a_dead_agent_ends(guarded: Guarded) -> None:
+    guarded.duty({(0, 1): guarded.who, (1, 3): guarded.who})
+    guarded.leash.close()
+    guarded.thread.join(60)
+    assert word.hear(guarded.peer, KEY) == [Word(0, 1, 4), Word(1, 3, 4)]
+
+
 def test_a_life_that_begins_as_another_ends_is_not_taken_for_it(guarded: Guarded) -> None:
     """Its descriptor has the other's number, and the deputy was too busy to look in between."""
     second = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
