@@ -166,8 +166,8 @@ class Hosts:
         try:
             for line in remote.lines():
                 try:
-                    message = json.loads(line)
-                except ValueError:
+                    message = dict(json.loads(line))
+                except (ValueError, TypeError):  # what the host's own shell says before it, say
                     self._news.put((rank, "progress", line))
                     continue
                 for kind in ("progress", "ready"):
@@ -184,14 +184,14 @@ class Hosts:
     def _again(self, rank: int) -> None:
         """In a thread: start another agent on a host as soon as it lets us in, and read what that says."""
         while not self._over.wait(AGAIN):
+            self._connections[rank].close()
             try:
-                connection = ssh.connect(self._hosts[rank])
-                self._connections.append(connection)
-                remote = self._remotes[rank] = connection.start(self._argv(rank), self._secrets())
+                self._connections[rank] = ssh.connect(self._hosts[rank])
+                remote = self._remotes[rank] = self._connections[rank].start(self._argv(rank), self._secrets())
             except NoContactError:
                 continue  # that it is away has been said
             if self._over.is_set():
-                remote.end_input()
+                remote.end_input(STOP)
             self._news.put((rank, "again", "another agent was started"))
             self._read(rank, remote)
             return

@@ -26,6 +26,8 @@ logging.getLogger("paramiko").addHandler(logging.NullHandler())
 logging.getLogger("paramiko").propagate = False
 #: A dead peer is noticed within about three of these (seconds).
 KEEPALIVE = 10
+#: What paramiko raises of a server that does not do its part; the second, without a word, when it hangs up.
+BROKEN = (paramiko.SSHException, EOFError, OSError)
 
 
 class Connection:
@@ -50,10 +52,9 @@ class Connection:
             stdin, stdout, stderr = self._client.exec_command(shlex.join(argv))
             stdin.write(first)
             stdin.flush()
-        except (paramiko.SSHException, OSError) as exc:
-            raise NoContactError(
-                f"{self.host}: the command could not be started: {exc or type(exc).__name__}"
-            ) from None
+        except BROKEN as exc:
+            why = str(exc) or type(exc).__name__
+            raise NoContactError(f"{self.host}: the command could not be started: {why}") from None
         return Remote(self.host, stdin, stdout, stderr)
 
     def run(self, argv: Sequence[str], timeout: float) -> Done:
@@ -79,9 +80,9 @@ class Remote:
         self._stdout.channel.settimeout(seconds)
 
     def lines(self) -> Iterator[str]:
-        """Its output as it comes."""
-        for line in self._stdout:
-            yield line.rstrip("\n")
+        """Its output as it comes, in whatever letters."""
+        for line in self._stdout.channel.makefile("rb"):
+            yield line.decode(errors="replace").rstrip("\n")
 
     def read(self) -> tuple[str, str]:
         """All its output and all its error output."""
@@ -152,9 +153,11 @@ def connect(host: str, timeout: float = 10.0) -> Connection:
     except paramiko.AuthenticationException as exc:
         client.close()
         raise explain(f"login refused ({exc}); `ssh {host} true` must work without a password") from None
-    except (paramiko.SSHException, OSError) as exc:
+    except BROKEN as exc:
         client.close()
         text = str(exc) or type(exc).__name__
+        if isinstance(exc, EOFError):
+            text = "its SSH server hung up before we were let in: is it stopping, or has it too many who log in?"
         if isinstance(exc, TimeoutError) or "banner" in text or "No existing session" in text:
             text = f"no SSH server answers there within {timeout:g} s: is the host frozen, or overloaded?"
         if "not found in known_hosts" in text:
