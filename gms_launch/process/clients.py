@@ -22,7 +22,7 @@ Address = tuple[str, int]
 
 #: Bits of the states that are asked for: established, and on their way to the end.
 _STATES = sum(1 << state for state in (1, 4, 5, 8, 9, 11))
-_ESTABLISHED, _LISTEN = 1, 10
+_ESTABLISHED, _CLOSE_WAIT, _LISTEN = 1, 8, 10
 #: NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP; and the types of messages that end an answer.
 _SOCK_DIAG, _BY_FAMILY, _DUMP, _ERROR, _DONE = 4, 20, 0x301, 2, 3
 #: struct inet_diag_req_v2 up to the address, which is all zero; struct inet_diag_msg: family, state, ports, addresses,
@@ -125,7 +125,9 @@ def waiting(port: int) -> dict[Address, bool]:
     """
     if not any(row.waits for row in _rows(1 << _LISTEN) if row.here[1] == port):
         return {}
-    return {row.there: row.whole for row in connections() if row.here[1] == port and not row.inode}
+    # In other states without a socket are those that their process has closed, and they may linger for a minute.
+    rows = _rows(1 << _ESTABLISHED | 1 << _CLOSE_WAIT)
+    return {row.there: row.whole for row in rows if row.here[1] == port and not row.inode}
 
 
 def _rows(states: int) -> list[Row]:

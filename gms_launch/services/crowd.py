@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 
 from gms_launch.errors import LaunchError
@@ -31,6 +30,7 @@ class Crowd:
         self._name, self._ports = name, ports
         self._most = CROWD
         self._ended, self._told = 0, -AGAIN
+        self._failed = -AGAIN
 
     def look(self, pid: int) -> str:
         """End what is others'; what has been ended, for people, and empty when that was told a moment ago. Blocks."""
@@ -38,9 +38,13 @@ class Crowd:
             return ""
         try:
             ended = listener.turn_out(pid, self._ports)
-        except (OSError, LaunchError) as exc:
-            log.warning("%s: connections of other users cannot be ended: %s", self._name, exc)
-            self._most = sys.maxsize
+        except (
+            OSError,
+            LaunchError,
+        ) as exc:  # refused for good, or the service has just ended: at the next look we know
+            if time.monotonic() - self._failed >= AGAIN:
+                self._failed = time.monotonic()
+                log.warning("%s: connections of other users cannot be ended: %s", self._name, exc)
             return ""
         # One that has many, and all of them the run's own, is not gone through at every look.
         self._most = CROWD if ended else max(CROWD, 2 * held)

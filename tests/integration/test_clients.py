@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from gms_launch.process import proc
-from gms_launch.process.clients import Client, Clients
+from gms_launch.process.clients import Client, Clients, waiting
 from tests.support import eventually
 
 CONNECT = (
@@ -46,3 +46,16 @@ def test_a_client_of_this_machine_is_a_process(host: str, family: socket.Address
 
 def test_where_no_frontend_runs_there_is_none() -> None:
     assert Clients().own() is None
+
+
+def test_who_was_taken_in_and_sent_away_does_not_wait() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        place = listening.getsockname()
+        with socket.create_connection(place):  # holds its end open
+            listening.accept()[0].close()
+            assert waiting(place[1]) == {}
+            late = socket.create_connection(place)
+            address = late.getsockname()
+            eventually(lambda: waiting(place[1]) == {address: True}, what="it waits")
+            late.close()
+            eventually(lambda: waiting(place[1]) == {address: False}, what="it has given up")

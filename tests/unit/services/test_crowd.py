@@ -7,6 +7,7 @@ import os
 import pytest
 
 from gms_launch.process import listener
+from gms_launch.process.listener import TakeError
 from gms_launch.services import crowd
 from gms_launch.services.crowd import CROWD, Crowd
 
@@ -35,3 +36,23 @@ def test_who_comes_again_is_turned_out_again_and_ones_own_are_not_gone_through_e
     held[0], theirs[0] = 8000, 4000
     one.look(os.getpid())
     assert looks == [4]
+
+
+def test_a_look_that_failed_is_not_the_last_and_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fails: list[Exception] = [TakeError("process 7: No such process"), TimeoutError("timed out")]
+
+    def turn_out(pid: int, ports: object) -> int:
+        if fails:
+            raise fails.pop(0)
+        return 1
+
+    monkeypatch.setattr(listener, "turn_out", turn_out)
+    monkeypatch.setattr(crowd, "_descriptors", lambda _: CROWD)
+    one = Crowd("x", (1,))
+    assert [one.look(os.getpid()) for _ in range(2)] == ["", ""]
+    assert one.look(os.getpid()) == "1 connection of other users of this machine to port 1 ended"
+    assert [record.getMessage() for record in caplog.records] == [
+        "x: connections of other users cannot be ended: process 7: No such process"
+    ]
