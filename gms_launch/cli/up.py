@@ -281,8 +281,10 @@ def _make_places(layout: Layout, record: RunFile) -> None:
 
 def _input_ended(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
     """A word there means that the run is to stop. An end without one may be that of this one connection."""
-    word = os.read(0, 4096)
     loop.remove_reader(0)
+    word = b""
+    with contextlib.suppress(OSError):
+        word = os.read(0, 4096)
     if word:
         agent.node.interrupt("the command that started this agent stops the run")
     else:

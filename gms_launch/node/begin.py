@@ -75,10 +75,10 @@ async def start(me: Node) -> None:
         if not layout.store.several:
             me.spawn(me.session.watch_leader())
         if layout.store.is_member:
-            joining = me.loop.create_task(members.join(me))
-            await asyncio.wait({joining}, timeout=me.settings.service_timeout)
-            if not joining.done():
-                me.spawn(_awaited(joining))
+            joined = asyncio.Event()
+            me.spawn(_join_etcd(me, joined))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(joined.wait(), me.settings.service_timeout)
         members.look(me)
         if me.mirror.run is not None and me.mirror.run.state is RunState.ADMITTED:
             _take_over_place(me)
@@ -100,8 +100,9 @@ async def start(me: Node) -> None:
             group.progress(f"starting {numbered(s.cohorts, 'cohort')} of engine {s.engine}")
 
 
-async def _awaited(task: asyncio.Task[None]) -> None:
-    await task
+async def _join_etcd(me: Node, joined: asyncio.Event) -> None:
+    await members.join(me)
+    joined.set()
 
 
 async def _join(group: Group) -> None:

@@ -61,7 +61,7 @@ async def shut_down(me: Node) -> None:
         if "etcd" in me.services and me.services["etcd"].state == "failed":
             deadline = begun  # nobody can say anything: they end when they read our end in run.json
         await _others(me, deadline)
-    await members.leave(me)
+    await _whatever_happens(me, "taking leave of etcd's members", members.leave(me))
     left = await _leftovers(me)
     if left and me.failure is None:
         me.failure = LaunchError(f"on {me.layout.topology.host}: {left}")

@@ -40,8 +40,8 @@ async def join(me: Node) -> None:
         try:
             await _join(me)
             return
-        except LaunchError as exc:
-            why = str(exc)
+        except Exception as exc:  # whatever it is, the run is one member short until this one is in
+            why = str(exc) or type(exc).__name__
             if why != told:
                 told = why
                 me.report.emit("member_waits", detail=why.splitlines()[0])

@@ -107,17 +107,18 @@ class Orphans:
         conditions = {keys.node(record.leader): None, key: record.encode()}
         # Whoever led it may have something to say that has waited, and says it before hearing of this.
         records = {key: ended.encode(), Keys(me.layout.run, name).over: why.encode()}
+        done = False
         try:
             done = await me.loop.run_in_executor(None, link.write_if, conditions, records)
         except NoContactError as exc:
             log.warning("that group %s is over cannot be written down: %s", name, exc)
-            done = False
+        finally:
+            if not done:
+                me.loop.call_later(AGAIN, self._ending.discard, name)
+                me.loop.call_later(AGAIN + 0.1, me.wake.set)
         if done:
             me.progress(f"{name}: this group is over: {why}")
             me.report.emit("group_over", detail=why, group=name)
-            return
-        me.loop.call_later(AGAIN, self._ending.discard, name)
-        me.loop.call_later(AGAIN + 0.1, me.wake.set)
 
     def _forget_engines(self, name: str, record: RunRecord) -> None:
         """The node that a group's engines answered from is lost: no request is to be sent there any more.

@@ -99,6 +99,19 @@ def test_it_is_over_when_node_wait_is(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(scene())
 
 
+def test_it_is_tried_again_whatever_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gms_launch.node.orphans.AGAIN", 0.05)
+
+    async def scene() -> None:
+        me = Leader(ValueError("etcd said something odd"), True)
+        with pytest.raises(ValueError, match="odd"):
+            await me.looks(Orphans(cast(Any, me)), {"b": GROUP}, 0.6)
+        assert len(me.written) == 2
+        assert [e for e in me.events if e[0] == "group_over"] == [("group_over", "b")]
+
+    asyncio.run(scene())
+
+
 @pytest.mark.parametrize("why", ["back", "not up yet", "over"])
 def test_nothing_is_written(why: str) -> None:
     async def scene() -> None:
