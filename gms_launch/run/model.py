@@ -27,13 +27,18 @@ def check(settings: Settings) -> None:
         raise UsageError(f"model {shortened(settings.model)} cannot be looked at: {exc.strerror}") from None
 
 
+def is_directory(settings: Settings) -> bool:
+    """Whether `model` has to be a directory: a command of the user's may call it as it likes."""
+    return settings.engine != "command" or settings.model.startswith(("/", ".", "~"))
+
+
 def _check(settings: Settings, path: Path) -> None:
     if HUB_NAME.fullmatch(settings.model) and not path.exists() and settings.engine != "command":
         raise UsageError(
             f"model {settings.model!r}: names of the hub are not taken, since every engine would look for it by "
             f"itself; `hf download {settings.model} --local-dir DIR` to where all nodes see it, and --model DIR"
         )
-    if settings.engine != "command" or settings.model.startswith(("/", ".", "~")):
+    if is_directory(settings):
         if not (path / "config.json").is_file():
             raise UsageError(
                 f"model {settings.model!r}: {path.absolute()} is not a model directory (no config.json in it)"

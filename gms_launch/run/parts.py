@@ -44,7 +44,11 @@ def unseen(layout: Layout) -> list[str]:
 
 
 def _seen(p: Placed) -> bool:
-    return Path(p.group.settings.model or "/").exists()
+    s = p.group.settings
+    try:
+        return not model.is_directory(s) or Path(s.model or "/").exists()
+    except OSError:  # a name too long, a place that may not be entered from here
+        return False
 
 
 def _check_model(p: Placed) -> None:
