@@ -49,7 +49,7 @@ def begin(mark: str, tmp: Path, *argv: str) -> subprocess.Popen[str]:
 )
 def test_a_stopped_bench_leaves_nothing(tmp_path: Path, kind: str, sig: signal.Signals) -> None:
     """Stopped while engines start: in namespaces of two nodes, and under a detached agent."""
-    mark = tmp_path.name + sig.name
+    mark = str(tmp_path)  # whole: its name alone is also that of another worker's test
     args = ["--mib", "1"] if kind == "failover" else ["--nodes", "2"]
     if kind == "requests":
         (tmp_path / "results").mkdir()
