@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bare import BareStack, free_port, wait_for_text
+from bench.machine import machine
 from bench.plain import PlainEtcd
 from bench.stopping import stoppable
 from gms_launch.engines.reference.demo_model import make
@@ -137,7 +138,7 @@ def measure(kills: int, mib: int, plain: bool = False, block: int = 10) -> dict[
     steps = {s: summary([f["steps"][s] for f in failovers if s in f["steps"]]) for s in STEPS}
     return {
         "command": " ".join([Path(sys.executable).name, "-m", "bench.failover", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(),
         "versions": {n: metadata.version(n) for n in ("ai-dynamo", "etcd3", "protobuf", "grpcio")}
         | {"python": platform.python_version()},
         "weights_mib": mib,

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.failover import summary
+from bench.machine import machine
 from bench.plain import PlainEtcd
 from bench.stopping import stoppable
 from gms_launch.cohort.records import EndedRecord
@@ -187,7 +188,7 @@ def measure(kills: int, nodes: int, plain: bool = False, groups: int = 0) -> dic
     to_last_kill = [s["total"] - s[last] for s in splits if (last := "last_kill_to_last_death") in s]
     return {
         "command": " ".join([Path(sys.executable).name, "-m", "bench.fence", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(),
         "versions": {n: metadata.version(n) for n in ("ai-dynamo", "etcd3", "protobuf", "grpcio")}
         | {"python": platform.python_version()},
         "nodes": nodes,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import platform
 import statistics
 import sys
@@ -25,6 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.machine import machine
 from bench.stopping import stoppable
 from gms_launch.process import proc
 from tests.load import Either
@@ -217,7 +217,7 @@ def main() -> None:
     before = json.loads(options.out.read_text()) if options.append and options.out.exists() else {}
     result = {
         "commands": [*before.get("commands", []), command],
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(),
         "versions": {n: metadata.version(n) for n in ("gms-launch", "ai-dynamo", "etcd3", "protobuf", "grpcio")}
         | {"python": platform.python_version()},
         "flags": flags.replace(str(lab.dir), ""),

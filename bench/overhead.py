@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 
 from bench.bare import BareStack, complete
 from bench.failover import Launched, percentile
+from bench.machine import machine
 from bench.stopping import stoppable
 from gms_launch.engines.reference.demo_model import make
 from gms_launch.process import proc
@@ -94,7 +94,7 @@ def measure(minutes: float, requests: int) -> dict[str, Any]:
             launched.down()
     return {
         "command": " ".join(["python", "-m", "bench.overhead", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(),
         "agent_resident_mib": {"after_start": round(at_first, 1), "after_idling": round(at_last, 1)},
         "agent_and_guard_percent_of_a_core": {"idle": round(idle, 3), "under_load": round(loaded, 3)},
         "idle_minutes": minutes,

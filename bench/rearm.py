@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.failover import Launched, summary
+from bench.machine import machine
 from bench.stopping import stoppable
 from gms_launch.engines.reference.demo_model import make
 
@@ -63,7 +63,7 @@ def measure(kills: int, imports: str) -> dict[str, Any]:
     times = {kind: [s["rearmed"] - s["fenced"] for s in some] for kind, some in steps.items()}
     return {
         "command": " ".join(["python", "-m", "bench.rearm", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(),
         "imports": imports,
         "import_alone_s": round(import_time(imports), 2),
         "fenced_to_parked": {kind: summary(some) for kind, some in times.items()},

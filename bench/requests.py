@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.failover import summary
+from bench.machine import machine
 from bench.peers.__main__ import Peer
 from bench.stopping import stoppable, whole
 from gms_launch.engines.reference.demo_model import make
@@ -293,7 +294,7 @@ def main() -> None:
     wanted = options.only or [*CONFIGS, *(["torchrun"] if options.python else []), "cost"]
     about: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench.requests", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(),
         "versions": {n: metadata.version(n) for n in ("ai-dynamo", "etcd3", "protobuf", "grpcio")}
         | {"python": platform.python_version()},
     }

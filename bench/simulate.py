@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.machine import machine
 from bench.stopping import stoppable
 from gms_launch.cohort import census, controller
 from gms_launch.cohort.model import Phase
@@ -185,7 +184,7 @@ def main() -> None:
     for number in options.groups:
         grouped.append(several(measure_groups, number))
         print(grouped[-1], flush=True)
-    result = {"machine": f"{os.cpu_count()} cores, {platform.platform()}", "command": "python -m bench.simulate"}
+    result = {"machine": machine(), "command": "python -m bench.simulate"}
     found = result | {"cohorts": COHORTS, "rows": rows, "nodes_of_a_group": SIZE, "groups": grouped}
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     docs = Path(__file__).parents[1] / "docs"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -19,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.bare import free_port
+from bench.machine import machine
 from bench.plain import PlainEtcd
 from bench.stopping import stoppable
 from gms_launch.control.access import Access
@@ -48,7 +47,7 @@ def main() -> None:
             server.kill()
             server.wait()
     result = {
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(),
         **{how: summary(found) for how, found in times.items()},
     }
     print(json.dumps(result, indent=1))

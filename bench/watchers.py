@@ -19,7 +19,6 @@ import contextlib
 import json
 import multiprocessing as mp
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from bench.machine import machine
 from bench.stopping import stoppable, whole
 from bench.watch import of_a_run, summary
 from gms_launch.cohort import arrival
@@ -254,7 +254,7 @@ def main() -> None:
                 print(json.dumps(rows[-1], indent=1), flush=True)
     result = {
         "command": " ".join([Path(sys.executable).name, "-m", "bench.watchers", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(),
         "rows": rows,
     }
     whole(options.out, json.dumps(result, indent=1) + "\n")

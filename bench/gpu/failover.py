@@ -30,6 +30,7 @@ import numpy as np
 
 from bench.bare import BareStack, complete, free_port, gpu_used, wait_for_text
 from bench.failover import STEPS, percentile, summary
+from bench.machine import machine
 from bench.stopping import stoppable
 from gms_launch.engines.reference import compute as computing
 from gms_launch.engines.reference import weights
@@ -185,7 +186,7 @@ def main() -> None:
     gpu = gpus.look()[0]
     result: dict[str, Any] = {
         "command": " ".join(["python", "-m", "bench.gpu.failover", *sys.argv[1:]]),
-        "machine": f"{gpu.name}, {os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(gpu.name),
         "versions": {n: metadata.version(n) for n in ("ai-dynamo", "cuda-bindings", "numpy")}
         | {"python": platform.python_version()},
         "kv_mib": options.kv_mib,

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 from bench.bare import complete, free_port
 from bench.failover import summary
 from bench.gpu.failover import GIB, make_model
+from bench.machine import machine
 from bench.stopping import stoppable
 from gms_launch.gms import gpus
 from gms_launch.process import proc
@@ -184,7 +184,7 @@ def main() -> None:
     memory = ["--virtual-gpus", "2", "--virtual-gpu-mib", "16384"] if options.virtual else ["--gms-memory", "cuda"]
     result = {
         "command": " ".join(["python", "-m", "bench.gpu.groups", *sys.argv[1:]]),
-        "machine": f"{[g.name for g in found]}, {os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(str([g.name for g in found])),
         "weights_gib": options.gib,
         "memory_gib_before": used(),
     }

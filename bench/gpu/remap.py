@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.failover import summary
+from bench.machine import machine
 from bench.stopping import stoppable
 from gms_launch.gms import gpus, probe
 from gms_launch.gms.backends.cuda import CudaMapper
@@ -70,7 +70,7 @@ def main() -> None:
     gpu = gpus.look()[0]
     result = {
         "command": " ".join(["python", "-m", "bench.gpu.remap", *sys.argv[1:]]),
-        "machine": f"{gpu.name}, {os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(gpu.name),
         "weights_gib": options.gib,
         "pieces": [measure(options.gib, mib * MIB, options.rounds) for mib in (16, 64, 256, 1024, 2048, 8192)],
     }

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from bench.bare import complete, free_port, wait_for_text
 from bench.failover import STEPS, summary
 from bench.gpu.failover import make_model
+from bench.machine import machine
 from bench.stopping import stoppable
 from gms_launch.gms import gpus
 from gms_launch.process import proc
@@ -96,7 +96,7 @@ def main() -> None:
                 agent.wait(30)
     result = {
         "command": " ".join(["python", "-m", "bench.gpu.two_nodes", *sys.argv[1:]]),
-        "machine": f"{len(found)} x {found[0].name}, {os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(f"{len(found)} x {found[0].name}"),
         "weights_gib": options.gib,
         "first_token_at_client": summary(times),
         "whole_group_dead_by_the_first_token": f"{sum(dead)} of {len(dead)}",

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.failover import summary
+from bench.machine import machine
 from bench.stopping import stoppable, whole
 from gms_launch.engines.reference.demo_model import make
 from gms_launch.process import proc
@@ -285,7 +286,7 @@ def main() -> None:
     chosen = [c for c in chosen if tools is not None or CONFIGS[c][0] in ("gms-launch", "script")]
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "bench.peers", *sys.argv[1:]]),
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "machine": machine(),
         "versions": versions(options.python),
         "watch_s": options.watch,
         "rows": [],

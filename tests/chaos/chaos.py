@@ -27,7 +27,7 @@ from gms_launch.control.door import Door
 from gms_launch.gms import probe
 from gms_launch.process import proc
 from gms_launch.run.rundir import RunDir
-from tests.chaos.ends import Keep, Row, command, nowhere, often, telling
+from tests.chaos.ends import Keep, Row, command, nowhere, shuffled, telling
 from tests.load import Load
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
@@ -371,20 +371,13 @@ def rounds(
     return results
 
 
-def plan(count: int, rng: random.Random, only: list[str] | None = None) -> list[Callable[[Round], str]]:
-    """Which faults, in which order: every kind equally often, shuffled."""
-    many = often(KINDS, count, only)
-    rng.shuffle(many)
-    return many
-
-
 def go(options: argparse.Namespace, rng: random.Random, keep: Keep) -> list[Row]:
     from gms_launch.engines.reference.demo_model import make
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, Lab(3, slurm=False) as lab:
         make(Path(name) / "model", 8)
         with LabRun(lab, Path(name) / "model", *FLAGS, **ENVIRON).hand() as run, telling(run, options.seed):
-            return rounds(run, plan(options.rounds, rng, options.only), rng, keep)
+            return rounds(run, shuffled(KINDS, options.rounds, rng, options.only), rng, keep)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -14,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bench.machine import machine
 from tests.support import Told
 
 Row = dict[str, Any]
@@ -39,8 +38,7 @@ def command(
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     words = [Path(sys.executable).name, "-m", f"tests.chaos.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-    machine = f"{os.cpu_count()} cores, {platform.platform()}"
-    keep = keeper(options.out, {"command": " ".join(words), "machine": machine, "seed": options.seed})
+    keep = keeper(options.out, {"command": " ".join(words), "machine": machine(), "seed": options.seed})
     rows = go(options, random.Random(options.seed), keep)
     print(f"\n{len(rows)} rounds, seed {options.seed}: every invariant held")
     for kind in sorted({r["kind"] for r in rows}):
@@ -56,6 +54,13 @@ def often(kinds: Sequence[T], count: int, only: Sequence[str] | None) -> list[T]
     """Every kind, or every one named in `only`, equally often."""
     chosen = [k for k in kinds if not only or getattr(k, "__name__", "") in only]
     return [chosen[k % len(chosen)] for k in range(count)]
+
+
+def shuffled(kinds: Sequence[T], count: int, rng: random.Random, only: Sequence[str] | None = None) -> list[T]:
+    """The same in an order that `rng` chooses."""
+    many = often(kinds, count, only)
+    rng.shuffle(many)
+    return many
 
 
 @contextlib.contextmanager

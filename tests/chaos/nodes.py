@@ -25,7 +25,7 @@ from bench import nodes_off
 from bench.stopping import stoppable
 from gms_launch.process import proc
 from tests.chaos.chaos import BrokenError
-from tests.chaos.ends import Keep, Row, command, nowhere, often, telling
+from tests.chaos.ends import Keep, Row, command, nowhere, shuffled, telling
 from tests.load import Either
 from tests.slurm.lab import Lab
 from tests.slurm.moving import NAMES, Actives, Pair, routed
@@ -189,18 +189,11 @@ def rounds(
     return found
 
 
-def plan(count: int, rng: random.Random, only: list[str] | None = None) -> list[Callable[[Round], dict[str, Any]]]:
-    """Which faults, in which order: every kind equally often, shuffled."""
-    many = often(KINDS, count, only)
-    rng.shuffle(many)
-    return many
-
-
 def go(options: argparse.Namespace, rng: random.Random, keep: Keep) -> list[Row]:
     with Lab(nodes_off.NODES, slurm=False) as lab:
         routed(lab)
         with Pair(lab) as run, telling(run, options.seed):
-            return rounds(run, plan(options.rounds, rng, options.only), rng, keep)
+            return rounds(run, shuffled(KINDS, options.rounds, rng, options.only), rng, keep)
 
 
 if __name__ == "__main__":

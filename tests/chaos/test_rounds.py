@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.chaos import chaos, groups, nodes
+from tests.chaos.ends import shuffled
 from tests.slurm.lab import Lab
 from tests.slurm.moving import Pair, routed
 from tests.slurm.support import LabRun
@@ -24,7 +25,7 @@ def test_a_few_rounds_of_chaos(model: Path) -> None:
     print(f"seed {seed}")
     rng = random.Random(seed)
     with Lab(3, slurm=False) as lab, LabRun(lab, model, *chaos.FLAGS, *PATIENT, **chaos.ENVIRON).hand() as run:
-        done = chaos.rounds(run, chaos.plan(len(KINDS), rng, KINDS), rng)
+        done = chaos.rounds(run, shuffled(chaos.KINDS, len(KINDS), rng, KINDS), rng)
     assert {r["kind"] for r in done} == set(KINDS)
     felt = {"both_cohorts", "kill_agent"}  # where nobody can take over; elsewhere not one may be lost
     assert all(r["failed"] for r in done if r["kind"] in felt), done
@@ -51,5 +52,5 @@ def test_a_round_of_each_kind_of_chaos_with_nodes() -> None:
     with Lab(5, slurm=False) as lab:
         routed(lab)
         with Pair(lab) as run:
-            done = nodes.rounds(run, nodes.plan(len(nodes.KINDS), rng), rng, kept.append)
+            done = nodes.rounds(run, shuffled(nodes.KINDS, len(nodes.KINDS), rng), rng, kept.append)
     assert kept == done and {r["kind"] for r in done} == {k.__name__ for k in nodes.KINDS}
