@@ -17,6 +17,7 @@ from gms_launch.cli import background, supervised
 from gms_launch.cli.reporters import Notify, Terminal
 from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError, RefusedError, UsageError
+from gms_launch.observe import snapshot, words
 from gms_launch.observe.stamp import Formatter
 from gms_launch.process import places, proc
 from gms_launch.run import credentials, dead, model, nodedir, outside, parts, ports, rundir, topology
@@ -207,7 +208,12 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> b
             await agent.node.ready.wait()
             models = [p.group.model_name for p in parts.placed(layout)] if layout.settings.grouped else []
             served = model.named(models or [layout.model_name])
-            reporter.ready(f"{layout.front.url}/v1/completions, {served}{layout.front.hint}")
+            front = layout.front
+            if front.number > 1:
+                entrances = words.entrances(snapshot.build(agent.node.mirror), front.number)
+                reporter.ready(f"{entrances}, {served}")
+            else:
+                reporter.ready(f"{front.url}/v1/completions, {served}{front.hint}")
 
         if until_eof:
             loop.add_reader(0, _input_ended, agent, loop)

@@ -69,10 +69,22 @@ def _loopback(url: str) -> bool:
     return is_loopback(urlsplit(url).hostname or "")
 
 
+def _entrance(front: tuple[str, str], path: str = "") -> str:
+    url, host = front
+    return url + path + (f" (only on {host})" if _loopback(url) else "")
+
+
+def entrances(shot: Snapshot, number: int) -> str:
+    """Where clients ask for completions: at each of `number` frontends, as far as they are known here."""
+    path = "/v1/completions"
+    known = ", ".join(_entrance(front, path) for front in shot.fronts) or f"{shot.frontend_url}{path}"
+    return known if len(shot.fronts) == number else f"{known} and others (`gms-launch status` has all {number})"
+
+
 def frontend(shot: Snapshot) -> str:
     """Where clients come in; of a loopback address also whose, since it may be read on another machine."""
     if shot.fronts:
-        return ", ".join(url + (f" (only on {host})" if _loopback(url) else "") for url, host in shot.fronts)
+        return ", ".join(map(_entrance, shot.fronts))
     if shot.lead not in (None, 0) and 0 in shot.missing:
         return f"{shot.frontend_url} (its node is not here: nobody gets in)"
     if not _loopback(shot.frontend_url):

@@ -30,6 +30,13 @@ class Three(Grouped):
     """A group on each of three nodes, and a member of etcd too."""
 
     nodes = 3
+    said = ""
+
+    def up(self) -> subprocess.CompletedProcess[str]:
+        """The first node's, whose words `said` are."""
+        done = super().up()
+        self.said = done.stdout
+        return done
 
     def services(self, node_rank: int) -> dict[str, dict[str, Any]]:
         node = next((n for n in self.status()["nodes"] if n["node_rank"] == node_rank), {"services": []})
@@ -210,6 +217,8 @@ def test_each_of_several_frontends_serves_and_a_client_of_two_has_one_that_answe
     assert len(set(urls)) == 3 and urls[0] == run.run_file["frontend_url"]
     assert run.status()["frontend_urls"] == urls
     assert all(url in run.cli("status").stdout for url in urls)
+    ready = next(line for line in run.said.splitlines() if "ready: http" in line)
+    assert all(f"{url}/v1/completions (only on " in ready for url in urls), ready
     text = run.text()
     for url in urls:
         eventually(lambda url=url: asked(url) == text, LONG, url)  # type: ignore[misc]

@@ -146,6 +146,11 @@ def test_where_clients_come_in_is_told_of_each_frontend_that_is_there() -> None:
     shot, _ = seen(etcd)
     assert words.frontend(shot) == "http://127.0.0.1:8000 (only on host0), http://127.0.0.1:8001 (only on host1)"
     assert words.frontend(look.of(shot, "b")) == words.frontend(shot), "of one group, too"
+    all_of = ", ".join(f"http://127.0.0.1:800{n}/v1/completions (only on host{n})" for n in (0, 1))
+    assert words.entrances(shot, 2) == all_of
+    assert words.entrances(shot, 3) == f"{all_of} and others (`gms-launch status` has all 3)"
+    nobody = replace(shot, fronts=())
+    assert words.entrances(nobody, 3).startswith("http://127.0.0.1:8000/v1/completions and others")
     assert words.short(shot) == ["etcd has 2 of 3 members: no other may be lost"]
     second = etcd.held[Keys("r").node(1)]
     etcd.silent[Keys("r").node(0)] = 9
