@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import STANDING, EtcdServer
+from tests.support import STANDING, EtcdServer, eventually
 
 
 def pytest_configure() -> None:
@@ -47,6 +47,7 @@ def fast_dir() -> Iterator[Path]:
 def etcd(fast_dir: Path) -> Iterator[EtcdServer]:
     server = EtcdServer(fast_dir).start()
     try:
+        eventually(server.listens, what="etcd listens")
         yield server
     finally:
         server.kill()

@@ -14,6 +14,7 @@ import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ GMS_LAUNCH = [sys.executable, "-m", "gms_launch"]
 #: Seconds after which something that a test waits for is taken not to come.
 PATIENCE = 60.0
 #: Seconds for a start, a failover with its re-arm, or a command: these are many processes one after another.
-LONG = 180.0
+LONG = 300.0
 
 
 def free_port() -> int:
@@ -61,8 +62,8 @@ def _reserved(made: list[Reservation] = []) -> Reservation:  # noqa: B006 - one 
 
 def _stopped(thread: Path) -> bool:
     try:
-        return (thread / "stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except FileNotFoundError:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0] in ("T", "Z")
+    except (FileNotFoundError, ProcessLookupError):
         return True  # it has ended
 
 
@@ -154,6 +155,22 @@ def twice_full(status: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
     return found if found.get("redundancy") == "full" else {}
 
 
+def groups_full(groups: Callable[[], dict[str, dict[str, Any]]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The groups of a run once these are full, and were so a moment ago."""
+
+    def look() -> dict[str, dict[str, Any]]:
+        found = groups()
+        return found if all(n in found and found[n]["redundancy"] == "full" for n in names) else {}
+
+    def twice() -> dict[str, dict[str, Any]]:
+        if not look():
+            return {}
+        time.sleep(0.5)  # as in `twice_full`
+        return look()
+
+    return eventually(twice, LONG, f"{names} full")
+
+
 def how_it_stands(run: str, home: Path, status: Callable[[], str]) -> str:
     """A run's status, its events, and the ends of its agents' and engines' logs. Raises nothing."""
     try:
@@ -195,10 +212,10 @@ class EtcdServer:
     def send(self, sig: int) -> None:
         """Send it a signal; SIGSTOP has stopped all its threads when this returns."""
         assert self._process is not None
-        self._process.send_signal(sig)
         if sig == signal.SIGSTOP:
-            threads = Path(f"/proc/{self._process.pid}/task")
-            eventually(lambda: all(_stopped(t) for t in threads.iterdir()), what="stopped")
+            freeze(self._process.pid)
+        else:
+            self._process.send_signal(sig)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -209,6 +226,10 @@ class EtcdServer:
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    def listens(self) -> bool:
+        with socket.socket() as tried:
+            return tried.connect_ex(("127.0.0.1", self.port)) == 0
 
 
 def etcdctl(access: Access, *args: str) -> subprocess.CompletedProcess[str]:
@@ -368,16 +389,18 @@ class Deployment:
         return gms_launch(verb, "--run", self.run, *args, env=self.env)
 
     def status(self) -> dict[str, Any]:
-        """What `status --json` says; without a process of its own, unless `by_command` is set."""
-        if not self.by_command and (shot := glance(self.home / self.run)):
-            return shot
-        return self._asked()
+        """What `status --json` says; without a process of its own, unless `by_command` is set.
 
-    def _asked(self) -> dict[str, Any]:
-        done = self.cli("status", "--json")
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        Asked again while etcd gives no answer: a user who reads that error does the same.
+        """
+
+        def asked() -> dict[str, Any]:
+            if not self.by_command and (shot := glance(self.home / self.run)):
+                return shot
+            done = self.cli("status", "--json")
+            return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
+
+        return eventually(asked, what=lambda: str(self.cli("status", "--json")))
 
     def wait_full(self, timeout: float = LONG) -> dict[str, Any]:
         """Wait until every shadow is parked."""
@@ -425,15 +448,30 @@ class Deployment:
         found = journal(self.home / self.run / "events.jsonl")
         return [e for e in found if kind is None or e["kind"] == kind]
 
+    def timeline(self, failovers: int) -> list[dict[str, Any]]:
+        """What `timeline --json` says, once it has so many failovers and all of them are complete."""
+
+        def look() -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = json.loads(self.cli("timeline", "--json").stdout)["failovers"]
+            return found if len(found) == failovers and all(f["complete"] for f in found) else []
+
+        return eventually(look, LONG, lambda: f"{failovers} failovers: {self.cli('timeline', '--json').stdout}")
+
     def happened(self, kind: str) -> list[dict[str, Any]]:
         """The same, once there is one: an event is written a moment after what it tells of can be seen."""
         return eventually(lambda: self.events(kind), LONG, f"an event {kind}")
 
 
+def freeze(pid: int) -> None:
+    """Stop a process; all its threads have stopped when this returns."""
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: all(map(_stopped, Path(f"/proc/{pid}/task").glob("*"))), what="stopped")
+
+
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """Freeze a process for a while; it may be killed meanwhile."""
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     try:
         yield
     finally:

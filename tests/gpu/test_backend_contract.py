@@ -69,7 +69,7 @@ def compute(server: Server) -> Compute:
     return computing.make(server.kind, 0)
 
 
-def connected(path: Path, compute: Compute, mode: LockType, timeout_ms: int = 2000) -> GmsClient:
+def connected(path: Path, compute: Compute, mode: LockType, timeout_ms: int = 20_000) -> GmsClient:
     client = GmsClient(path, compute.mapper)
     client.connect(mode, timeout_ms)
     return client

@@ -124,7 +124,7 @@ server.main()
     uuid = device_uuid("host", 0)
     weights, kv = (GmsClient(socket_path(fast_dir, uuid, tag), HostMapper()) for tag in ("weights", "kv_cache"))
     try:
-        weights.connect(LockType.RW, server_wait=20.0)
+        weights.connect(LockType.RW, server_wait=60.0)
         kv.connect(LockType.RW)
         weights._request(p.AllocateRequest(12 << 20), p.AllocateResponse)
         with pytest.raises(GmsError, match="Timed out waiting for GPU memory: requested_size=8388608"):
@@ -162,7 +162,7 @@ server.main()
     )
     path = socket_path(fast_dir, device_uuid("host", 0), "weights")
     client = GmsClient(path, HostMapper())
-    client.connect(LockType.RW, server_wait=20.0)
+    client.connect(LockType.RW, server_wait=60.0)
     with pytest.raises(GmsError):
         client.allocate(4096, "weights")
     _, errors = process.communicate(timeout=60)

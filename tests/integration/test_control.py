@@ -300,10 +300,10 @@ def test_what_is_kept_for_later_goes_out_together(store: Etcd) -> None:
     watch = Watch(store, [prefix("/a/")], lambda _: None, changes.put)
     watch.start()
     eventually(lambda: watch.resumes)
-    publisher.start()
     for n in range(5):
         publisher.put(f"/a/{n}", b"later", later=True)
     publisher.put("/a/now", b"now")
+    publisher.start()  # now: what is put for later waits for a tenth of a second only
     found = [changes.get(timeout=PATIENCE) for _ in range(6)]
     assert found[0].key == "/a/now", "what somebody waits for does not wait for the rest"
     assert len({c.revision for c in found[1:]}) == 1, "one transaction"

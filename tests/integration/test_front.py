@@ -23,7 +23,7 @@ from gms_launch.services import frontend
 from tests import certificates
 from tests.integration.test_strangers import DROP, SQUATTER, STRANGER
 from tests.load import Load
-from tests.support import Deployment, eventually, gms_launch, stopped
+from tests.support import Deployment, eventually, free_port, gms_launch, stopped
 
 KEYS = ["alices-key-0123456789abcdef", "c2Vjb25kIGtleSBvZiBib2I/+=="]
 LATER = "a-key-that-comes-later-42"
@@ -39,7 +39,8 @@ class Closed(Deployment):
         self.keys = directory / "keys"
         self.write_keys(*KEYS)
         tls = ["--tls-cert", str(self.cert), "--tls-key", str(key)]
-        keys = ["--api-key-file", str(self.keys), "--migration-limit", "50"]
+        # A port that no run beside this one takes once it is free again.
+        keys = ["--api-key-file", str(self.keys), "--migration-limit", "50", "--frontend-port", str(free_port())]
         super().__init__(directory / "home", model, *tls, *keys, REFERENCE_TOKEN_SECONDS="0.02")
 
     def write_keys(self, *keys: str) -> None:
@@ -159,7 +160,7 @@ def test_tokens_are_not_held_back_and_who_hangs_up_is_heard(run: Closed, stream:
         assert answer.status == 200
         for _ in range(3):
             eventually(lambda: answer.readline().startswith(b"data: {"), what="a token")
-            assert run.in_flight() == 1, "while the rest is still to come"
+            eventually(lambda: run.in_flight() == 1, 30.0, what="while the rest is still to come")
         answer.close()
     assert connection.sock is not None
     connection.close()
@@ -177,7 +178,7 @@ def test_keys_are_exchanged_while_streams_go_on(run: Closed) -> None:
         assert run.ask("/v1/models", KEYS[0])[0] == 401 and run.ask("/v1/models", KEYS[1])[0] == 200
         for _ in range(5):  # whoever came in by the old key stays
             eventually(lambda: answer.readline().startswith(b"data: {"), what="a token")
-    eventually(lambda: run.events("keys")[-1]["detail"] == "2 keys from now on")
+    eventually(lambda: [e for e in run.events("keys") if e["detail"] == "2 keys from now on"])
     # A file that will not do changes nothing, and is told once.
     run.keys.chmod(0o644)
     eventually(lambda: run.events("keys_refused"))
@@ -273,6 +274,7 @@ def test_https_of_dynamos_own_frontend(tmp_path: Path, model: Path) -> None:
             load.wait_busy()
             assert run.cli("kill-primary").returncode == 0
         assert not load.lost and not load.wrong, load.said()
+        run.wait_full()
         done = run.cli("switch-over", "--when-idle", "120")
         assert done.returncode == 0, done.stderr
         assert not [s for s in run.status()["nodes"][0]["services"] if s["name"] == "proxy"]

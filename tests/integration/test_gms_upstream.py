@@ -390,7 +390,7 @@ def test_device_type_cuda_means_a_gpus_memory() -> None:
 
 
 def test_a_stranger_who_says_nothing_is_not_kept(fast_dir: Path) -> None:
-    """In a process of its own, with a fifth of a second where a server has 30."""
+    """In a process of its own, with three seconds where a server has 30."""
     code = """
 import asyncio, sys
 from pathlib import Path
@@ -399,7 +399,7 @@ from gms_launch.gms.requests import Room
 from gms_launch.gms.server import SocketServer
 from gms_launch.gms.store import LayoutStore
 async def main():
-    server = SocketServer(Path(sys.argv[1]), LayoutStore(HostMemory(1 << 20)), Room(), first_frame_timeout=0.2)
+    server = SocketServer(Path(sys.argv[1]), LayoutStore(HostMemory(1 << 20)), Room(), first_frame_timeout=3)
     server.bind()
     print("bound", flush=True)
     await server.serve()
@@ -414,7 +414,7 @@ asyncio.run(main())
         with dial(path) as silent, dial(path) as slow:
             slow.sendall(b"\x00\x00")
             for stranger in (silent, slow):
-                assert b"no complete message within 0.2 s" in stranger.recv(1000)
+                assert b"no complete message within 3 s" in stranger.recv(1000)
                 assert stranger.recv(1) == b""
         assert holder.allocate(4096).mapped, "a session may be as quiet as it likes"
     finally:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from gms_launch.control.client import Etcd
 from gms_launch.process import proc
 from tests import no_getfd, support
 from tests.load import Load
@@ -82,6 +83,9 @@ def test_streams_go_on_over_kill_primary_which_tells_of_them(run: Deployment) ->
 
     whole(run, kill)
     (failover,) = said
+    if failover["requests"]["held"] is None:  # the command waits for the count, but not for ever
+        told = run.cli("timeline", "--json").stdout
+        (failover,) = [f for f in json.loads(told)["failovers"] if f["victim"] == failover["victim"]]
     counted, steps = failover["requests"], failover["steps"]
     assert counted["held"] > 0 and counted["moved"] > 0 and counted["lost"] == 0, counted
     assert counted["gap"] == pytest.approx(steps["first_token"], abs=0.001)
@@ -93,7 +97,8 @@ def test_streams_of_a_primary_that_hangs_go_on_when_it_is_killed(tmp_path: Path,
     flags = ("--health-interval", "0.3", "--health-timeout", "4")
     with Deployment(tmp_path / "home", model, *flags, **SLOW_TOKENS) as run:
         whole(run, lambda cohort: os.kill(cohort["ranks"][0]["pid"], signal.SIGSTOP))
-        assert [e for e in run.events("hung") if "has been stopped" in e["detail"] or "no answer" in e["detail"]]
+        hung = run.happened("hung")
+        assert [e for e in hung if "has been stopped" in e["detail"] or "no answer" in e["detail"]]
 
 
 @contextlib.contextmanager
@@ -163,11 +168,11 @@ def test_an_engine_that_is_told_to_end_is_a_death_like_another(run: Deployment) 
         load.wait_busy(1.0)
         told = time.monotonic()
         os.kill(old["ranks"][0]["pid"], signal.SIGTERM)
-        (hung,) = eventually(lambda: run.events("hung")[earlier:], what="it is dead, although it has not finished")
+        hung, *_ = eventually(lambda: run.events("hung")[earlier:], what="it is dead, although it has not finished")
         assert "has not been registered with Dynamo for 2 s" in hung["detail"]
         eventually(lambda: run.status()["primary"] == 1 - old["cohort_id"], what="another serves")
-    (event,) = run.events("unregistered")[unregistered:]
-    again = event["time"] - time.time() + time.monotonic() + 0.5  # until the frontend has heard of it
+    event, *_ = run.events("unregistered")[unregistered:]
+    again = event["time"] - time.time() + time.monotonic() + 1.5  # until the frontend has heard of it
     assert load.in_flight_at(told, True) and load.in_flight_at(again, False) and not load.wrong
     assert not [a for a in load.lost if not told - 0.1 < a.sent < again], load.said()
 
@@ -184,15 +189,17 @@ def test_an_engine_that_registers_again_by_itself_is_not_killed(run: Deployment)
         with urllib.request.urlopen(urllib.request.Request(url, b"{}", {"Content-Type": "application/json"})) as said:
             assert json.load(said)["status"] == "ok"
 
-    def registered() -> list[str]:
-        return run.etcdctl("get", "--prefix", "--keys-only", "v1/instances/dynamo/backend/generate/").split()
+    with contextlib.closing(Etcd(run.access)) as etcd:  # quicker than a command: both are there for 2 s
 
-    (own,) = registered()
-    post("sleep")
-    post("wake_up")
+        def registered() -> list[str]:
+            return list(etcd.get_prefix("v1/instances/dynamo/backend/generate/"))
+
+        (own,) = registered()
+        post("sleep")
+        post("wake_up")
+        eventually(lambda: len(registered()) == 2, what="registered by our hand too")
+        eventually(lambda: registered() == [own], what="and by its own only")
     eventually(lambda: len(run.events("unregistered")) > unregistered)
-    eventually(lambda: len(registered()) == 2, what="registered by our hand too")
-    eventually(lambda: registered() == [own], what="and by its own only")
     assert run.text() == before and len(run.events("hung")) == hung
     assert run.status()["primary"] == old["cohort_id"] and primary(run)["incarnation"] == old["incarnation"]
 
@@ -304,7 +311,7 @@ def test_without_the_hold_what_is_in_flight_is_lost(tmp_path: Path, model: Path)
             eventually(plain.text)
         assert load.lost and not load.wrong
         assert not plain.events("held") and not plain.events("hold_armed")
-        assert plain.events("lease_revoked")
+        plain.happened("lease_revoked")
 
 
 def test_where_no_descriptor_may_be_taken_it_is_told_and_new_requests_wait_all_the_same(
@@ -315,13 +322,14 @@ def test_where_no_descriptor_may_be_taken_it_is_told_and_new_requests_wait_all_t
     with Deployment(tmp_path / "home", model, **SLOW_TOKENS) as run:
         found = run.wait_full()
         before = run.text()
-        (refused,) = eventually(lambda: run.events("hold_refused"))
+        refused, *_ = eventually(lambda: run.events("hold_refused"))
         assert "Operation not permitted" in refused["detail"]
         said = support.gms_launch("doctor", *run.flags, env=run.env)
         assert "pidfd_getfd" in said.stdout and "port is bound instead" in said.stdout
         kill_group(found["cohorts"][found["primary"]])
-        eventually(lambda: run.events("released"))
-        assert run.events("held") and eventually(run.text) == before
+        run.happened("released")
+        run.happened("held")
+        assert eventually(run.text) == before
 
 
 def test_the_frontend_lives_on_in_kv_router_mode(tmp_path: Path, model: Path) -> None:

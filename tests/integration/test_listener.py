@@ -21,7 +21,8 @@ import pytest
 from gms_launch.cohort.hold import Around
 from gms_launch.node import holds
 from gms_launch.node.holds import Holds
-from gms_launch.process import listener
+from gms_launch.process import listener, proc
+from tests.support import eventually
 
 LISTEN = """
 import os, socket, sys
@@ -67,6 +68,7 @@ class Owner:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
+        eventually(lambda: all(i.dead for i in proc.group(self.process.pid)), what="its child is gone, too")
 
 
 @pytest.fixture(params=[LISTEN, PARENT], ids=["leader", "child"])
@@ -93,7 +95,7 @@ def test_nobody_is_refused_when_the_owner_dies(owner: Owner) -> None:
         owner.kill()
         with socket.create_connection(("127.0.0.1", owner.port), 60) as waiting:
             assert not select.select([waiting], [], [], 0.05)[0], "it waits"
-            ((got,), more) = listener.accept_all(taken, 10)
+            ((got,), more) = eventually(lambda: found if (found := listener.accept_all(taken, 10))[0] else None)
             assert not more
             got.close()
             assert closed(waiting)
@@ -187,7 +189,8 @@ def test_more_than_a_backlog_waits_and_all_are_sent_on(monkeypatch: pytest.Monke
         made = await stage.hold(owner)
         waiting = await asyncio.gather(*(connect(owner.port) for _ in range(100)))
         waiting += [await connect(owner.port) for _ in range(5)]  # in the backlog: there is room for them again
-        assert stage.kinds() == ["hold_armed", "held"] and not stage.revoked
+        await stage.until(lambda: stage.kinds() == ["hold_armed", "held"] and bool(stage.kept))
+        assert not stage.revoked
         assert set(stage.kept) == {(0, 1)}, "the frontends know it as long as somebody waits"
         stage.around = Around(0.0, 0.0, candidate=True, successor=True)
         made.news()

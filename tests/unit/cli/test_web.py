@@ -49,7 +49,7 @@ def server(directory: RunDir) -> Iterator[web.Server]:
 def ask(
     server: web.Server, path: str, method: str = "GET", host: str | None = None
 ) -> tuple[int, dict[str, str | None], str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     try:
         connection.request(method, path, headers={"Host": host} if host is not None else {})
         answer = connection.getresponse()
@@ -101,7 +101,7 @@ def test_a_crowd_gets_no_more_than_there_are_places(server: web.Server, monkeypa
     silent = [socket.create_connection(("127.0.0.1", server.server_port)) for _ in range(web.MOST)]
     try:
         eventually(lambda: threading.active_count() >= before + web.MOST)
-        with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as late:
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as late:
             assert late.recv(1) == b"", "one more is shown the door"
     finally:
         for each in silent:
@@ -112,7 +112,7 @@ def test_a_crowd_gets_no_more_than_there_are_places(server: web.Server, monkeypa
 
 def test_who_says_nothing_has_to_go(server: web.Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web.Handler, "timeout", 0.2)
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as silent:
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as silent:
         assert silent.recv(1) == b""
 
 
@@ -125,7 +125,7 @@ def test_the_command(directory: RunDir) -> None:
         address = process.stdout.readline().split()[-1]
         port, secret = address.removeprefix("http://127.0.0.1:").strip("/").split("/")
         assert len(secret) >= 43, "256 bits"
-        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
         connection.request("GET", f"/{secret}/timeline")
         assert connection.getresponse().status == 200
         told = Path(f"/proc/{process.pid}/cmdline").read_bytes() + Path(f"/proc/{process.pid}/environ").read_bytes()
@@ -133,7 +133,7 @@ def test_the_command(directory: RunDir) -> None:
         taken = gms_launch("web", "--port", port, env=env)
         assert taken.returncode == 2 and f"127.0.0.1 port {port} cannot be listened on" in taken.stderr
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0 and process.stderr.read() == ""
+        assert process.wait(60) == 0 and process.stderr.read() == ""
     finally:
         process.kill()
         process.wait()

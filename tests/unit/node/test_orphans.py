@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,6 +16,7 @@ from gms_launch.control.keys import Keys
 from gms_launch.errors import NoContactError
 from gms_launch.node.herald import agent_number
 from gms_launch.node.orphans import Orphans
+from tests.support import PATIENCE
 
 KEYS = Keys("r")
 GROUP = RunRecord("r", "", "", "", 0.0, redundancy="full", leader=2)
@@ -71,9 +72,16 @@ class Leader:
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         self.tasks.append(self.loop.create_task(work))
 
-    async def looks(self, orphans: Orphans, groups: Mapping[str, RunRecord], seconds: float) -> None:
-        until = self.loop.time() + seconds
-        while self.loop.time() < until:
+    async def looks(
+        self,
+        orphans: Orphans,
+        groups: Mapping[str, RunRecord],
+        seconds: float,
+        come: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Look again and again for so long, and on until what is waited for has `come`."""
+        begun = self.loop.time()
+        while (took := self.loop.time() - begun) < seconds or (took < PATIENCE and not come()):
             orphans.look(groups)
             await asyncio.sleep(0.01)
         await asyncio.gather(*self.tasks)
@@ -87,7 +95,7 @@ def test_it_is_over_when_node_wait_is(monkeypatch: pytest.MonkeyPatch) -> None:
         orphans = Orphans(cast(Any, me))
         orphans.look({"b": GROUP})
         assert not me.tasks, "it may come back"
-        await me.looks(orphans, {"b": GROUP}, 0.6)
+        await me.looks(orphans, {"b": GROUP}, 0.6, lambda: len(me.written) >= 3)
         assert len(me.written) == 3, "until it is written"
         assert [e for e in me.events if e[0] == "group_over"] == [("group_over", "b")], "once"
         conditions, records = me.written[-1]
@@ -137,12 +145,12 @@ def test_that_nobody_serves_there_is_told_once_for_each_time(monkeypatch: pytest
         orphans = Orphans(cast(Any, me))
         orphans.look({"b": GROUP})
         assert not me.events, "not yet"
-        await me.looks(orphans, {"b": GROUP}, 0.2)
+        await me.looks(orphans, {"b": GROUP}, 0.2, lambda: bool(me.events))
         assert me.events == [("redundancy", "b")]
         me.mirror.nodes[2] = me.report.seen[2]
         await me.looks(orphans, {"b": GROUP}, 0.1)
         del me.mirror.nodes[2]
-        await me.looks(orphans, {"b": GROUP}, 0.2)
+        await me.looks(orphans, {"b": GROUP}, 0.2, lambda: len(me.events) >= 2)
         assert me.events == [("redundancy", "b")] * 2
 
     asyncio.run(scene())
@@ -160,7 +168,7 @@ def test_only_engines_from_before_the_loss_are_forgotten(monkeypatch: pytest.Mon
         me = Leader()
         me.settings.node_wait = 60.0
         orphans = Orphans(cast(Any, me))
-        await me.looks(orphans, {"b": replace(GROUP, leases=(7,))}, 0.2)
+        await me.looks(orphans, {"b": replace(GROUP, leases=(7,))}, 0.2, lambda: bool(me.ended))
         assert me.ended == [7]
         await me.looks(orphans, {"b": replace(GROUP, leases=(8,))}, 0.1)
         assert me.ended == [7] and lease_events(me) == 1, "its successor is not meant"
@@ -168,7 +176,7 @@ def test_only_engines_from_before_the_loss_are_forgotten(monkeypatch: pytest.Mon
         await me.looks(orphans, {"b": replace(GROUP, leases=(8,))}, 0.1)
         assert me.ended == [7]
         del me.mirror.nodes[2]
-        await me.looks(orphans, {"b": replace(GROUP, leases=(8,))}, 0.2)
+        await me.looks(orphans, {"b": replace(GROUP, leases=(8,))}, 0.2, lambda: len(me.ended) > 1)
         assert me.ended == [7, 8], "lost again"
 
     asyncio.run(scene())

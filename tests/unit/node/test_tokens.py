@@ -130,7 +130,7 @@ class Etcd:
 
 
 def question_of(etcd: Etcd) -> QuestionRecord:
-    assert etcd.put_event.wait(5)
+    assert etcd.put_event.wait(60)
     return next(QuestionRecord.decode(v) for k, v in etcd.kept.items() if "/asked/" in k)
 
 

@@ -56,7 +56,7 @@ def test_what_is_said_is_there_when_the_writer_is_closed(writer: Writer, run_dir
     cohort = writer.output(run_dir / "logs" / "cohort-0.1.log")
     say(cohort, "one", "two")
     writer.output(run_dir / "logs" / "silent.1.log")
-    assert writer.close(5.0) == "", "a process that says nothing is no trouble"
+    assert writer.close(60.0) == "", "a process that says nothing is no trouble"
     assert (run_dir / "events.jsonl").read_text().split() == [str(n) for n in range(100)]
     assert (run_dir / "run.json").read_text() == "99"
     assert (run_dir / "logs" / "agent.log").read_text() == "a word\n"
@@ -75,7 +75,7 @@ def test_a_directory_that_goes_is_told_and_when_it_is_back_nothing_is_missing(wr
     assert writer.places() == (Place("run directory", str(run_dir), "gone"),)
     run_dir.with_name("elsewhere").rename(run_dir)
     eventually(lambda: state(writer) == "")
-    assert writer.close(5.0) == ""
+    assert writer.close(60.0) == ""
     assert (run_dir / "events.jsonl").read_text() == "before\nmeanwhile\n"
     assert (run_dir / "logs" / "cohort-0.1.log").read_text() == "before\nmeanwhile\n"
 
@@ -120,7 +120,7 @@ def test_a_disk_that_hangs_holds_nobody_up(writer: Writer, run_dir: Path, monkey
     reader = threading.Thread(target=lambda: got.append((run_dir / "events.jsonl").read_text()))
     reader.start()
     eventually(lambda: state(writer) == "")
-    reader.join(10.0)
+    reader.join(60.0)
     assert got[0].startswith("one\n")
 
 
