@@ -6,7 +6,7 @@ so what differs between two of them would only show later, as a hang or as anoth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from gms_launch.cohort.records import ModelStamp, NodeRecord
 from gms_launch.numbers import numbered
@@ -18,6 +18,12 @@ CLOCK_TOLERANCE = 5.0
 def name(node: NodeRecord) -> str:
     """A node for people, by its number in the run."""
     return f"node {node.node_rank if node.number < 0 else node.number} ({node.host})"
+
+
+def outvoted(members: int, here: Collection[int]) -> list[int]:
+    """The node ranks of those of etcd's `members` whose nodes are lost, where the others decide without them."""
+    lost = [rank for rank in range(members) if rank not in here]
+    return lost if 2 * len(lost) < members else []
 
 
 def objections(nodes: Mapping[int, NodeRecord], nnodes: int) -> list[str]:

@@ -45,6 +45,11 @@ async def shut_down(me: Node) -> None:
         me.report.run(state=RunState.STOPPING, failed=str(failure or ""), exit_code=failure.exit_code if failure else 0)
     me.publish_node()
     await asyncio.gather(
+        *(
+            [_whatever_happens(me, "forgetting lost members", members.forget_lost(me))]
+            if me.ends_run and linked
+            else []
+        ),
         *(_whatever_happens(me, "stopping the ranks", _stop_ranks(me, g)) for g in me.groups),
         *(_whatever_happens(me, "stopping the warm slots", g.ranks.warm.stop()) for g in me.groups),
     )

@@ -12,7 +12,7 @@ import contextlib
 import logging
 from dataclasses import replace
 
-from gms_launch.cohort.membership import name
+from gms_launch.cohort.membership import name, outvoted
 from gms_launch.cohort.records import NodeRecord
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError
 from gms_launch.node.node import Node
@@ -108,7 +108,7 @@ async def leave(me: Node) -> None:
     if me.report.link is not None:
         me.report.link.learn(_others(store))
     try:
-        stays = f"{me.layout.run}-{me.mirror.lead.node_rank if me.mirror.lead is not None else 0}"
+        stays = store.name_of(me.mirror.lead.node_rank if me.mirror.lead is not None else 0)
         await asyncio.wait_for(asyncio.to_thread(_remove, store, stays, farewell(me)), farewell(me) + 1.0)
     except (LaunchError, asyncio.TimeoutError) as exc:
         log.warning("this node's member of etcd could not take leave: %s", exc or "no answer")
@@ -117,8 +117,39 @@ async def leave(me: Node) -> None:
 
 def farewell(me: Node) -> float:
     """How long etcd may take for a last word of this node (seconds): a second, where members do not leave meanwhile."""
-    several = me.layout.store.several and not me.ends_run
-    return min(FAREWELL, SHARE * me.settings.kill_wait) if several else 1.0
+    return _patience(me) if me.layout.store.several and not me.ends_run else 1.0
+
+
+def _patience(me: Node) -> float:
+    return min(FAREWELL, SHARE * me.settings.kill_wait)
+
+
+async def forget_lost(me: Node) -> None:
+    """Take the members of lost nodes out, on the leader while the run ends.
+
+    While their votes count, those who stay could decide nothing once another has ended: not even hear its last word.
+    """
+    store = me.layout.store
+    lost = outvoted(store.members, me.mirror.nodes) if store.several else []
+    if not lost:
+        return
+    try:
+        await asyncio.to_thread(_take_out, store, {store.name_of(rank) for rank in lost}, _patience(me))
+    except LaunchError as exc:
+        log.warning("the members of etcd that were lost could not be taken out: %s", exc)
+
+
+def _take_out(store: Store, names: set[str], patience: float) -> None:
+    from gms_launch.control import client, cluster
+
+    asked = client.Etcd(store.access, brisk=True)
+    try:
+        for member in cluster.members(asked, retry=patience):
+            if member.name in names:
+                with contextlib.suppress(client.RpcError):  # it is no member any more
+                    cluster.remove(asked, member.id, retry=patience)
+    finally:
+        asked.close()
 
 
 def _remove(store: Store, stays: str, patience: float) -> None:

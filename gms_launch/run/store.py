@@ -114,6 +114,10 @@ class Store:
         news, self.where.known = found != self.where.known, found
         return news
 
+    def name_of(self, node_rank: int) -> str:
+        """What a node's member is called, of several."""
+        return f"{self.run}-{node_rank}"
+
     def member(self, joins: str = "") -> etcd.Member:
         """This node's. `joins`: see `etcd.Member`."""
         here = etcd.Member(
@@ -125,7 +129,7 @@ class Store:
             pem=self.files,
             access=self.credentials.access(()),
             members=max(1, self.members),
-            name=f"{self.run}-{self.home.node_rank}" if self.several else "",
+            name=self.name_of(self.home.node_rank) if self.several else "",
             joins=joins,
         )
         return replace(here, access=self.credentials.access((here.client_url,)))

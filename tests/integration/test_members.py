@@ -168,6 +168,22 @@ def test_nothing_is_left_of_three_members(three: Three) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_has_lost_a_member_ends_without_waiting_for_it(three: Three) -> None:
+    """Of two that are left neither can decide alone: the one that ends first must have said its last word by then."""
+    run = three
+    run.full(*NAMES)
+    run.led_by_another()
+    kill(run.agent_of(2))
+    eventually(lambda: run.status()["missing_nodes"] == [2], LONG, "its lease is over")
+    begun = time.monotonic()
+    done = run.cli("down")
+    print(f"down after {time.monotonic() - begun:.1f} s")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ended = {n["node_rank"]: n for n in json.loads((run.home / run.run / "run.json").read_text())["nodes"]}
+    assert ended[1]["clean"] and ended[1]["by_agent"], "the other one's word was heard"
+
+
+@pytest.mark.slow
 def test_without_the_first_node_another_leads_and_the_others_stay(tmp_path: Path, model: Path) -> None:
     ports = ["--frontend-port", str(free_port())]
     flags = ("--virtual-gpus", "1", "--groups", "3", "--etcd-members", "3", "--node-wait", "20", *ports)
