@@ -15,7 +15,7 @@ import pytest
 
 from gms_launch.control.client import Etcd
 from gms_launch.process import proc
-from tests.support import GMS_LAUNCH, LONG, Deployment, eventually, gms_launch, kill, stopped
+from tests.support import GMS_LAUNCH, LONG, Deployment, eventually, freeze, gms_launch, kill, stopped
 
 
 @pytest.fixture
@@ -58,12 +58,10 @@ def test_failovers_in_a_row(run: Deployment, failovers: int) -> None:
         pgid = int((run.node_dir / f"engine-{victim}.pgid").read_text())
         assert pgid == status["cohorts"][victim]["ranks"][0]["pgid"]
     assert loads(run) == 1
-    weights = next(g for g in run.status()["nodes"][0]["gms"] if g["tag"] == "weights")
-    assert weights["loads"] == 1
+    assert next(g["loads"] for g in run.status()["nodes"][0]["gms"] if g["tag"] == "weights") == 1
     assert (run.node_dir / "failover.lock").stat().st_ino == inode, "the lock is made once"
     assert sum(c["incarnation"] for c in run.status()["cohorts"]) == failovers + 2
-    timeline = json.loads(run.cli("timeline", "--json").stdout)
-    assert [f["complete"] for f in timeline["failovers"]] == [True] * failovers
+    assert len(run.timeline(failovers)) == failovers
     etcd = Etcd(run.access)
     eventually(
         lambda: etcd.get_prefix(f"/gms-launch/{run.run}/ended/") == {}, what="no word is left of lives long gone"
@@ -80,9 +78,8 @@ def test_a_primary_killed_from_outside_is_replaced_and_rearmed(run: Deployment) 
     victim = run.status()["primary"]
     kill_from_outside(run, victim)
     eventually(lambda: run.text() == before)
-    status = run.wait_full()
-    assert status["primary"] != victim
-    assert status["nodes"][0]["lock_holder"] == f"cohort {status['primary']}"
+    assert run.wait_full()["primary"] != victim
+    eventually(lambda: run.status()["nodes"][0]["lock_holder"] == f"cohort {1 - victim}", what="it is told who has it")
     assert run.happened("exit")[0]["detail"].startswith("killed by SIGKILL")
     eventually(lambda: len(run.events("lease_revoked")) == 1)
 
@@ -198,9 +195,11 @@ def test_agent_killed_in_the_middle_of_a_failover_leaves_nothing(tmp_path: Path,
 def test_sweep_clears_a_dead_run_and_spares_a_live_one(run: Deployment, tmp_path: Path, model: Path) -> None:
     with Deployment(tmp_path / "other", model, REFERENCE_STRAY="hard") as dead:
         (stray,) = strays(dead, dead.status()["primary"], 1)
-        # Without its guard, so that there is something to find.
+        # Without its guard, so that there is something to find; and stopped, so that it starts no other.
+        freeze(dead.agent.pid)
         for info, _ in proc.tagged(f"{dead.run}/guard"):
             kill(info.pid)
+            eventually(lambda who=info.identity: not proc.alive(who))
         os.kill(dead.agent.pid, signal.SIGKILL)
         eventually(lambda: not proc.alive(dead.agent))
         node_dir = dead.node_dir
@@ -322,6 +321,7 @@ def test_the_run_is_found_and_its_verbs_answer(run: Deployment) -> None:
     assert alone.returncode == 0 and run.run in alone.stdout and "redundancy full" in alone.stdout
     assert "cohort-0.1" in run.cli("logs").stdout
     assert "waiting for lock" in run.cli("logs", "cohort-1", "-n", "0").stdout
+    run.happened("first_token")
     assert "first_token" in run.cli("timeline", "--events").stdout
     assert "has had no failover" in run.cli("timeline").stdout
     assert gms_launch("up", "-d", *run.flags, env=run.env).returncode == 3

@@ -17,7 +17,7 @@ import pytest
 
 from gms_launch.control.keys import Keys
 from tests.load import Load
-from tests.support import GMS_LAUNCH, LONG, Deployment, complete, eventually, free_port, gms_launch, kill
+from tests.support import GMS_LAUNCH, LONG, Deployment, complete, eventually, free_port, gms_launch, groups_full, kill
 
 KILLS = 2
 
@@ -51,12 +51,7 @@ class Grouped(Deployment):
 
     def full(self, *names: str) -> dict[str, dict[str, Any]]:
         """Wait until these groups are."""
-
-        def all_full() -> dict[str, dict[str, Any]]:
-            found = self.groups()
-            return found if all(found[n]["redundancy"] == "full" for n in names) else {}
-
-        return eventually(all_full, LONG, f"{names} full")
+        return groups_full(self.groups, names)
 
     def starts(self, group: str) -> int:
         """How many lives a group has had."""
@@ -145,7 +140,7 @@ def test_four_groups_on_one_node(one_node: Grouped) -> None:
     with Load(run.run_file["frontend_url"], streams=4, unary=2, tokens=30) as load:
         load.wait_busy(1.0)
         os.killpg(run.primary_ranks("g2")[0], signal.SIGKILL)
-        eventually(lambda: run.of("g2", "exit"), what="its end was seen")
+        eventually(lambda: run.groups()["g2"]["cohorts"][before]["incarnation"] == 2, LONG, "its end was seen")
         after = run.full("g2")["g2"]
     assert after["primary"] != before and after["cohorts"][before]["incarnation"] == 2
     assert load.lost == [] and load.wrong == [], load.said()
@@ -294,7 +289,7 @@ def test_a_lost_node_ends_its_own_group_alone(pairs: Four) -> None:
     eventually(lambda: run.groups()["g1"]["over"], LONG, "node_wait is over")
     assert "was lost and did not come back" in run.groups()["g1"]["over"]
     assert run.text() and run.lives("g0") == untouched, "the other serves on"
-    assert run.status()["redundancy"] == "down", "of all groups together"
+    eventually(lambda: run.status()["redundancy"] == "down", what="of all groups together")
 
 
 def test_a_group_whose_memory_cannot_be_served_again_ends_alone(pairs: Four) -> None:
@@ -311,7 +306,8 @@ def test_a_group_whose_memory_cannot_be_served_again_ends_alone(pairs: Four) -> 
         (socket / "taken").mkdir(parents=True)
     os.killpg(primary, signal.SIGKILL)
     over = eventually(lambda: run.groups()["g1"]["over"], LONG, "the group is over")
-    assert "gms" in over and run.of("g1", "gms_restart")
+    assert "gms" in over
+    eventually(lambda: run.of("g1", "gms_restart"), LONG, "what was tried is told")
     eventually(lambda: run.of("g1", "group_over"), LONG, "it is told")
     eventually(run.text, LONG, "an answer, once nothing is sent to the other any more")
     assert run.lives("g0") == untouched and not run.of("g0", "kill")
@@ -339,7 +335,7 @@ def test_a_node_is_lost_with_all_of_its_groups_and_they_come_back_with_it(shared
     kill(run.agent_of(1))
     eventually(lambda: all(run.groups()[n]["redundancy"] == "down" for n in own), LONG, "both are lost")
     eventually(run.text, LONG, "an answer, once nothing is sent to those any more")
-    assert run.status()["missing_nodes"] == [1]
+    eventually(lambda: run.status()["missing_nodes"] == [1], what="its lease is over")
     assert run.node(1).returncode == 0
     run.full(*own)
     assert not {pid for n in own for *_, pid in run.lives(n)} & set(before)
