@@ -26,7 +26,7 @@ from gms_launch.errors import NoContactError
 from gms_launch.services import etcd
 from gms_launch.services.base import NotReadyError, Service
 from gms_launch.services.pem import PemFiles
-from tests.support import LONG, PATIENCE, eventually, free_port
+from tests.support import LONG, PATIENCE, eventually, free_port, freeze
 
 #: Of the leases here (seconds).
 TTL = 3.0
@@ -173,7 +173,7 @@ def test_a_client_goes_to_another_member_with_its_watch_and_its_lease(three: Thr
     if how == "kill":
         three.kill(victim)
     else:
-        three.running[victim].send_signal(signal.SIGSTOP)
+        freeze(three.running[victim].pid)
     begun = time.monotonic()
     other.put("/a/1", b"1")
     assert seen.change() == ("/a/1", b"1")
@@ -198,7 +198,7 @@ def test_the_loss_of_the_leader_is_decided_and_no_lease_is_lost(three: Three, ho
     if how == "kill":
         three.kill(leader)
     else:
-        three.running[leader].send_signal(signal.SIGSTOP)
+        freeze(three.running[leader].pid)
     begun = time.monotonic()
     seen.etcd.put("/a/1", b"1", retry=LONG)
     print(f"{how}: a write came through after {time.monotonic() - begun:.2f} s")
@@ -247,12 +247,12 @@ def test_who_the_members_are_is_said_by_none_that_may_have_missed_a_change(three
     """A member that stood still knows an old list, and shows it to whoever asks for no more than what it knows."""
     late = Etcd(three.access(2))
     assert len(cluster.members(late)) == 3
-    three.running[2].send_signal(signal.SIGSTOP)
+    freeze(three.running[2].pid)
     asked = Etcd(three.access(0, 1), brisk=True)
     cluster.take_place(asked, "m3", f"https://127.0.0.1:{free_port()}", PATIENCE)
     assert len(cluster.members(asked)) == 4
     for number in (0, 1):
-        three.running[number].send_signal(signal.SIGSTOP)
+        freeze(three.running[number].pid)
     three.running[2].send_signal(signal.SIGCONT)
     with pytest.raises(NoContactError):
         cluster.members(late, retry=1.0)
@@ -278,7 +278,7 @@ def test_members_leave_until_one_is_left(three: Three) -> None:
 
 def test_a_member_without_the_others_tells_its_watchers_so(three: Three) -> None:
     for number in (1, 2):
-        three.running[number].send_signal(signal.SIGSTOP)
+        freeze(three.running[number].pid)
     states: queue.Queue[str | None] = queue.Queue()
     alone = Etcd(three.access(0), brisk=True)
     watch = Watch(alone, [prefix("/a/")], lambda _: None, lambda _: None, states.put)

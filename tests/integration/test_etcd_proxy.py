@@ -69,7 +69,7 @@ class Near:
         """What it finds in etcd when it is asked how it is; None when it finds nothing out."""
         failed = self.log.read_text().count("Failed to fetch instances")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=60) as answer:
                 found = json.load(answer)
         except OSError:
             return None
@@ -103,7 +103,8 @@ def near(three: Three, tmp_path: Path) -> Iterator[Near]:
 def leases(three: Three, *numbers: int) -> set[int]:
     one = Etcd(three.access(*numbers), brisk=True)
     try:
-        found = one.call(lambda c: c.leasestub.LeaseLeases(etcd3.etcdrpc.LeaseLeasesRequest(), timeout=2.0))
+        asked = etcd3.etcdrpc.LeaseLeasesRequest()
+        found = one.call(lambda c: c.leasestub.LeaseLeases(asked, timeout=2.0), retry=LONG)
         return {lease.ID for lease in found.leases}
     finally:
         one.close()

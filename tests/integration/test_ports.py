@@ -25,8 +25,10 @@ def test_a_run_listens_on_what_the_page_says_and_on_nothing_else(tmp_path: Path,
     try:
         with run:
             for _ in range(2):
-                now, sockets = listening.of_run(run.run, run.run_file["ports"])
-                assert now == listening.documented(2), sockets
+                eventually(
+                    lambda: listening.of_run(run.run, run.run_file["ports"])[0] == listening.documented(2),
+                    what=lambda: str(listening.of_run(run.run, run.run_file["ports"])),
+                )
                 assert run.cli("kill-primary").returncode == 0
                 run.wait_full()
             # The dead one's successor listens as it did.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import Deployment
+from tests.support import Deployment, eventually
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,14 @@ def test_lock_file_and_counters_after_a_failover(run: Deployment) -> None:
     assert (run.node_dir / "failover.lock").read_text() == f"engine-{victim}"
     assert run.cli("kill-primary").returncode == 0
     assert (run.node_dir / "failover.lock").read_text() == f"engine-{1 - victim}"
-    _, metrics = get(system(run, 1 - victim) + "/metrics")
-    for name in ("switch_attempts_total", "switch_success_total"):
+
+    def counts(name: str) -> bool:
+        _, metrics = get(system(run, 1 - victim) + "/metrics")
         line = next(m for m in metrics.splitlines() if m.startswith(f"dynamo_component_engine_failover_{name}" + "{"))
-        assert line.endswith(" 1.0"), "a contended win counts, the first start does not"
+        return line.endswith(" 1.0")
+
+    for name in ("switch_attempts_total", "switch_success_total"):
+        eventually(lambda name=name: counts(name), what="a contended win counts, the first start does not")
     run.wait_full()
 
 
@@ -86,8 +90,9 @@ def test_log_lines_come_in_the_order_of_the_real_engine(run: Deployment) -> None
         "failover_state",
     ]
     for cohort_id in (0, 1):
-        text = (run.home / run.run / "logs" / "node0" / f"cohort-{cohort_id}.1.log").read_text()
-        at = 0
+        log = run.home / run.run / "logs" / "node0" / f"cohort-{cohort_id}.1.log"
+        eventually(lambda log=log: order[-2] in log.read_text(), what="it is written down")
+        text, at = log.read_text(), 0
         for line in order:
             found = text.find(line, at)
             assert found >= 0, f"{line!r} is missing in the log of cohort {cohort_id} after what comes before it"

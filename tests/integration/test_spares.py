@@ -20,14 +20,14 @@ class Spared(Grouped):
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Iterator[Spared]:
     flags = ["--virtual-gpus=1", "--groups=2", "--spares=1", "--spare-wait=3", f"--frontend-port={free_port()}"]
-    with Spared(tmp_path, model, *flags, "--lease-ttl=3") as made:
+    with Spared(tmp_path, model, *flags) as made:
         yield made
 
 
 def test_a_spare_takes_the_place_of_the_node_that_leads_a_group(run: Spared) -> None:
     run.full("g0", "g1")
     untouched, before = run.lives("g0"), run.lives("g1")
-    spare = run.status()["spares"][0]["agent_pid"]
+    spare = eventually(lambda: run.status()["spares"], LONG, "it is there")[0]["agent_pid"]
     kill(run.agent_of(1))
     eventually(lambda: run.events("spare_takes_over"), LONG)
     eventually(lambda: spare in [n["agent_pid"] for n in run.status()["nodes"]], LONG, "the spare has its rank")
@@ -35,7 +35,7 @@ def test_a_spare_takes_the_place_of_the_node_that_leads_a_group(run: Spared) -> 
     run.full("g1")
     assert not {pid for *_, pid in run.lives("g1")} & {pid for *_, pid in before}
     assert run.lives("g0") == untouched and run.text(), "nothing else was touched"
-    assert run.status()["spares"] == []
+    eventually(lambda: run.status()["spares"] == [], what="there is none any more")
     # Who comes with the old rank is told that it is the spare now.
     assert run.node(1).returncode == 0
     (back,) = eventually(lambda: run.status()["spares"], LONG)
