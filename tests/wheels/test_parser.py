@@ -104,7 +104,8 @@ def test_hybrid_load_balancing_is_understood_as_it_was_meant(model: Path, monkey
     monkeypatch.setattr("gms_launch.run.reach.interface", lambda _: "")  # those addresses are not of this machine
     flags = {"engine": "vllm", "model": str(model), "tp": "2", "dp": "4", "nnodes": "2", "served_model_name": "m"}
     settings = resolve(flags | {"dp_lb": "hybrid", "activation": "agent"}, {})
-    plan = replace(plan_of(settings), ports=ports.layout(settings, lambda _: True))
+    plan = plan_of(replace(settings, nnodes=1))  # where each node is, is said below
+    plan = replace(plan, settings=settings, ports=ports.layout(settings, lambda _: True))
     asked, meant = [], []
     for node_rank in (0, 1):
         place = topology.Topology(node_rank, 2, "n", f"10.0.0.{node_rank + 1}", "10.0.0.1")
