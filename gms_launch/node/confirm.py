@@ -5,10 +5,11 @@ A user's token will do; one of our own is asked for only if nobody else asks. Do
 
 from __future__ import annotations
 
+import math
 import time
 
 from gms_launch.node.tokens import Tokens
-from gms_launch.services.base import NotReadyError
+from gms_launch.services.base import AwayError, NotReadyError
 
 #: How long users' requests are waited for before the agent sends one of its own (seconds).
 QUIET = 0.05
@@ -27,30 +28,39 @@ class TokenWatch:
         self._listed_at: float | None = None
         self._quiet_since = 0.0
         self.why = ""
-        #: Since when it can be held against the engine that no token comes (monotonic seconds): from the first.
+        #: Since when it can be held against the engine that no token comes (monotonic seconds): from the first, and
+        #: never while who is to be asked is away.
         self.asked_since = 0.0
 
     def a_token_came(self) -> bool:
         """True once one did. Sends a request for one if it is there and nobody else asks."""
         try:
-            if self._listed_at is None:
-                counted = self._tokens.users()
-                self._before = counted[0] if counted else self._before
-                self.why = self._tokens.missing()
-                if self.why:
-                    return False
-                self._listed_at = self._quiet_since = time.monotonic()
-            now, counted = time.monotonic(), self._tokens.users()
-            if counted is not None:
-                tokens, in_flight = counted
-                if tokens > (self._before or 0.0):
-                    return True
-                if in_flight and now - self._listed_at < PATIENCE:
-                    self._quiet_since = now  # that one's token will do
-                if now - self._quiet_since < QUIET:
-                    return False
-            self._tokens.ask(TIMEOUT, NAME, fresh=False)
-        except NotReadyError as exc:
-            self.why = str(exc)
+            came = self._look()
+        except AwayError as exc:
+            self.why, self.asked_since = str(exc), math.inf
             return False
+        except NotReadyError as exc:
+            self.why, came = str(exc), False
+        if self.asked_since == math.inf:
+            self.asked_since = time.monotonic()
+        return came
+
+    def _look(self) -> bool:
+        if self._listed_at is None:
+            counted = self._tokens.users()
+            self._before = counted[0] if counted else self._before
+            self.why = self._tokens.missing()
+            if self.why:
+                return False
+            self._listed_at = self._quiet_since = time.monotonic()
+        now, counted = time.monotonic(), self._tokens.users()
+        if counted is not None:
+            tokens, in_flight = counted
+            if tokens > (self._before or 0.0):
+                return True
+            if in_flight and now - self._listed_at < PATIENCE:
+                self._quiet_since = now  # that one's token will do
+            if now - self._quiet_since < QUIET:
+                return False
+        self._tokens.ask(TIMEOUT, NAME, fresh=False)
         return True

@@ -50,26 +50,48 @@ class Desk(Protocol):
 
 
 class Near:
-    """On the frontend's own node."""
+    """On the frontend's own node. `ready`: whether it runs and listens there.
 
-    def __init__(self, where: Where, pid: Callable[[], int]) -> None:
-        self._where, self.pid = where, pid
+    Between two of its starts its port is anybody's: who listens there then is asked nothing, and so cannot have an
+    engine taken for hung, or for well.
+    """
+
+    def __init__(self, where: Where, pid: Callable[[], int], ready: Callable[[], bool]) -> None:
+        self._at, self.pid, self._ready = where, pid, ready
 
     def host(self) -> str:
         return ""
+
+    @property
+    def _where(self) -> Where:
+        """Where it is. Raises `AwayError` while it is not."""
+        if not self._ready():
+            raise AwayError("the frontend is not there: it is being started")
+        return self._at
 
     def one_token(self, model: str, instance: int, timeout: float, name: str, fresh: bool) -> bool:
         try:
             given = frontend.has_given(self._where, instance)
         except NotReadyError as exc:
             raise AwayError(f"the frontend: {exc}") from None
-        return (given and not fresh) or frontend.one_token(self._where, model, timeout, name, instance)
+        return (given and not fresh) or self.any_token(model, timeout, name, instance)
+
+    def any_token(self, model: str, timeout: float, name: str, instance: int = 0) -> bool:
+        """Have one token come through the frontend, for a promotion or a hang. Raises as `Desk.one_token`."""
+        return frontend.one_token(self._where, model, timeout, name, instance)
 
     def listed(self, model: str) -> bool:
         return frontend.listed(self._where, model)
 
     def moves(self) -> tuple[float, float] | None:
-        return frontend.moves(self._where)
+        return frontend.moves(self._at) if self._ready() else None
+
+    def traffic(self) -> tuple[float, float] | None:
+        """Tokens that have come through it, and requests in flight; None where its metrics do not tell.
+
+        Raises `NotReadyError`.
+        """
+        return frontend.traffic(self._where)
 
 
 class Far:

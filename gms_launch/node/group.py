@@ -87,6 +87,7 @@ class Group:
         self.writer = host.writer
         far = not layout.home.is_leader
         self.far = Far(host.front_host, near, layout.group, mirror.keys, report) if far else None
+        self.near = near
         self.desk: Desk = self.far or near
         self._on_rank, self._on_end = on_rank, on_end
         self.warm = WarmSlots(layout, host.writer.output, self.spawn, self._warm_told, host.control_changed)
@@ -164,7 +165,7 @@ class Group:
     def tokens(self, rank: Rank) -> Tokens:
         """What shows that a rank of this node's, which leads its life, gives tokens."""
         if not self.layout.group and not self.settings.hybrid:
-            return OfTheFrontend(self.layout.front.where, self.layout.model_name)
+            return OfTheFrontend(self.near, self.layout.model_name)
         instance = partial(self.ranks.discovery.instance, rank.life)
         return OfAnEngine(self.desk, self.layout.model_name, rank.port, instance)
 

@@ -81,7 +81,7 @@ class Node:
         self.report.listeners.append(self.hook.hear)
         self.tasks = Tasks(self.fail, self._outlived)
         self.herald = Herald(layout, self.mirror, self.heard, self._guard_acted)
-        self.near = Near(layout.front.where, self._front)
+        self.near = Near(layout.front.where, self._front, self._front_ready)
         self.groups = tuple(self._group(mine) for mine in layout.groups)
         self.guard = Guarded(layout, [g.gates for g in self.groups], self.herald, self._guard_changed)
         self.exporter = Exporter(layout, self.report)
@@ -122,6 +122,10 @@ class Node:
 
     def _front(self) -> int:
         return runner.pid if (runner := self.services.get("frontend")) else 0
+
+    def _front_ready(self) -> bool:
+        runner = self.services.get("frontend")
+        return runner is not None and runner.serves
 
     def set_up(self) -> None:
         """Make the guard and what else must be there before anything is started. Raises `LaunchError`."""

@@ -12,7 +12,6 @@ from gms_launch.cohort.records import CommandRecord, CommandResult
 from gms_launch.node.node import Node
 from gms_launch.numbers import numbered
 from gms_launch.process import clock
-from gms_launch.services import frontend
 from gms_launch.services.base import NotReadyError
 
 #: Pause between two looks (seconds); the frontend announces nothing.
@@ -33,7 +32,7 @@ async def _wait(me: Node, command: CommandRecord) -> None:
     seen = "nothing was heard from it"
     while True:
         try:
-            counted = await asyncio.to_thread(frontend.traffic, me.layout.front.where)
+            counted = await asyncio.to_thread(me.near.traffic)
         except NotReadyError as exc:
             seen = str(exc)
         else:

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gms_launch.engines.base import LOOPBACK
-from gms_launch.node.desk import Desk
-from gms_launch.services import frontend
+from gms_launch.node.desk import Desk, Near
 from gms_launch.services.base import AwayError, NotReadyError, http_get
 
 #: What an engine of Dynamo's has sent to frontends, errors too; the name is that of 1.1 to 1.6.
@@ -48,15 +47,15 @@ class Tokens(Asked, Protocol):
 class OfTheFrontend:
     """Of a run of one engine: whatever comes through its frontend."""
 
-    def __init__(self, where: frontend.Where, model: str) -> None:
-        self._where, self._model = where, model
+    def __init__(self, near: Near, model: str) -> None:
+        self._near, self._model = near, model
 
     def missing(self) -> str:
-        there = frontend.listed(self._where, self._model)
+        there = self._near.listed(self._model)
         return "" if there else f"nothing serves {self._model}: the frontend lists no engine for it"
 
     def users(self) -> tuple[float, float] | None:
-        return frontend.traffic(self._where)
+        return self._near.traffic()
 
     def signs(self) -> float | None:
         try:
@@ -66,7 +65,7 @@ class OfTheFrontend:
         return counted[0] if counted else None
 
     def ask(self, timeout: float, name: str, fresh: bool = True) -> None:
-        frontend.one_token(self._where, self._model, timeout, name)
+        self._near.any_token(self._model, timeout, name)
 
 
 class OfAnEngine:

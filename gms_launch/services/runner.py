@@ -71,6 +71,11 @@ class ServiceRunner:
     def pid(self) -> int:
         return self._child.pid if self._child and not self._exited.is_set() else 0
 
+    @property
+    def serves(self) -> bool:
+        """Whether it is ready and has not ended since, as the kernel has it now: then its port is its own."""
+        return self.state == "ready" and self._child is not None and proc.alive(self._child.id)
+
     def status(self) -> ServiceStatus:
         return ServiceStatus(self.service.name, self.state, self.pid, self.starts, self.detail)
 
@@ -130,28 +135,30 @@ class ServiceRunner:
     async def _wait_ready(self) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.service.timeout
-        reason = "no answer"
         exited = loop.create_task(self._exited.wait())
         try:
             while True:
-                probe = asyncio.ensure_future(asyncio.to_thread(_probe, self.service.probe))
+                assert self._child is not None
+                probe = asyncio.ensure_future(asyncio.to_thread(self._ask, self._child.pid))
                 waiting: set[asyncio.Future[Any]] = {probe, exited}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if self._exited.is_set():
-                    assert self._child is not None
                     raise self._error(f"ended while it was starting ({self._child.exit}){self._squatter()}")
-                failed = await probe
-                assert self._child is not None
-                port = self.service.port
-                if failed is None and (port is None or proc.listens(self._child.pid, port)):
+                if (reason := await probe) is None:
                     return
-                reason = failed or f"something else answers on port {port}"
                 if loop.time() > deadline:
                     raise self._error(f"was not ready within {self.service.timeout:g} s ({reason})")
                 # Readiness of another process can only be asked for.
                 await asyncio.wait({exited}, timeout=0.02)
         finally:
             exited.cancel()
+
+    def _ask(self, pid: int) -> str | None:
+        """Why it is not ready; None when it is. Before it listens itself nobody is asked, or shown a password."""
+        port = self.service.port
+        if port is not None and not proc.listens(pid, port):
+            return f"it does not listen on port {port} yet"
+        return _probe(self.service.probe)
 
     def _squatter(self) -> str:
         """Whoever has taken one of its ports meanwhile, for people: what is sent there goes to him now."""

@@ -18,6 +18,7 @@ Each number of the security review and the tests in which its attack is made and
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ from pathlib import Path
 import pytest
 
 from tests import documents
-from tests.support import Deployment, eventually, stopped
+from tests.support import LONG, Deployment, eventually, kill, stopped
 
 pytestmark = [
     pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root"),
@@ -164,6 +165,50 @@ def test_a_stranger_who_takes_a_dead_engines_system_port_is_asked_nothing(run: D
         stranger.kill()
         rest, _ = stranger.communicate()
     assert "asked" not in rest
+
+
+@pytest.fixture
+def brisk(tmp_path: Path, model: Path) -> Iterator[Deployment]:
+    """One that soon takes an engine for hung."""
+    soon = ("--canary-interval", "0.5", "--canary-timeout", "3", "--promotion-timeout", "5")
+    with Deployment(tmp_path / "home", model, *soon) as deployment:
+        yield deployment
+
+
+@pytest.mark.slow
+def test_a_stranger_who_takes_the_frontends_port_has_no_engine_taken_for_hung(brisk: Deployment) -> None:
+    """He gives no tokens. Nobody but the frontend is asked for one, and that it is away is not the engines' fault."""
+    before, first = brisk.text(), brisk.wait_full()
+    port = brisk.run_file["ports"]["frontend"]
+    (frontend,) = [s for s in first["nodes"][0]["services"] if s["name"] == "frontend"]
+    code = SQUATTER.format(uid=STRANGER, port=port)
+    stranger = subprocess.Popen([*DROP, "/usr/bin/python3", "-c", code], cwd="/", stdout=subprocess.PIPE, text=True)
+    assert stranger.stdout is not None
+
+    def starts() -> int:
+        (found,) = [s for s in brisk.status()["nodes"][0]["services"] if s["name"] == "frontend"]
+        return int(found["starts"])
+
+    try:
+        with stopped(brisk.agent.pid):  # so that nobody is quicker than he
+            os.kill(frontend["pid"], signal.SIGKILL)
+            assert stranger.stdout.readline() == "there\n"
+        # The pauses between these take longer than an engine is given to bring a token.
+        eventually(lambda: starts() >= 6, LONG, "it is tried again and again")
+        assert not hung(brisk) and brisk.status()["primary"] == first["primary"]
+        assert f"a process of uid {STRANGER} listens on port {port}" in json.dumps(brisk.status())
+        kill(brisk.cohort(first["primary"])["ranks"][0]["pid"])
+        begun = starts()
+        eventually(lambda: starts() >= begun + 2, LONG, "longer than a promotion may take")
+        promoted = brisk.cohort(1 - first["primary"])
+        assert promoted["phase"] == "active" and promoted["incarnation"] == 1
+    finally:
+        stranger.kill()
+        rest, _ = stranger.communicate()
+    assert "asked" not in rest
+    assert eventually(brisk.text, LONG) == before
+    found = brisk.wait_full()
+    assert found["primary"] == 1 - first["primary"] and not hung(brisk)
 
 
 def frames(port: int, act: Callable[[], object]) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,7 +17,7 @@ from gms_launch.cohort.records import AnswerRecord, QuestionRecord
 from gms_launch.control.keys import Keys
 from gms_launch.node.confirm import TokenWatch
 from gms_launch.node.desk import Clerk, Far, Near
-from gms_launch.node.tokens import OfAnEngine
+from gms_launch.node.tokens import OfAnEngine, OfTheFrontend
 from gms_launch.services import frontend
 from gms_launch.services.base import AwayError, NotReadyError
 from gms_launch.services.frontend import Where
@@ -65,7 +67,7 @@ def world() -> Iterator[tuple[Engine, int]]:
 
 
 def of(port: int, instance: int = 7) -> OfAnEngine:
-    return OfAnEngine(Near(Where("127.0.0.1", port), lambda: 0), "tiny", port, lambda: instance)
+    return OfAnEngine(Near(Where("127.0.0.1", port), lambda: 0, lambda: True), "tiny", port, lambda: instance)
 
 
 def test_an_answer_counts_that_names_the_engine(world: tuple[Engine, int]) -> None:
@@ -109,6 +111,24 @@ def test_one_that_is_not_registered_is_not_asked_for(world: tuple[Engine, int]) 
 def test_without_a_frontend_nothing_is_said_of_the_engine() -> None:
     with pytest.raises(AwayError):
         of(1).ask(1.0, "x")
+
+
+def test_who_listens_where_the_frontend_is_not_is_asked_nothing(world: tuple[Engine, int]) -> None:
+    """Between two of its starts its port is anybody's, and the engine is given its time once there is one again."""
+    engine, port = world
+    there = False
+    near = Near(Where("127.0.0.1", port), lambda: 0, lambda: there)
+    for tokens in (OfTheFrontend(near, "tiny"), OfAnEngine(near, "tiny", port, lambda: 7)):
+        there = False
+        watch = TokenWatch(tokens)
+        for _ in range(2):
+            assert not watch.a_token_came() and watch.asked_since == math.inf and "frontend" in watch.why
+        assert engine.asked == [] and near.moves() is None
+        with pytest.raises(AwayError):
+            tokens.ask(1.0, "x")
+        there, before = True, time.monotonic()
+        watch.a_token_came()
+        assert before <= watch.asked_since <= time.monotonic()
 
 
 class Etcd:
@@ -170,7 +190,7 @@ def test_nobody_who_answers_says_nothing_of_the_engine(monkeypatch: pytest.Monke
 def test_each_question_is_put_to_the_frontend_once(monkeypatch: pytest.MonkeyPatch) -> None:
     etcd, counted = Etcd(), []
     monkeypatch.setattr(frontend, "moves", lambda _: counted.append(1) or (3.0, 0.0))
-    clerk = Clerk("r", Near(Where("127.0.0.1", 1), lambda: 0), etcd)  # type: ignore[arg-type]
+    clerk = Clerk("r", Near(Where("127.0.0.1", 1), lambda: 0, lambda: True), etcd)  # type: ignore[arg-type]
 
     async def look() -> None:
         asked = {"a": QuestionRecord("a", "g1", "moves")}
