@@ -37,7 +37,7 @@ class Gates:
                 self._fds[cohort_id] = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
                 fcntl.flock(self._fds[cohort_id], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holders = ", ".join(map(str, proc.flock_holders(str(path)))) or "nobody that /proc/locks names"
+                holders = ", ".join(str(i.pid) for i in proc.lock_keepers([path])) or "nobody that can be seen"
                 raise LaunchError(
                     f"the lock {path} is held by another process ({holders}); `gms-launch sweep`"
                 ) from None

@@ -122,10 +122,8 @@ class Feeler:
         health = self._ask(phase)
         # Before the lock is looked at: who has it may wake, and does so after taking it.
         using = phase is Phase.PARKED and any(_uses(socket, members) for socket in sockets)
-        holds = not active and any(
-            (info := proc.stat(pid)) is not None and info.pgid == self.leader.pid
-            for pid in proc.flock_holders(str(self.lock))
-        )
+        keepers = () if active else proc.lock_keepers([self.lock], (who.pid for who in self._members))
+        holds = any(info.pgid == self.leader.pid for info in keepers)
         mapped = holds and all(_has_writer(s) for s in sockets if s.name.endswith("_kv_cache.sock"))
         signs = Signals(health, holds, registered=active)
         woken = bool(using) and not holds

@@ -23,7 +23,7 @@ from gms_launch.node.pulse import Look
 from gms_launch.process import clock, lifecycle, proc, scratch
 from gms_launch.process.follow import FileWatcher, LogFollower
 from gms_launch.process.lifecycle import Child
-from gms_launch.process.proc import ProcessId, flock_holders, stat
+from gms_launch.process.proc import ProcessId, below, lock_keepers
 
 #: How long a rank gets to be proved dead (seconds). SIGKILL is quick; a process in the driver may not be.
 FENCE_TIMEOUT = 30.0
@@ -211,7 +211,8 @@ class Rank:
     def holds(self, lock: Path) -> bool:
         """True when the kernel says that a process of this rank's group has the lock."""
         assert self.child is not None
-        return any((info := stat(pid)) is not None and info.pgid == self.child.pgid for pid in flock_holders(str(lock)))
+        known = self.pids or {info.pid for info in below([self.child.pid])}
+        return any(i.pgid == self.child.pgid for i in lock_keepers([lock], {self.child.pid, *known}))
 
     def _exited(self, loop: asyncio.AbstractEventLoop) -> None:
         assert self.child is not None

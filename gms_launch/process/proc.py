@@ -263,11 +263,13 @@ def describe(info: Stat) -> str:
     return f"{info.pid} ({(command_line(info.pid) or info.comm)[:60]}, since {since})"
 
 
-def lock_keepers(paths: Iterable[Path]) -> list[Stat]:
+def lock_keepers(paths: Iterable[Path], among: Iterable[int] | None = None) -> list[Stat]:
     """Every process that has a flock on one of these files through a descriptor, whoever acquired it.
 
-    /proc/locks names the acquirer alone, also when that is dead and a child of it keeps the descriptor (and within a
-    pid namespace it is then not listed at all). Reads the descriptors of all processes that we may look into.
+    Reads the descriptors of `among`, else of all processes that we may look into. Not /proc/locks: that names the
+    acquirer alone, also when it is dead and a child of it keeps the descriptor (and within a pid namespace it is then
+    not listed at all); and it has the locks of the whole machine, of which another user may hold so many that it takes
+    minutes to read.
     """
     wanted: dict[tuple[int, int], str] = {}
     for path in paths:
@@ -277,7 +279,8 @@ def lock_keepers(paths: Iterable[Path]) -> list[Stat]:
             continue
         wanted[info.st_dev, info.st_ino] = path.name
     names = set(wanted.values())
-    return [i for pid in pids() if wanted and _keeps(pid, names, wanted) and (i := stat(pid)) and not i.dead]
+    looked = pids() if among is None else among
+    return [i for pid in looked if wanted and _keeps(pid, names, wanted) and (i := stat(pid)) and not i.dead]
 
 
 def _keeps(pid: int, names: set[str], wanted: dict[tuple[int, int], str]) -> bool:
@@ -300,29 +303,6 @@ def _keeps(pid: int, names: set[str], wanted: dict[tuple[int, int], str]) -> boo
         except OSError:
             continue  # closed meanwhile
     return False
-
-
-def flock_holders(path: str) -> list[int]:
-    """The pids that acquired the flock on `path`, from /proc/locks: quick, and see `lock_keepers` for what it misses.
-
-    Empty when nobody has it or the file is not there. A pid from outside this pid namespace shows as 0 and is left out.
-    """
-    try:
-        info = os.stat(path)
-    except OSError:
-        return []
-    want = (os.major(info.st_dev), os.minor(info.st_dev), info.st_ino)
-    holders = []
-    with open("/proc/locks") as file:
-        for line in file:
-            fields = line.split()
-            # "1: FLOCK ADVISORY WRITE 1234 00:1a:56 0 EOF"; a waiter has "->" in second place.
-            if len(fields) < 6 or fields[1] != "FLOCK":
-                continue
-            major, minor, inode = fields[5].split(":")
-            if (int(major, 16), int(minor, 16), int(inode)) == want and int(fields[4]) > 0:
-                holders.append(int(fields[4]))
-    return holders
 
 
 def listening(port: int, pid: int | None = None) -> dict[str, int]:

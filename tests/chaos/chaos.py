@@ -31,7 +31,7 @@ from tests.chaos.ends import Keep, Row, command, nowhere, shuffled, telling
 from tests.load import Load
 from tests.slurm.lab import Lab
 from tests.slurm.support import LabRun
-from tests.support import LONG, eventually
+from tests.support import LONG, eventually, flock_holders
 
 FLAGS = ("--health-interval", "0.3", "--health-timeout", "2", "--canary-interval", "1", "--canary-timeout", "4")
 FLAGS += ("--lease-ttl", "3", "--node-wait", "60", "--dynamo-lease-ttl", "12", "--service-liveness", "2")
@@ -294,7 +294,7 @@ def check(run: LabRun, inode: int, load: Load) -> None:
     if lock.stat().st_ino != inode:
         raise BrokenError("the lock file is another one")
     primary, life = status["primary"], status["cohorts"][status["primary"]]["incarnation"]
-    tags = {tag for pid in proc.flock_holders(str(lock)) if (tag := proc.tag_of(pid))}
+    tags = {tag for pid in flock_holders(str(lock)) if (tag := proc.tag_of(pid))}
     if tags != {f"{run.run}/{primary}/{life}/0"}:
         raise BrokenError(f"the lock is held by {tags}, and the primary is cohort {primary} life {life}")
     for info, tag in proc.tagged(run.run):

@@ -32,7 +32,7 @@ from tests.chaos.chaos import ENVIRON, FLAGS, BrokenError, stop_primary, stop_sh
 from tests.chaos.ends import Keep, Row, command, nowhere, often, telling
 from tests.integration.test_groups import Grouped
 from tests.load import Load
-from tests.support import LONG, eventually, free_port, kill
+from tests.support import LONG, eventually, flock_holders, free_port, kill
 
 NAMES = ("a", "b")
 #: A group's nodes in the run: its first leads it, and node 0 the run.
@@ -246,7 +246,7 @@ def check(run: TwoModels, found: dict[str, dict[str, Any]]) -> None:
         lives = {c["cohort_id"]: c["incarnation"] for c in group["cohorts"]}
         lock = run.place(name, 0) / "failover.lock"
         primary = group["primary"]
-        holders = {tag for pid in proc.flock_holders(str(lock)) if (tag := proc.tag_of(pid))}
+        holders = {tag for pid in flock_holders(str(lock)) if (tag := proc.tag_of(pid))}
         wanted = {f"{run.run}/{run.slot(name, primary)}/{lives[primary]}/{NODES[name][0]}"}
         if holders != wanted:
             raise BrokenError(f"the lock of {name} is held by {holders}, and its primary is {wanted}")

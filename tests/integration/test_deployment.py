@@ -15,7 +15,7 @@ import pytest
 
 from gms_launch.control.client import Etcd
 from gms_launch.process import proc
-from tests.support import GMS_LAUNCH, LONG, Deployment, eventually, freeze, gms_launch, kill, stopped
+from tests.support import GMS_LAUNCH, LONG, Deployment, eventually, flock_holders, freeze, gms_launch, kill, stopped
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def test_the_run_is_found_and_its_verbs_answer(run: Deployment) -> None:
     assert gms_launch("sweep", "--dry-run", env=run.env).stdout.count(run.run) == 0, "a live run is not swept"
     assert (run.home / run.run / "credentials.json").stat().st_mode & 0o077 == 0
     assert run.node_dir.stat().st_mode & 0o777 == 0o700
-    (lock,) = proc.flock_holders(str(run.node_dir / "failover.lock"))
+    (lock,) = flock_holders(str(run.node_dir / "failover.lock"))
     assert lock == run.cohort(run.status()["primary"])["ranks"][0]["pid"]
 
 

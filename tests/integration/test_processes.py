@@ -24,7 +24,7 @@ from gms_launch.process.deputy import Duty, Leash
 from gms_launch.process.lifecycle import Command
 from gms_launch.process.proc import ProcessId
 from gms_launch.spool.output import Output
-from tests.support import eventually
+from tests.support import eventually, flock_holders
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
 
@@ -162,15 +162,15 @@ def test_a_command_that_does_not_exist_says_so(run: str, tmp_path: Path) -> None
 def test_flock_holder_is_read_from_the_kernel(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.touch()
-    assert proc.flock_holders(str(lock)) == []
+    assert flock_holders(str(lock)) == []
     code = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(lock)])
     try:
-        eventually(lambda: proc.flock_holders(str(lock)) == [holder.pid])
+        eventually(lambda: flock_holders(str(lock)) == [holder.pid])
     finally:
         holder.kill()
         holder.wait()
-    assert proc.flock_holders(str(lock)) == []
+    assert flock_holders(str(lock)) == []
 
 
 def test_a_lock_that_a_child_of_a_dead_acquirer_keeps_is_seen_by_its_descriptor(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_lock_that_a_child_of_a_dead_acquirer_keeps_is_seen_by_its_descriptor(
     (keeper,) = proc.lock_keepers([lock])
     try:
         assert marker in proc.command_line(keeper.pid)
-        assert keeper.pid not in proc.flock_holders(str(lock)), "/proc/locks names the dead, or nobody"
+        assert keeper.pid not in flock_holders(str(lock)), "/proc/locks names the dead, or nobody"
         assert [k.identity for k in strays.lock_keepers("r", [lock])] == [keeper.identity]
         found, left = strays.clear("no-such-run", 60.0, frozenset(), 0, [lock])
         assert list(found) == [keeper.identity] and not left and not proc.alive(keeper.identity)

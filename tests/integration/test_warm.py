@@ -13,7 +13,7 @@ import pytest
 
 from gms_launch.process import proc, warm_child
 from tests.integration.test_groups import Grouped
-from tests.support import Deployment, eventually, kill
+from tests.support import Deployment, eventually, flock_holders, kill
 
 
 def warm(run: Deployment) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_a_waiting_process_becomes_the_engine(tmp_path: Path, model: Path) -> No
         pid = ready(run)
         cold = run.cohort(1 - status["primary"])["ranks"][0]["pid"]
         assert before and (proc.tag_of(pid) or "").startswith(f"{run.run}/warm/")
-        assert pid not in proc.flock_holders(str(run.node_dir / "failover.lock"))
+        assert pid not in flock_holders(str(run.node_dir / "failover.lock"))
         opened = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
         assert not [name for name in opened if str(run.node_dir) in name], "no lock and no socket of GMS"
 

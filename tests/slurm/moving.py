@@ -18,7 +18,7 @@ from gms_launch.process import proc
 from gms_launch.run.rundir import RunDir
 from tests.slurm.lab import Lab
 from tests.slurm.test_groups import Groups
-from tests.support import LONG, complete, eventually
+from tests.support import LONG, complete, eventually, flock_holders
 
 #: Of `Pair`: its groups, and the model that each serves under its own name.
 NAMES = ("a", "b")
@@ -125,7 +125,7 @@ class Pair(Led):
 
     def active(self, index: int) -> set[tuple[int, int]]:
         """The living lives of a group, as (slot, life), that hold a lock of it anywhere: whoever does serves."""
-        holders = [pid for path in self.lock_files(index) for pid in proc.flock_holders(str(path))]
+        holders = [pid for path in self.lock_files(index) for pid in flock_holders(str(path))]
         tags = [tag.split("/") for pid in holders if (tag := proc.tag_of(pid))]
         return {(int(slot), int(life)) for _, slot, life, *_ in tags if slot.isdigit()}
 

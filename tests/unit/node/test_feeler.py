@@ -18,7 +18,9 @@ from gms_launch.process import proc
 
 #: An engine's system port in few words: it listens, says where, and answers everything with 200.
 SERVER = """
-import http.server, sys
+import fcntl, http.server, sys
+held = open(sys.argv[1], "w")
+fcntl.flock(held, fcntl.LOCK_EX)
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.send_header("content-length", "0"); self.end_headers()
@@ -29,9 +31,9 @@ server.serve_forever()
 
 
 @pytest.fixture
-def rank() -> Iterator[tuple[proc.ProcessId, int]]:
-    """A rank's leader and where it listens."""
-    argv = [sys.executable, "-c", SERVER]
+def rank(tmp_path: Path) -> Iterator[tuple[proc.ProcessId, int]]:
+    """A rank's leader and where it listens. It has the lock."""
+    argv = [sys.executable, "-c", SERVER, tmp_path / "failover.lock"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as process:
         try:
             assert process.stdout is not None
@@ -50,6 +52,24 @@ def feeler(leader: proc.ProcessId, port: int) -> Feeler:
 def test_a_rank_is_asked_at_its_own_port(rank: tuple[proc.ProcessId, int]) -> None:
     look = feeler(*rank).feel((), Phase.PARKED, fresh=True)
     assert look.signals is not None and look.signals.health.healthy is True
+
+
+def test_who_has_the_lock_is_seen_without_the_list_of_all_locks(
+    rank: tuple[proc.ProcessId, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user can make that one so long that it takes minutes to read, and everybody's locks wait meanwhile."""
+    lock, other = tmp_path / "failover.lock", tmp_path / "other" / "failover.lock"
+    other.parent.mkdir()
+    other.touch()
+    opened, really = [], open
+    monkeypatch.setattr("builtins.open", lambda *args, **named: opened.append(str(args[0])) or really(*args, **named))
+    seen = []
+    for path in (lock, other, tmp_path / "none"):
+        look = Feeler(rank[0], "127.0.0.1", rank[1], path, 20.0, lambda _: False).feel((), Phase.PARKED, fresh=True)
+        assert look.signals is not None
+        seen.append(look.signals.holds_lock)
+    assert seen == [True, False, False]
+    assert any("fdinfo" in path for path in opened) and "/proc/locks" not in opened
 
 
 def test_who_else_listens_there_is_not_asked(rank: tuple[proc.ProcessId, int]) -> None:
