@@ -39,16 +39,16 @@ _ALARMS = {1: "NOSPACE", 2: "CORRUPT"}
 #: An alarm is ended when no more than this share of the quota is in use.
 ENOUGH = 0.8
 #: A silent server is noticed by who waits for its word: a ping after so long, and the wait for its answer (ms). Etcd as
-#: it is by default ends connections that ping more often than every 5 s, or without a call ("too_many_pings").
-_KEEPALIVE = (6000, 2000)
+#: it is by default ends connections that ping more often than every 5 s, or without a call ("too_many_pings"). And what
+#: a new connection may take, its handshake too, which has to wait where many begin one.
+_KEEPALIVE = (6000, 2000, 2000)
 #: The same where another member can be asked (grpc lets 1 s pass between two), and how long one answer may take (s).
-_BRISK = (500, 400)
+_BRISK = (500, 400, 400)
 BRISK = 1.0
 _CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
     # A new channel shall be a new TCP connection, and not that of a channel whose packets are lost.
@@ -100,15 +100,15 @@ def describe(error: BaseException) -> str:
 class Etcd:
     """A client of one etcd cluster. Safe to use from several threads; must not be carried over a fork.
 
-    `brisk`: the cluster has several members, so one that is silent is left for another within a second.
+    `brisk`: of several members, a silent one is left within a second. `patient`: a late answer costs no connection.
     """
 
-    def __init__(self, access: Access, timeout: float = 3.0, brisk: bool = False) -> None:
+    def __init__(self, access: Access, timeout: float = 3.0, brisk: bool = False, patient: bool = False) -> None:
         if not access.endpoints:
             raise UsageError("no etcd endpoint was given")
         for url in access.endpoints:
             split_endpoint(url)
-        self._access, self.brisk = access, brisk
+        self._access, self.brisk, self._patient = access, brisk, patient
         self._timeout = min(timeout, BRISK) if brisk else timeout
         self._lock = threading.Lock()
         self._connecting = threading.Lock()
@@ -176,8 +176,8 @@ class Etcd:
     def _connect(self, number: int, timeout: float) -> Any:
         """A client of the endpoint whose turn it is."""
         access = self._access
-        pause, wait = _BRISK if self.brisk else _KEEPALIVE
-        options = [*_CHANNEL_OPTIONS, ("grpc.keepalive_time_ms", pause), ("grpc.http2.ping_timeout_ms", wait)]
+        names = ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms", "grpc.min_reconnect_backoff_ms")
+        options = [*_CHANNEL_OPTIONS, *zip(names, _BRISK if self.brisk else _KEEPALIVE, strict=True)]
         host, port, tls = split_endpoint(access.endpoints[number % len(access.endpoints)])
         secure = {"ca_cert": access.ca, "cert_cert": access.cert or None, "cert_key": access.key or None} if tls else {}
         return _Client(host=host, port=port, timeout=timeout, grpc_options=options, **secure)
@@ -196,14 +196,15 @@ class Etcd:
                 generation = connection.generation
                 return request(connection.client)
             except (etcd3.exceptions.ConnectionFailedError, etcd3.exceptions.ConnectionTimeoutError) as exc:
-                error: BaseException = exc
+                error, late = exc, isinstance(exc, etcd3.exceptions.ConnectionTimeoutError)
             except grpc.RpcError as exc:
                 if any(words in (exc.details() or "") for words in _ALARMED):
                     raise AlarmedError(f"etcd at {', '.join(self._access.endpoints)} refuses: {describe(exc)}") from exc
                 if exc.code().name not in _TRANSIENT:
                     raise
-                error = exc
-            self.drop(generation)
+                error, late = exc, exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            if not (late and self._patient):
+                self.drop(generation)
             if time.monotonic() + delay > deadline or self._closed:
                 told = f"{self._access.silent}: {describe(error)}"
                 try:

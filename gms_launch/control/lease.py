@@ -5,11 +5,13 @@ as long as `terms.silence` says: a client that cannot reach etcd must assume the
 
 A renewal without an answer may be in a connection that waits in TCP's back-off for seconds after the network is back,
 so from then on each try has a connection of its own, and several are under way at once. The first that is answered
-counts, and its connection is used from then on.
+counts, and its connection is used from then on. One more is sent over the connection that stands: a server that is too
+busy for handshakes still answers there, late.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -98,9 +100,15 @@ class LeaseKeeper(threading.Thread):
             except Exception as exc:
                 answers.put(exc)
 
+        def renew_here() -> None:
+            asked = time.monotonic()
+            with contextlib.suppress(Exception):
+                answers.put((asked, self._etcd.refresh(lease, end - asked)))
+
         number = 0
         begun = float("-inf")
         end = self._sent + terms.silence(self._ttl)
+        threading.Thread(target=renew_here, name="renewal 0", daemon=True).start()
         while not self._stopping.is_set() and (now := time.monotonic()) < end:
             if now - begun >= terms.attempt(self._ttl):
                 begun, number = now, number + 1

@@ -26,6 +26,9 @@ STABLE_AFTER = 30.0
 #: Longest pause before a start (seconds); shorter for one that the run cannot go on without.
 RESTART_MAX = 30.0
 ESSENTIAL_MAX = 5.0
+#: How many times as long a service is given that does not answer and is busy: its restart would make it no less so, and
+#: all who are connected would come anew. It is, if it used that share of a core since the last look.
+BUSY, SHARE = 5, 0.1
 #: So many ends in a row, none of them after `STABLE_AFTER`, are told as a loop.
 LOOP = 3
 #: As much of a log is searched for a traceback (bytes).
@@ -38,6 +41,10 @@ class NotReadyError(Exception):
     """A probe's answer: not ready, and why."""
 
 
+class StuckError(NotReadyError):
+    """It will not be ready by itself, however long it is given."""
+
+
 class AwayError(NotReadyError):
     """Who was to be asked is away: that says nothing of what was asked about."""
 
@@ -48,10 +55,11 @@ class Service:
 
     `port`: where it must itself be listening, since another server could answer the probe. `restart` False: when it
     dies it stays dead, and what follows is for the controller to say. `liveness`: once ready, it is killed when it
-    gives no answer for so long (seconds; 0: never); `alive` is a cheaper probe for that. `essential`: the run cannot go
-    on when it cannot be brought back within `timeout`. `private`: its ports at which other users of this machine have
-    no business. `binds`: an address and a port at which the agent itself listens, from the first start to the end, and
-    whose descriptor each start is told of in `LISTENS`: nobody takes the port between two, and who comes then waits.
+    gives no answer for so long (seconds; 0: never), `BUSY` times that if it `bears_load` and is at work all the while;
+    `alive` is a cheaper probe for that. `essential`: the run cannot go on when it cannot be brought back within
+    `timeout`. `private`: its ports at which other users of this machine have no business. `binds`: an address and a
+    port at which the agent itself listens, from the first start to the end, and whose descriptor each start is told of
+    in `LISTENS`: nobody takes the port between two, and who comes then waits.
     """
 
     name: str
@@ -65,6 +73,7 @@ class Service:
     essential: bool = False
     private: tuple[int, ...] = ()
     binds: tuple[str, int] | None = None
+    bears_load: bool = False
 
 
 def connect(

@@ -15,7 +15,7 @@ from gms_launch.control.access import Access
 from gms_launch.errors import LaunchError
 from gms_launch.process import clients
 from gms_launch.process.lifecycle import Command
-from gms_launch.services.base import NotReadyError, Service
+from gms_launch.services.base import NotReadyError, Service, StuckError
 from gms_launch.services.pem import PemFiles
 from gms_launch.spool import files
 
@@ -112,7 +112,7 @@ def service(member: Member, binary: str, timeout: float, liveness: float = 0.0) 
         *("--logger", "zap", "--log-level", "warn"),
     )
     env: dict[str, str | None] = {"ETCD_UNSUPPORTED_ARCH": None, "ETCDCTL_API": None}
-    answers = Answers(member.access, max(0.2, liveness / 4), alone=not several)
+    answers = Answers(member.access, max(0.2, liveness * 2 / 3), alone=not several)
     hears = HearsPeers(member.peer_port)
 
     def alive() -> None:
@@ -128,6 +128,7 @@ def service(member: Member, binary: str, timeout: float, liveness: float = 0.0) 
         # Every Dynamo process ends itself when its lease does; of several members, one can be done without.
         essential=not several,
         private=(member.port, member.peer_port),
+        bears_load=True,
     )
 
 
@@ -171,6 +172,8 @@ class Answers:
 
     One that is `alone` has to read, as `probe` has it. One of several is well when it answers at all: that the others
     are away is nothing that its restart would mend.
+    That connection is kept when no answer comes within `timeout` seconds, too: who is too busy to answer is too busy
+    for handshakes.
     """
 
     def __init__(self, access: Access, timeout: float, alone: bool = True) -> None:
@@ -183,7 +186,7 @@ class Answers:
         from gms_launch.control.client import AlarmedError, Etcd
 
         if self._etcd is None:
-            self._etcd = Etcd(self._access, self._timeout)
+            self._etcd = Etcd(self._access, self._timeout, patient=True)
         try:
             if not self._alone:
                 return cluster.standing(self._etcd).leader
@@ -191,7 +194,6 @@ class Answers:
         except AlarmedError:
             pass  # it answers: to start it again would change nothing of that
         except LaunchError as exc:
-            self.close()
             raise NotReadyError(str(exc)) from None
         return 0
 
@@ -213,14 +215,14 @@ class HearsPeers:
         self._port, self._waited = port, frozenset[tuple[str, int]]()
 
     def __call__(self) -> None:
-        """Raises `NotReadyError` when somebody waits there who waited at the last look."""
+        """Raises `StuckError` when somebody waits there who waited at the last look."""
         try:
             found = clients.waiting(self._port)
         except OSError:
             return  # the kernel does not tell
         before, self._waited = self._waited, frozenset(found)
         if before & found.keys() and sum(found.values()) < FLOOD:
-            raise NotReadyError(f"it takes in nobody at its peers' port {self._port}: {len(found)} wait there")
+            raise StuckError(f"it takes in nobody at its peers' port {self._port}: {len(found)} wait there")
 
 
 def host(address: str) -> str:

@@ -18,13 +18,16 @@ from gms_launch.errors import LaunchError
 from gms_launch.process import lifecycle, listener, proc
 from gms_launch.process.lifecycle import Child, Command
 from gms_launch.services.base import (
+    BUSY,
     ESSENTIAL_MAX,
     LISTENS,
     LOOP,
     RESTART_MAX,
+    SHARE,
     STABLE_AFTER,
     NotReadyError,
     Service,
+    StuckError,
     last_words,
     restart_delay,
 )
@@ -158,7 +161,8 @@ class ServiceRunner:
         port = self.service.port
         if port is not None and not proc.listens(pid, port):
             return f"it does not listen on port {port} yet"
-        return _probe(self.service.probe)
+        failure = _failure(self.service.probe)
+        return None if failure is None else str(failure)
 
     def _squatter(self) -> str:
         """Whoever has taken one of its ports meanwhile, for people: what is sent there goes to him now."""
@@ -220,10 +224,12 @@ class ServiceRunner:
         """Wait for its end, or bring it about when it does not answer any more; why, in that case."""
         liveness, loop = self.service.liveness, asyncio.get_running_loop()
         begun = good = loop.time()
+        looked, worked, took = begun, 0.0, 0.0
         exited = loop.create_task(self._exited.wait())
         try:
             while True:
-                await asyncio.wait({exited}, timeout=liveness / 3 or (STABLE_AFTER if self._loop else None))
+                pause = max(0.0, liveness / 3 - took)
+                await asyncio.wait({exited}, timeout=pause if liveness else STABLE_AFTER if self._loop else None)
                 if self._exited.is_set():
                     return ""
                 if self._loop and loop.time() - begun >= STABLE_AFTER:
@@ -233,12 +239,18 @@ class ServiceRunner:
                     continue
                 if crowd := await asyncio.to_thread(self._crowd.look, self.pid):
                     self._on_change(self, "crowded", crowd)
-                reason = await asyncio.to_thread(_probe, self.service.alive or self.service.probe)
-                if reason is None or self._exited.is_set():
-                    good = loop.time()
-                elif loop.time() - good >= liveness:
+                asked = loop.time()
+                failure = await asyncio.to_thread(_failure, self.service.alive or self.service.probe)
+                before, looked, took = looked, loop.time(), loop.time() - asked
+                used, worked = proc.worked(self.pid) - worked, proc.worked(self.pid)
+                if failure is None or self._exited.is_set():
+                    good = looked
+                    continue
+                busy = self.service.bears_load and used > SHARE * (looked - before)
+                patience = BUSY * liveness if busy and not isinstance(failure, StuckError) else liveness
+                if looked - good >= patience:
                     await self._kill()
-                    return f"killed: no answer for {liveness:g} s ({reason})"
+                    return f"killed: no answer for {patience:g} s ({failure})"
         finally:
             exited.cancel()
 
@@ -282,9 +294,9 @@ class ServiceRunner:
         self.state = "stopped"
 
 
-def _probe(probe: Callable[[], object]) -> str | None:
+def _failure(probe: Callable[[], object]) -> NotReadyError | None:
     try:
         probe()
     except NotReadyError as exc:
-        return str(exc)
+        return exc
     return None
