@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -379,6 +381,46 @@ def test_a_certificate_says_who_may_what(secure: EtcdServer, authority: Authorit
     assert door.clock_skew() == 0.0
     for client in (root, dynamo, door):
         client.close()
+
+
+@contextlib.contextmanager
+def slow_to_begin(port: int, seconds: float) -> Iterator[int]:
+    """A way to a server on which nothing comes through at first; yields its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as opened:
+
+        def pump(source: socket.socket, sink: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(1 << 16):
+                    sink.sendall(data)
+                sink.shutdown(socket.SHUT_WR)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client = opened.enter_context(listener.accept()[0])
+                    time.sleep(seconds)  # this is what it is about
+                    server = opened.enter_context(socket.create_connection(("127.0.0.1", port)))
+                    for ends in ((client, server), (server, client)):
+                        threading.Thread(target=pump, args=ends, daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(("brisk", "seconds"), [(False, 0.8), (True, 0.2)])
+def test_a_server_that_is_slow_to_shake_hands_is_waited_for(
+    secure: EtcdServer, authority: Authority, brisk: bool, seconds: float
+) -> None:
+    """Where many begin handshakes each takes its time, and who gives up and begins again is one more of them."""
+    root = known_as("root", secure, authority)
+    root.put("/a/1", b"1")
+    with slow_to_begin(secure.port, seconds) as port:
+        access = Access((f"https://127.0.0.1:{port}",), authority.cert, *astuple(authority.leaf("root", client=True)))
+        client = Etcd(access, brisk=brisk)
+        assert client.get("/a/1", retry=0.0) == b"1"
+        client.close()
+    root.close()
 
 
 def test_a_store_that_knows_somebody_already_is_not_taken(secure: EtcdServer, authority: Authority) -> None:

@@ -28,7 +28,7 @@ from gms_launch.run import credentials
 from gms_launch.services import etcd as etcd_of_the_run
 from gms_launch.services import gms, nats
 from gms_launch.services import runner as runner_module
-from gms_launch.services.base import NotReadyError, Service, find_binary, restart_delay
+from gms_launch.services.base import NotReadyError, Service, StuckError, find_binary, restart_delay
 from gms_launch.services.etcd import Answers, Member
 from gms_launch.services.pem import PemFiles
 from gms_launch.services.runner import ServiceError, ServiceRunner
@@ -101,7 +101,7 @@ def test_etcd_is_asked_whether_it_lives_over_one_connection_for_as_long_as_it_an
         answers()
     etcd.send(signal.SIGCONT)
     eventually(does)
-    eventually(lambda: not connections() & first, what="one over which no answer came is not used again")
+    assert connections() == first, "who was slow is not asked to shake hands as well"
     answers.close()
 
 
@@ -204,6 +204,36 @@ def test_a_service_that_dies_at_once_each_time_is_started_with_growing_pauses_an
     )
     gaps = [b[1] - a[1] for a, b in pairwise(looping[:4])]
     assert all(gap >= pause for gap, pause in zip(gaps, (0.4, 0.8, 1.6), strict=True)), gaps
+
+
+@pytest.mark.parametrize(
+    ("does", "error", "patience"),
+    [
+        ("while True: pass", NotReadyError, 5),
+        ("while True: pass", StuckError, 1),
+        ("import time; time.sleep(600)", NotReadyError, 1),
+    ],
+)
+def test_a_service_that_is_silent_and_at_work_is_given_its_time(
+    run: str, fast_dir: Path, does: str, error: type[NotReadyError], patience: int
+) -> None:
+    """To start it again would make it no less busy. One that hangs does nothing."""
+    told = queue.Queue[str]()
+
+    def silent() -> None:
+        raise error("says nothing")
+
+    async def live() -> None:
+        command = Command((sys.executable, "-c", does), {})
+        service = Service("x", command, lambda: None, 60.0, liveness=0.6, alive=silent, bears_load=True)
+        tell = lambda _, kind, detail: told.put(detail) if kind == "exited" else None  # noqa: E731
+        runner = ServiceRunner(service, f"{run}/x", 0, output(fast_dir), tell)
+        await runner.start()
+        why = await asyncio.to_thread(told.get, True, LONG)
+        assert why == f"killed: no answer for {patience * 0.6:g} s (says nothing)"
+        await runner.stop()
+
+    asyncio.run(live())
 
 
 def test_a_wrong_password_is_not_ready(run: str, fast_dir: Path) -> None:
