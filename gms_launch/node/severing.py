@@ -27,11 +27,21 @@ class Severing:
         self._known: dict[str, DarkRecord] = {}
 
     def look(self) -> None:
-        """Act once for each loss that the run's leader tells of."""
-        me, said = self._me, self._me.mirror.dark
-        for group in dark.news(self._known, said, me.layout.home.address):
-            me.spawn(self._sever(group, said[group]))
-        self._known = dict(said)
+        """Act once for each loss."""
+        me, lost = self._me, self._lost()
+        for group in dark.news(self._known, lost, me.layout.home.address):
+            me.spawn(self._sever(group, lost[group]))
+        self._known = lost
+
+    def _lost(self) -> dict[str, DarkRecord]:
+        """What the run's leader tells of. Where the run is one engine nobody is left to tell that the leader is lost:
+        its engine is lost with it, and nobody else serves what the frontend asked of it.
+        """
+        me = self._me
+        lost = dict(me.mirror.dark)
+        if not me.layout.number_of_groups and any(group.leaderless(me.loop.time()) for group in me.groups):
+            lost[""] = DarkRecord("node 0", me.layout.home.leader_address)
+        return lost
 
     async def _sever(self, group: str, lost: DarkRecord) -> None:
         """Have the frontend send on what it asked of engines on a lost node, and what they were answering.
@@ -42,7 +52,7 @@ class Severing:
         me = self._me
         await asyncio.sleep(HEARD)
         pid = me.near.pid()
-        if not pid or me.mirror.dark.get(group) != lost:
+        if not pid or self._lost().get(group) != lost:
             return
         try:
             count = await asyncio.to_thread(listener.sever, pid, lost.address)

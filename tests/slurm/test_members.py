@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests import listening
 from tests.listening import Row
 from tests.load import Load
 from tests.slurm.lab import Lab
+from tests.slurm.support import LabRun
 from tests.slurm.test_groups import Groups
 from tests.support import LONG, complete, etcdctl, eventually, stopped
 
@@ -176,3 +179,22 @@ def test_the_first_machine_is_cut_off_and_kills_its_ranks_too(three: Lab, model:
         run.full(*NAMES)
         assert all(map(proc.alive, others)), "nobody else was touched"
         eventually(lambda: run.text() == before, LONG)
+
+
+@pytest.mark.slow
+def test_no_request_waits_for_an_engine_whose_first_node_is_switched_off(three: Lab, model: Path) -> None:
+    """Without groups nobody takes over, and nobody else serves: what came through another node's frontend ends."""
+    flags = (*FLAGS[2:], "--node-wait=600")
+    with LabRun(three, model, *flags, REFERENCE_TOKEN_SECONDS="0.05").hand() as run:
+        urls = eventually(lambda: u if len(u := run.run_file()["frontend_urls"]) == 3 else None)
+        agents = run.agents()
+        with Load(urls[1], streams=4, unary=2, tokens=60, timeout=500.0) as load:
+            load.wait_busy(0.5)
+            three.node("node1").power_off()
+            eventually(lambda: len(load.lost) >= 6, LONG, "all that was in flight has ended")
+        assert not any("Timeout" in a.error for a in load.lost), load.said()
+        for rank in (1, 2):
+            os.kill(agents[rank], signal.SIGTERM)
+        for process in run.processes:
+            process.wait(LONG)
+    run.wait_gone()

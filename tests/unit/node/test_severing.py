@@ -21,7 +21,11 @@ class Agent:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, heard: float) -> None:
         self.mirror = SimpleNamespace(dark={})
-        self.layout = SimpleNamespace(home=SimpleNamespace(address="10.0.0.2"))
+        home = SimpleNamespace(address="10.0.0.2", leader_address="10.0.0.1")
+        self.layout = SimpleNamespace(home=home, number_of_groups=2)
+        self.loop = asyncio.get_running_loop()
+        self.alone = False
+        self.groups = [SimpleNamespace(leaderless=lambda now: self.alone)]
         self.pid = 1
         self.near = SimpleNamespace(pid=lambda: self.pid)
         self.events: list[tuple[str, str, str]] = []
@@ -98,5 +102,21 @@ def test_what_cannot_be_ended_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         me.refused = "pidfd_getfd: no"
         assert await me.looks(b=LOST) == []
         assert me.events == [("not_severed", "pidfd_getfd: no; answers that node3 was giving hang", "b")]
+
+    asyncio.run(scene())
+
+
+def test_of_one_engine_alone_the_loss_of_its_leader_is_seen_by_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        me = Agent(monkeypatch, 0.0)
+        me.alone = True
+        assert await me.looks() == [], "of a group the run's leader tells"
+        me.layout.number_of_groups = 0
+        assert await me.looks() == ["10.0.0.1"] and me.events[0][::2] == ("severed", "")
+        assert await me.looks() == []
+        me.alone = False
+        assert await me.looks() == []
+        me.alone = True
+        assert await me.looks() == ["10.0.0.1"], "lost again"
 
     asyncio.run(scene())
