@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def problem(model: Path) -> str:
 def _broken(path: Path) -> str:
     """What is wrong with a safetensors file, by its header and its size; empty when nothing is."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return f"{path} is no regular file"
         with open(path, "rb") as file:
             size, start = os.fstat(file.fileno()).st_size, file.read(8)
             if start == b"version ":
@@ -121,6 +124,8 @@ def _look(path: Path) -> tuple[int, str]:
     """Size in bytes (-1 when it cannot be read) and a digest of what is looked at."""
     digest = hashlib.sha256()
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return -1, "no regular file"  # a pipe would keep whoever opens it waiting
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size <= SMALL:

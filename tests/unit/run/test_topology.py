@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from gms_launch.engines.reference import demo_model
 from gms_launch.errors import UsageError
 from gms_launch.run import contents, rundir, topology
 from gms_launch.settings.resolve import resolve
+from gms_launch.spool.reading import within
+from tests.support import PATIENCE
 
 #: What a task of `srun -N3 --gres=gpu:2` sees on its second node (Slurm 22.05).
 TASK = {
@@ -168,6 +172,16 @@ def test_models_are_compared_by_what_is_in_them(tmp_path: Path) -> None:
     assert contents.stamp("org/name-in-a-hub").files == 0
     (tmp_path / "copy" / "broken.safetensors").symlink_to("nowhere")
     assert contents.stamp(str(tmp_path / "copy")).files == stamp.files + 1, "unreadable is told apart, and no error"
+
+
+def test_a_pipe_among_a_models_files_keeps_nobody_waiting(tmp_path: Path) -> None:
+    model = _model(tmp_path / "one", 1)
+    before = contents.stamp(str(model))
+    os.mkfifo(model / "extra.json")
+    stamp = within(PATIENCE, partial(contents.stamp, str(model)), before)
+    assert stamp.files == before.files + 1, "told apart, and no error"
+    os.mkfifo(model / "x.safetensors")
+    assert within(PATIENCE, partial(contents.problem, model), "") == f"{model}/x.safetensors is no regular file"
 
 
 def test_a_rank_beyond_the_run() -> None:
