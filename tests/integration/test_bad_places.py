@@ -242,7 +242,7 @@ def test_a_full_dev_shm_stops_no_failover(tmp_path: Path, model: Path) -> None:
         eventually(lambda: told(run, "node directory") == "")
         ranks = {c["cohort_id"]: c["ranks"][0]["pgid"] for c in run.status()["cohorts"]}
         directory = run.shm / Path(run.run_file["node_dir"]).relative_to("/dev/shm")
-        assert {k: int((directory / f"engine-{k}.pgid").read_text()) for k in ranks} == ranks
+        eventually(lambda: {k: int((directory / f"engine-{k}.pgid").read_text()) for k in ranks} == ranks)
 
 
 # -- errors of the agent's own -------------------------------------------------------------------------------------

@@ -145,7 +145,8 @@ def test_while_the_agent_stands_still_no_more_is_told_than_is_known(tmp_path: Pa
             row = next(line for line in run.cli("status").stdout.splitlines() if f" {rank['pid']} " in line)
             assert "primary ?" in row and "active ?" in row and "not heard of since" in row
         run.wait_full()
-        (stall,) = run.happened("stood_still")
+        stalls = run.happened("stood_still")  # a busy machine may have made others
+        stall = max(stalls, key=lambda e: float(e["data"]["seconds"]))
         assert stall["data"]["seconds"] > 5
         (failover,) = json.loads(run.cli("timeline", "--json").stdout)["failovers"]
         assert failover["victim"]["cohort_id"] == primary

@@ -15,8 +15,6 @@ from gms_launch.services.base import NotReadyError
 from gms_launch.settings.resolve import resolve
 from tests.support import Deployment, EtcdServer, NatsServer, etcdctl, eventually
 
-pytestmark = pytest.mark.timeout(240)
-
 
 class Files:
     """An authority of the user's own, and certificates of it, as files."""

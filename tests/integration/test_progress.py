@@ -38,14 +38,15 @@ def test_every_step_is_a_line_and_the_next_start_says_how_long_it_took(tmp_path:
         assert shown["starting"] is False and shown["missing_nodes"] == []
         eventually(lambda: run.status()["nodes"][0]["gms"][0]["allocated_bytes"], LONG, "GMS is asked once more then")
         kept = tmp_path / "cache" / "gms-launch" / "starts.json"
-        eventually(kept.exists)
+        eventually(kept.exists, LONG)
         (times,) = json.loads(kept.read_text()).values()
         assert times["writer"]["imports"] > 2 and times["reader"]["imports"] > 2
     finally:
         run.__exit__()
     with Deployment(tmp_path / "home", model, **SLOW, **cache) as again:
-        log = (again.home / again.run / "logs" / "agent.log").read_text()
-        assert re.search(r"cohort 0: (.*; )?\S+.*\(last time \d+ s\)", log), log
+        log = again.home / again.run / "logs" / "agent.log"
+        told = re.compile(r"cohort 0: (.*; )?\S+.*\(last time \d+ s\)")
+        eventually(lambda: told.search(log.read_text()), what=log.read_text)
 
 
 def test_a_terminal_shows_what_each_cohort_is_at_and_for_how_long(tmp_path: Path, model: Path) -> None:

@@ -77,7 +77,7 @@ def fails_over(run: OneNode, victim: int, primary: int) -> None:
         os.kill(victim, signal.SIGKILL)
         eventually(lambda: len(run.events("first_token")) == 2, LONG, "promoted")
     assert run.wait_full()["primary"] == 1 - primary
-    assert all(not proc.group(pgid) for pgid in ranks), "every rank of it has ended"
+    eventually(lambda: all(not proc.group(pgid) for pgid in ranks), what="every rank of it has ended")
     assert load.lost == [] and load.wrong == [], load.said()
 
 

@@ -9,8 +9,6 @@ import pytest
 
 from tests.support import CommandLines, Deployment, NatsServer, eventually
 
-pytestmark = pytest.mark.timeout(240)
-
 
 @pytest.mark.parametrize("by", ["file", pytest.param("environment", marks=pytest.mark.slow)])
 def test_the_password_of_a_nats_is_used_and_not_told(by: str, tmp_path: Path, fast_dir: Path, model: Path) -> None:

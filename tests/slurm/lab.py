@@ -104,7 +104,7 @@ class Node:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_for((self.dir / "ready").exists, 60, f"{self.name} boots: {self.dir / 'init.log'}")
+        wait_for((self.dir / "ready").exists, 180, f"{self.name} boots: {self.dir / 'init.log'}")
         (pid,) = proc.children(self._unshare.pid)
         self.init = proc.identity(pid)
         sh("ip", "netns", "del", self.netns, check=False)
@@ -331,7 +331,7 @@ class Lab:
             self.controller.start()
             for node in self.nodes.values():
                 node.start()
-            wait_for(self.all_idle, 120, f"all nodes idle: {self.dir}")
+            wait_for(self.all_idle, 300, f"all nodes idle: {self.dir}")
         except BaseException:
             self.close()
             raise
@@ -437,7 +437,7 @@ SetEnv SLURM_CONF={etc}/slurm.conf
             *(f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed"),
             *("--num-threads=4", "--force"),
         )
-        wait_for(lambda: (munge / "pid").exists() and (munge / "pid").read_text().strip(), 60, "munged")
+        wait_for(lambda: (munge / "pid").exists() and (munge / "pid").read_text().strip(), 180, "munged")
         self._munged = proc.identity(int((munge / "pid").read_text()))
 
     def close(self) -> None:

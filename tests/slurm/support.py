@@ -136,12 +136,15 @@ class LabRun:
         return self.lab.run(["gms-launch", verb, "--run", self.run, *args], timeout=timeout)
 
     def status(self) -> dict[str, Any]:
-        if shot := glance(self.home):
-            return shot
-        done = self.cli("status", "--json")
-        assert done.returncode == 0, done.stderr + self.output()
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        """What `status --json` says; asked again while etcd gives no answer."""
+
+        def asked() -> dict[str, Any]:
+            if shot := glance(self.home):
+                return shot
+            done = self.cli("status", "--json")
+            return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
+
+        return eventually(asked, what=lambda: str(self.cli("status", "--json")) + self.output())
 
     def wait_full(self, timeout: float = LONG) -> dict[str, Any]:
         looks = Looks(self.home / "events.jsonl")
