@@ -62,5 +62,6 @@ def test_a_failover_while_the_leaders_agent_stands_still(bare_lab: Lab, model: P
             told = run.cli("status").stdout
             assert "as of" in told and "the leader's agent (pid " in told and "node1) has not reported for" in told
         assert run.wait_full()["leader_silent"] is False
-        assert [(e["cohort_id"], e["incarnation"]) for e in run.events("guard_kill")] == [(primary, life)]
+        told = eventually(lambda: run.events("guard_kill"), what="it is told")
+        assert [(e["cohort_id"], e["incarnation"]) for e in told] == [(primary, life)]
         assert run.text() == before

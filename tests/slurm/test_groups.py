@@ -16,7 +16,7 @@ from tests.listening import Row
 from tests.load import Load
 from tests.slurm.lab import Lab
 from tests.slurm.support import QUICK, LabRun
-from tests.support import LONG, eventually
+from tests.support import LONG, eventually, groups_full
 
 #: As docs/security.md has it, but for the door that tests leave open.
 PORTS = listening.documented(4) - {Row("frontend", "clients", "loopback")} | {Row("frontend", "clients", "network")}
@@ -29,12 +29,7 @@ class Groups(LabRun):
         return {g["name"]: g for g in self.status()["groups"]}
 
     def full(self, *names: str) -> dict[str, dict[str, Any]]:
-        def all_full() -> dict[str, dict[str, Any]]:
-            found = self.groups()
-            return found if all(found[n]["redundancy"] == "full" for n in names) else {}
-
-        found: dict[str, dict[str, Any]] = eventually(all_full, LONG, f"{names} full")
-        return found
+        return groups_full(self.groups, names)
 
     def of(self, group: str, kind: str) -> list[dict[str, Any]]:
         return [e for e in self.events(kind) if e["group"] == group]
@@ -65,7 +60,7 @@ def test_ranks_of_one_group_die_and_nobody_loses_a_request(four: Lab, model: Pat
     kills = 2
     with Groups(four, model, *QUICK, "--groups", "2", REFERENCE_TOKEN_SECONDS="0.02").hand() as run:
         assert [g["nnodes"] for g in run.full("g0", "g1").values()] == [2, 2]
-        assert listening.of_run(run.run, run.run_file()["ports"])[0] == PORTS
+        eventually(lambda: listening.of_run(run.run, run.run_file()["ports"])[0] == PORTS)
         untouched = run.lives("g0")
         with Load(run.run_file()["frontend_url"], streams=12, unary=4, rate=5, tokens=40) as load:
             for k in range(kills):

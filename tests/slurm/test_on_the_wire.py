@@ -13,8 +13,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests import certificates, listening
 from tests.listening import Row
 from tests.slurm.lab import Lab
@@ -148,7 +146,6 @@ def test_no_password_token_key_or_prompt_is_in_clear_on_the_network(lab: Lab, mo
             assert not sniffer.has(value), "no key or value of etcd's"
 
 
-@pytest.mark.timeout(400)
 def test_three_nodes_listen_on_what_the_page_says_and_a_scan_finds_no_more(bare_lab: Lab, model: Path) -> None:
     """Nodes with nothing else on them, so that every port that a scan from another machine finds is the run's."""
     run = Guarded(bare_lab, model).hand()
@@ -165,13 +162,16 @@ def test_three_nodes_listen_on_what_the_page_says_and_a_scan_finds_no_more(bare_
     try:
         with run:
             ports = run.run_file()["ports"]
-            now, sockets = listening.of_run(run.run, ports)
-            assert now == listening.documented(3), sockets
+
+            def told() -> str:
+                return str(listening.of_run(run.run, ports))
+
+            eventually(lambda: listening.of_run(run.run, ports)[0] == listening.documented(3), what=told)
             victim = run.kill_rank(run.status()["primary"], 2)
             run.wait_dead(*victim)
             run.wait_full()
-            now, sockets = listening.of_run(run.run, ports)
-            assert now == listening.documented(3), sockets
+            eventually(lambda: listening.of_run(run.run, ports)[0] == listening.documented(3), what=told)
+            sockets = listening.of_run(run.run, ports)[1]
             for node in bare_lab.nodes.values():
                 here = {s.port for s in sockets if s.kind == "tcp" and s.address == node.address}
                 assert scan(node.address) == here, f"from another machine, of {node.name}"

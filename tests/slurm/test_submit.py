@@ -243,7 +243,7 @@ def test_the_next_job_serves_before_this_one_stops(lab: Lab, model: Path) -> Non
         at_the_limit(lab, number)
         eventually(lambda: run.run_file()["ended"], LONG)
         eventually(lambda: job(lab, number)["JobState"] == "COMPLETED", LONG)
-        full = next(e["time"] for e in after.events("redundancy") if e["detail"] == "full")
+        full = eventually(lambda: [e["time"] for e in after.events("redundancy") if e["detail"] == "full"])[0]
         assert full < run.run_file()["ended"]
         assert after.text() and after.run_file()["ended"] is None
     finally:
