@@ -18,7 +18,7 @@ from gms_launch.process import proc
 from gms_launch.run.rundir import RunDir
 from tests.slurm.lab import Lab
 from tests.slurm.test_groups import Groups
-from tests.support import LONG, complete, eventually, flock_holders
+from tests.support import LONG, PATIENCE, complete, eventually, flock_holders
 
 #: Of `Pair`: its groups, and the model that each serves under its own name.
 NAMES = ("a", "b")
@@ -43,7 +43,7 @@ class Led(Groups):
         """The node that leads the run, as etcd has it; -1 for none."""
         one = self._store()
         try:
-            value = one.get(f"/gms-launch/{self.run}/lead")
+            value = one.get(f"/gms-launch/{self.run}/lead", retry=PATIENCE)
             return LeadRecord.decode(value).node_rank if value is not None else -1
         finally:
             one.close()
@@ -52,7 +52,7 @@ class Led(Groups):
         """How many members of etcd have a vote."""
         one = self._store()
         try:
-            return sum(not m.learner for m in cluster.members(one))
+            return sum(not m.learner for m in cluster.members(one, retry=PATIENCE))
         finally:
             one.close()
 

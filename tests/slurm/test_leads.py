@@ -41,7 +41,7 @@ def test_the_first_node_is_switched_off_and_another_leads(three: Lab, model: Pat
         run.full("g0", "g1", "g2")
         assert run.leader() == 0
         fronts = eventually(lambda: f if len(f := run.fronts()) == 3 else None)
-        before = served(fronts[1])
+        before = eventually(lambda: served(fronts[1]), LONG)
         lives = run.lives("g1") + run.lives("g2")
         three.node("node1").power_off()
         off = time.monotonic()
@@ -94,7 +94,7 @@ def test_a_spare_takes_the_first_nodes_place(model: Path) -> None:
         with Led(made, model, *flags, "--node-wait=300").hand() as run:
             run.full("g0", "g1")
             fronts = eventually(lambda: f if len(f := run.fronts()) == 3 else None)
-            before, untouched = served(fronts[1]), run.lives("g1")
+            before, untouched = eventually(lambda: served(fronts[1]), LONG), run.lives("g1")
             made.node("node1").power_off()
             off = time.monotonic()
             run.processes.pop(0).wait(60)
@@ -123,7 +123,8 @@ def test_a_spare_takes_the_place_of_a_leader_that_stands_still(model: Path) -> N
         routed(made)
         with Led(made, model, *flags, "--node-wait=300").hand() as run:
             run.full("g0", "g1")
-            before, untouched, old = served(run.fronts()[1]), run.lives("g1"), run.engines_at("node1")
+            before = eventually(lambda: served(run.fronts()[1]), LONG)
+            untouched, old = run.lives("g1"), run.engines_at("node1")
             agent = run.agents()[0]
             os.kill(agent, signal.SIGSTOP)
             try:
@@ -191,7 +192,7 @@ def test_one_engine_alone_is_a_group_whose_first_node_may_be_lost(model: Path, t
         with Led(made, model, *flags, "--spare-wait=4", "--node-wait=300").hand() as run:
             run.full("all")
             fronts = eventually(lambda: f if len(f := run.fronts()) == 3 else None)
-            before = served(fronts[1])
+            before = eventually(lambda: served(fronts[1]), LONG)
             made.node("node1").power_off()
             off = time.monotonic()
             run.processes.pop(0).wait(60)
@@ -212,7 +213,7 @@ def test_a_spare_that_cannot_begin_ends_alone(model: Path) -> None:
         with Led(made, model, *flags, "--node-wait=300").hand() as run:
             run.full("g0", "g1", "g2")
             fronts = eventually(lambda: f if len(f := run.fronts()) == 3 else None)
-            before, lives = served(fronts[1]), run.lives("g1") + run.lives("g2")
+            before, lives = eventually(lambda: served(fronts[1]), LONG), run.lives("g1") + run.lives("g2")
             made.node("node4").run(["ip", "route", "del", "default"], check=True)
             made.node("node1").power_off()
             (refused,) = eventually(lambda: run.events("node_refused"), LONG)
