@@ -154,7 +154,7 @@ class Group:
         if host not in (self.layout.home.address, LOOPBACK):
             return False
         pids = [pid for r in self.ranks if r.child is not None for pid in pids_of(r.child.pgid)]
-        return any(proc.listens(pid, port) for pid in pids)
+        return proc.one_listens(pids, port)
 
     def rank_event(self, rank: Rank, kind: str, detail: str, /) -> None:
         self._on_rank(self, rank, kind, detail)

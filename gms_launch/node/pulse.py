@@ -135,7 +135,7 @@ class Feeler:
         It answers 503 until the engine is parked, and logs each as an error, which hides the real ones. Nobody is asked
         before a process of the rank was seen to listen there: anybody may take a port that is free between two lives.
         """
-        self._its_port = self._its_port or any(proc.listens(who.pid, self.port) for who in self._members)
+        self._its_port = self._its_port or proc.one_listens([who.pid for who in self._members], self.port)
         if not self._its_port:
             return Health()
         if phase is not Phase.STARTING:

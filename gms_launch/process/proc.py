@@ -6,9 +6,10 @@ kernel sets once and which tells a process from a later one with the same number
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -331,12 +332,29 @@ def listening(port: int, pid: int | None = None) -> dict[str, int]:
 
 def listens(pid: int, port: int) -> bool:
     """True when `pid` itself has a listening TCP socket on `port`, in its network namespace."""
-    inodes = listening(port, pid)
+    return one_listens([pid], port)
+
+
+def one_listens(pids: Sequence[int], port: int) -> bool:
+    """The same of any of these processes of one network namespace, by one look at the kernel's table: whoever is on
+    this machine can make that long.
+    """
+    living = [pid for pid in pids if os.path.exists(f"/proc/{pid}/net/tcp")]
+    inodes = listening(port, living[0]) if living else {}
+    return bool(inodes) and any(_has_socket(pid, inodes) for pid in living)
+
+
+def _has_socket(pid: int, inodes: Collection[str]) -> bool:
     try:
-        names = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        descriptors = os.listdir(f"/proc/{pid}/fd")
     except OSError:
         return False
-    return any(name.startswith("socket:[") and name[8:-1] in inodes for name in names)
+    for fd in descriptors:
+        with contextlib.suppress(OSError):  # closed meanwhile: another may be the one
+            name = os.readlink(f"/proc/{pid}/fd/{fd}")
+            if name.startswith("socket:[") and name[8:-1] in inodes:
+                return True
+    return False
 
 
 def who_listens(port: int) -> int | None:

@@ -159,6 +159,24 @@ def test_a_command_that_does_not_exist_says_so(run: str, tmp_path: Path) -> None
     assert "cannot run /no/such/thing: No such file" in child.output.source.read_text()
 
 
+def test_which_of_several_listens_is_seen_by_one_look_at_the_kernels_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of them may be dead."""
+    looks, really = [], proc.listening
+    monkeypatch.setattr(proc, "listening", lambda *asked: looks.append(asked) or really(*asked))
+    dead, idle = (subprocess.Popen(["sleep", "600"]) for _ in range(2))
+    dead.kill()
+    try:
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            assert proc.one_listens([dead.pid, idle.pid, os.getpid()], port) and len(looks) == 1
+            assert not proc.one_listens([dead.pid, idle.pid], port) and not proc.one_listens([], port)
+    finally:
+        for process in (dead, idle):
+            process.kill()
+            process.wait()
+
+
 def test_flock_holder_is_read_from_the_kernel(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.touch()
