@@ -122,7 +122,8 @@ class Feeler:
         health = self._ask(phase)
         # Before the lock is looked at: who has it may wake, and does so after taking it.
         using = phase is Phase.PARKED and any(_uses(socket, members) for socket in sockets)
-        keepers = () if active else proc.lock_keepers([self.lock], (who.pid for who in self._members))
+        born = (info.pid for info in proc.below([self.leader.pid]))  # and perhaps handed the lock since
+        keepers = () if active else proc.lock_keepers([self.lock], {*members, *born})
         holds = any(info.pgid == self.leader.pid for info in keepers)
         mapped = holds and all(_has_writer(s) for s in sockets if s.name.endswith("_kv_cache.sock"))
         signs = Signals(health, holds, registered=active)

@@ -211,8 +211,9 @@ class Rank:
     def holds(self, lock: Path) -> bool:
         """True when the kernel says that a process of this rank's group has the lock."""
         assert self.child is not None
-        known = self.pids or {info.pid for info in below([self.child.pid])}
-        return any(i.pgid == self.child.pgid for i in lock_keepers([lock], {self.child.pid, *known}))
+        # One that was born since the last look may have been handed it.
+        born = (info.pid for info in below([self.child.pid]))
+        return any(i.pgid == self.child.pgid for i in lock_keepers([lock], {self.child.pid, *self.pids, *born}))
 
     def _exited(self, loop: asyncio.AbstractEventLoop) -> None:
         assert self.child is not None
