@@ -38,10 +38,8 @@ class Crowd:
             return ""
         try:
             ended = listener.turn_out(pid, self._ports)
-        except (
-            OSError,
-            LaunchError,
-        ) as exc:  # refused for good, or the service has just ended: at the next look we know
+        except (OSError, LaunchError) as exc:
+            # Refused for good, or the service has just ended: at the next look we know.
             if time.monotonic() - self._failed >= AGAIN:
                 self._failed = time.monotonic()
                 log.warning("%s: connections of other users cannot be ended: %s", self._name, exc)

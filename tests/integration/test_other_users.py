@@ -98,7 +98,6 @@ class User:
 
     def up(self, run: str, *flags: object, **environ: str) -> Done:
         own = ["--run", run, "--engine", "reference", "--model", "/mnt/model", "--served-model-name", "tiny"]
-        # Other runs of this machine cannot see what is reserved in a /dev/shm of its own.
         own += [f"--{name}-port={free_port()}" for name in ("frontend", "etcd", "etcd-peer", "nats")]
         return self.gms_launch("up", "-d", *own, *flags, **environ)
 
