@@ -107,7 +107,8 @@ class Feeler:
         whether it answers is of interest.
         """
         active = phase is Phase.ACTIVE
-        if fresh or self._looks < MEMBERS_EVERY or self._looks % MEMBERS_EVERY == 0:
+        anew = fresh or self._looks < MEMBERS_EVERY or self._looks % MEMBERS_EVERY == 0
+        if anew:
             self._members = [info.identity for info in proc.group(self.leader.pid) if not info.dead]
             others = (who for who in self._members if who != self.leader)
             self._vital = tuple(who for who in others if self.is_vital(proc.command_line(who.pid)))
@@ -122,13 +123,20 @@ class Feeler:
         health = self._ask(phase)
         # Before the lock is looked at: who has it may wake, and does so after taking it.
         using = phase is Phase.PARKED and any(_uses(socket, members) for socket in sockets)
-        born = (info.pid for info in proc.below([self.leader.pid]))  # and perhaps handed the lock since
-        keepers = () if active else proc.lock_keepers([self.lock], {*members, *born})
-        holds = any(info.pgid == self.leader.pid for info in keepers)
+        holds = not active and self._holds(members, whole=anew or using)
         mapped = holds and all(_has_writer(s) for s in sockets if s.name.endswith("_kv_cache.sock"))
         signs = Signals(health, holds, registered=active)
         woken = bool(using) and not holds
         return Look(signs, mapped, stopped, self._vital, woken=woken, members=members, shared=shared)
+
+    def _holds(self, members: Collection[int], whole: bool) -> bool:
+        """True when the rank has the lock. Its main process takes it, as a rule, and to look at all of a real engine's
+        takes some 10 ms: that is for now and then, and (`whole`) when it matters who else was handed it.
+        """
+        among = {self.leader.pid}
+        if whole:
+            among.update(members, (info.pid for info in proc.below([self.leader.pid])))
+        return any(info.pgid == self.leader.pid for info in proc.lock_keepers([self.lock], among))
 
     def _ask(self, phase: Phase) -> Health:
         """What the system port says. Of an engine that starts /health is asked for in the looks 1, 2, 4, 8 and so on.

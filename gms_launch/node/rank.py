@@ -78,6 +78,7 @@ class Rank:
     _fencing: bool = False
     _parts: dict[ProcessId, int] = field(default_factory=dict)
     _first_gone: str = ""
+    _keeper: int = 0
 
     @property
     def life(self) -> tuple[int, int]:
@@ -211,9 +212,16 @@ class Rank:
     def holds(self, lock: Path) -> bool:
         """True when the kernel says that a process of this rank's group has the lock."""
         assert self.child is not None
-        # One that was born since the last look may have been handed it.
-        born = (info.pid for info in below([self.child.pid]))
-        return any(i.pgid == self.child.pgid for i in lock_keepers([lock], {self.child.pid, *self.pids, *born}))
+        if not self._keeps(lock, {self._keeper} - {0}):
+            # One that was born since the last look may have been handed it.
+            born = (info.pid for info in below([self.child.pid]))
+            self._keeper = self._keeps(lock, {self.child.pid, *self.pids, *born})
+        return self._keeper != 0
+
+    def _keeps(self, lock: Path, among: set[int]) -> int:
+        """The first of these that is of this rank's group and has the lock; 0 if none."""
+        assert self.child is not None
+        return next((i.pid for i in lock_keepers([lock], among) if i.pgid == self.child.pgid), 0)
 
     def _exited(self, loop: asyncio.AbstractEventLoop) -> None:
         assert self.child is not None

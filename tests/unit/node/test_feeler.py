@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gms_launch.cohort.model import Phase
+from gms_launch.node import pulse
 from gms_launch.node.pulse import Feeler
 from gms_launch.process import proc
 
@@ -70,6 +72,29 @@ def test_who_has_the_lock_is_seen_without_the_list_of_all_locks(
         seen.append(look.signals.holds_lock)
     assert seen == [True, False, False]
     assert any("fdinfo" in path for path in opened) and "/proc/locks" not in opened
+
+
+def test_one_that_uses_memory_is_looked_at_whole_for_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock was handed to a child that was born since the last whole look, and its parent has let go of it."""
+    lock = tmp_path / "failover.lock"
+    shell = 'read _; exec 9>"$0"; flock 9; sleep 600 & exec 9>&-; echo; wait'
+    argv = ["sh", "-c", shell, lock]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+        who = proc.identity(process.pid)
+        assert who is not None and process.stdin is not None and process.stdout is not None
+        try:
+            looks = Feeler(who, "127.0.0.1", 1, lock, 20.0, lambda _: False)
+            for _ in range(pulse.MEMBERS_EVERY):
+                assert not looks.feel((), Phase.PARKED, fresh=False).signals.holds_lock  # type: ignore[union-attr]
+            looks.feel((), Phase.PARKED, fresh=False)  # the last whole one for a while
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            process.stdout.readline()
+            monkeypatch.setattr(pulse, "_uses", lambda socket, pids: True)
+            look = looks.feel((tmp_path / "gms.sock",), Phase.PARKED, fresh=False)
+            assert look.signals is not None and look.signals.holds_lock and not look.woken
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_who_else_listens_there_is_not_asked(rank: tuple[proc.ProcessId, int]) -> None:
