@@ -88,7 +88,7 @@ def kill(pid: int, sig: int = signal.SIGKILL) -> None:
 
 
 def flock_holders(path: str) -> list[int]:
-    """The pids that acquired the flock on `path`, as /proc/locks has it; 0 and the dead are left out as they come.
+    """The pids that acquired the flock on `path`, as /proc/locks has it: without those that this pid namespace has not.
 
     Empty when nobody has it or the file is not there.
     """
@@ -158,16 +158,20 @@ def glance(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def twice_full(status: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """A status that says full redundancy, and said so a moment ago; empty when one did not.
+def _twice(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was seen, if it was also seen a moment ago; empty when one of two looks found nothing.
 
     A glance may be quicker than the word of what was killed just now. A user is not.
     """
-    found = status() or {}
-    if found.get("redundancy") == "full":
-        time.sleep(0.5)
-        found = status() or {}
-    return found if found.get("redundancy") == "full" else {}
+    if not look():
+        return {}
+    time.sleep(0.5)
+    return look()
+
+
+def twice_full(status: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """A status that says full redundancy, and said so a moment ago; empty when one did not."""
+    return _twice(lambda: found if (found := status() or {}).get("redundancy") == "full" else {})
 
 
 def groups_full(groups: Callable[[], dict[str, dict[str, Any]]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -177,13 +181,7 @@ def groups_full(groups: Callable[[], dict[str, dict[str, Any]]], names: Sequence
         found = groups()
         return found if all(n in found and found[n]["redundancy"] == "full" for n in names) else {}
 
-    def twice() -> dict[str, dict[str, Any]]:
-        if not look():
-            return {}
-        time.sleep(0.5)  # as in `twice_full`
-        return look()
-
-    return eventually(twice, LONG, f"{names} full")
+    return eventually(lambda: _twice(look), LONG, f"{names} full")
 
 
 def how_it_stands(run: str, home: Path, status: Callable[[], str]) -> str:

@@ -1,7 +1,8 @@
 """Ends the connections of this node's frontend with lost nodes, which TCP alone would leave open.
 
 The frontend would wait for the rest of their answers: nothing tells it that no more will come. The run's leader says
-which nodes are meant (`cohort.dark`), and every agent does it for its own frontend.
+which nodes are meant (`cohort.dark`), and every agent does it for its own frontend. Where the run is one engine, and
+its leader is what was lost, each agent sees that for itself.
 """
 
 from __future__ import annotations

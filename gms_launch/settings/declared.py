@@ -239,8 +239,8 @@ class Settings:
     service_timeout: float = seconds(30.0, "deadline for etcd, NATS and the frontend to be ready")
     service_liveness: float = seconds(
         3.0,
-        "how long etcd may be silent before it is restarted; NATS and the frontend: four times that; if not "
-        "given, what dynamo_lease_ttl leaves at most",
+        "how long etcd may be silent before it is restarted, five times that while it is at work; NATS and the "
+        "frontend: four times that; if not given, what dynamo_lease_ttl leaves at most",
     )
     gms_timeout: float = seconds(60.0, "deadline for every GMS socket to answer")
     start_timeout: float = seconds(1800.0, "deadline for an engine to be parked")

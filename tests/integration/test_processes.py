@@ -177,18 +177,18 @@ def test_which_of_several_listens_is_seen_by_one_look_at_the_kernels_table(monke
             process.wait()
 
 
-def test_flock_holder_is_read_from_the_kernel(tmp_path: Path) -> None:
+def test_who_has_a_lock_is_read_from_descriptors(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.touch()
-    assert flock_holders(str(lock)) == []
+    assert proc.lock_keepers([lock]) == []
     code = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); time.sleep(600)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(lock)])
     try:
-        eventually(lambda: flock_holders(str(lock)) == [holder.pid])
+        eventually(lambda: [i.pid for i in proc.lock_keepers([lock])] == [holder.pid])
     finally:
         holder.kill()
         holder.wait()
-    assert flock_holders(str(lock)) == []
+    assert proc.lock_keepers([lock]) == []
 
 
 def test_a_lock_that_a_child_of_a_dead_acquirer_keeps_is_seen_by_its_descriptor(tmp_path: Path) -> None:
