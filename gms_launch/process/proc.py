@@ -93,12 +93,26 @@ def alive(who: ProcessId) -> bool:
 
 
 def worked(pid: int) -> float:
-    """Seconds of a processor that `pid` has used, all its threads together; 0 when it is gone."""
+    """Seconds for which the threads of `pid` have run or waited for a processor, all together; 0 when it is gone.
+
+    Who waits for one on a crowded machine is at work as much as who has it. A kernel that does not count who waits
+    tells of those that ran. Source: the kernel's Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat.
+    """
+    wanted = 0
     try:
         fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        ran = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                wanted += sum(map(int, _read(f"/proc/{pid}/task/{task}/schedstat").split()[:2]))
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return max(ran, wanted / 1e9)
+
+
+def address_space() -> int:
+    """What this process has mapped (bytes)."""
+    return int(_read("/proc/self/statm").split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def pids() -> Iterator[int]:

@@ -242,11 +242,11 @@ class ServiceRunner:
                 asked = loop.time()
                 failure = await asyncio.to_thread(_failure, self.service.alive or self.service.probe)
                 before, looked, took = looked, loop.time(), loop.time() - asked
-                used, worked = proc.worked(self.pid) - worked, proc.worked(self.pid)
+                earlier, worked = worked, await asyncio.to_thread(proc.worked, self.pid)
                 if failure is None or self._exited.is_set():
                     good = looked
                     continue
-                busy = self.service.bears_load and used > SHARE * (looked - before)
+                busy = self.service.bears_load and worked - earlier > SHARE * (looked - before)
                 patience = BUSY * liveness if busy and not isinstance(failure, StuckError) else liveness
                 if looked - good >= patience:
                     await self._kill()
