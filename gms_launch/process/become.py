@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-#: What a child may take of memory: a user may have made millions of names (bytes of address space).
+from gms_launch.process import proc
+
+#: What a child may take of memory beyond what its parent had: a user may have made millions of names (bytes of address
+#: space).
 MEMORY = 2 << 30
 #: What a child may answer (bytes).
 ANSWER = 1 << 20
@@ -150,7 +153,8 @@ def become(owner: Owner, parent: int) -> None:
     """Make this process `owner`'s for good; it dies with `parent`. Raises `OSError` if that fails or can be undone."""
     libc = ctypes.CDLL(None, use_errno=True)
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    memory = MEMORY if hard == resource.RLIM_INFINITY else min(hard, MEMORY)
+    memory = MEMORY + proc.address_space()
+    memory = memory if hard == resource.RLIM_INFINITY else min(hard, memory)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if owner.uid != os.getuid():

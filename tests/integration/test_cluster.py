@@ -61,9 +61,13 @@ class Three:
     def spawn(self, number: int) -> None:
         with open(self.directory / f"{number}.log", "ab") as log:
             self.running[number] = subprocess.Popen(self.services[number].command.argv, stdout=log, stderr=log)
-        eventually(lambda: self.ready(number), LONG, f"member {number} is up: {self.directory / f'{number}.log'}")
+        eventually(lambda: self.ready(number), LONG, lambda: f"member {number} is up: {self.log(number)}")
+
+    def log(self, number: int) -> str:
+        return (self.directory / f"{number}.log").read_text()[-4000:]
 
     def ready(self, number: int) -> bool:
+        assert self.running[number].poll() is None, f"member {number} has ended: {self.log(number)}"
         try:
             self.services[number].probe()
         except NotReadyError:
