@@ -19,7 +19,7 @@ log = logging.getLogger("agent")
 
 #: A service with fewer descriptors has no crowd.
 CROWD = 128
-#: How often the same is told (seconds).
+#: How often the same is told, and the run's own many are gone through (seconds).
 AGAIN = 30.0
 
 
@@ -28,29 +28,31 @@ class Crowd:
 
     def __init__(self, name: str, ports: tuple[int, ...]) -> None:
         self._name, self._ports = name, ports
-        self._most = CROWD
+        self._most, self._rests = CROWD, 0.0
         self._ended, self._told = 0, -AGAIN
         self._failed = -AGAIN
 
     def look(self, pid: int) -> str:
         """End what is others'; what has been ended, for people, and empty when that was told a moment ago. Blocks."""
-        if not self._ports or not pid or (held := _descriptors(pid)) < self._most:
+        held, now = _descriptors(pid) if self._ports and pid else 0, time.monotonic()
+        if held < CROWD or (held < self._most and now < self._rests):
             return ""
         try:
             ended = listener.turn_out(pid, self._ports)
         except (OSError, LaunchError) as exc:
             # Refused for good, or the service has just ended: at the next look we know.
-            if time.monotonic() - self._failed >= AGAIN:
-                self._failed = time.monotonic()
+            if now - self._failed >= AGAIN:
+                self._failed = now
                 log.warning("%s: connections of other users cannot be ended: %s", self._name, exc)
             return ""
-        # One that has many, and all of them the run's own, is not gone through at every look.
-        self._most = CROWD if ended else max(CROWD, 2 * held)
+        # One that has many, and all of them the run's own, is not gone through at every look. Nor is it never again:
+        # the service may have ended a crowd's at that very moment, and they come anew.
+        self._most, self._rests = (CROWD, 0.0) if ended else (2 * held, now + AGAIN)
         self._ended += ended
-        if not self._ended or time.monotonic() - self._told < AGAIN:
+        if not self._ended or now - self._told < AGAIN:
             return ""
         said = f"{numbered(self._ended, 'connection')} of other users of this machine to port "
-        self._ended, self._told = 0, time.monotonic()
+        self._ended, self._told = 0, now
         return said + " and ".join(map(str, self._ports)) + " ended"
 
 

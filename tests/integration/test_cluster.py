@@ -131,9 +131,12 @@ class Three:
         process.wait()
 
     def close(self) -> None:
+        ended = [n for n, process in self.running.items() if process.poll() is not None]
+        told = [f"member {n} ({self.running[n].returncode}) {self.log(n)}" for n in ended]
         for number in list(self.running):
             self.running[number].send_signal(signal.SIGCONT)
             self.kill(number)
+        assert not told, "\n".join(told)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ import resource, select, socket, sys
 port, count = map(int, sys.argv[1:])
 most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-held, poll, told = {}, select.poll(), False
+held, poll, told = {}, select.poll(), ""
 while True:
     while len(held) < count:
         s = socket.socket()
@@ -40,11 +40,12 @@ while True:
         held[s.fileno()] = s
         poll.register(s, select.POLLIN)
     if not told:
-        told = print("there", flush=True) is None
+        told = print("there", flush=True) or "there"
     for fd, _ in poll.poll(100):
         poll.unregister(fd)
         held.pop(fd).close()
-        print("ended", flush=True)
+        if told == "there":
+            told = print("ended", flush=True) or "ended"  # once: nobody may read what more there is
 """
 
 

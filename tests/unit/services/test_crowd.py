@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
 from gms_launch.process import listener
 from gms_launch.process.listener import TakeError
 from gms_launch.services import crowd
-from gms_launch.services.crowd import CROWD, Crowd
+from gms_launch.services.crowd import AGAIN, CROWD, Crowd
 
 
 def test_who_comes_again_is_turned_out_again_and_ones_own_are_not_gone_through_each_time(
@@ -36,6 +37,20 @@ def test_who_comes_again_is_turned_out_again_and_ones_own_are_not_gone_through_e
     held[0], theirs[0] = 8000, 4000
     one.look(os.getpid())
     assert looks == [4]
+
+
+def test_a_crowd_that_the_service_ended_itself_at_that_very_moment_is_found_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, theirs = [1000.0], [0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(listener, "turn_out", lambda pid, ports: theirs[0])
+    monkeypatch.setattr(crowd, "_descriptors", lambda _: 400)
+    one = Crowd("x", (1,))
+    assert one.look(os.getpid()) == ""
+    theirs[0] = 390
+    now[0] += AGAIN
+    assert one.look(os.getpid()).startswith("390 connections of other users")
 
 
 def test_a_look_that_failed_is_not_the_last_and_is_told_once(
