@@ -42,15 +42,20 @@ LONG = 300.0
 
 
 def free_port() -> int:
-    """A port that no other test gets as long as this process lives.
+    """A port that nobody else gets as long as this process lives, who asks it again neither.
 
     Below the ephemeral range, so that outgoing connections cannot take it and Dynamo can read it as 16 bits, signed;
     and in none of the ranges in which gms-launch looks for ports of its own.
     """
     while True:
         port = random.randrange(12000, 20000)
-        if _reserved().free(port):
+        if port not in _GIVEN and _reserved().free(port):
+            _GIVEN.add(port)
             return port
+
+
+#: The ports that this process has given away. What is reserved is free for who has reserved it, once more too.
+_GIVEN: set[int] = set()
 
 
 def _reserved(made: list[Reservation] = []) -> Reservation:  # noqa: B006 - one for this process
