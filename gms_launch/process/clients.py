@@ -62,17 +62,20 @@ class Clients:
     def of(self, *ports: int) -> list[dict[Address, Client]]:
         """The clients of each port, by the address that they come from; of a closed connection too while it lingers.
 
-        Raises `OSError` where the kernel does not tell.
+        Other users of this machine, root excepted, are left out: no request of the run's comes from them. Raises
+        `OSError` where the kernel does not tell.
         """
         rows = connections()
         return [self._of(port, rows) for port in ports]
 
     def _of(self, port: int, rows: list[Row]) -> dict[Address, Client]:
-        theirs = {row.here: row.inode for row in rows if row.there[1] == port}
-        owners = self._owners(port, {inode for inode in theirs.values() if inode})
+        ends = [row for row in rows if row.there[1] == port]
+        strangers = {row.here for row in ends if row.inode and row.user not in (0, os.getuid())}
+        theirs = {row.here: row.inode for row in ends}
+        owners = self._owners(port, {inode for end, inode in theirs.items() if inode and end not in strangers})
         found: dict[Address, Client] = {}
         for row in rows:
-            if row.here[1] != port:
+            if row.here[1] != port or row.there in strangers:
                 continue
             inode = theirs.get(row.there)
             if inode is None and row.there[0] != row.here[0]:

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from gms_launch.process import proc
-from gms_launch.process.clients import Client, Clients, waiting
+from gms_launch.process.clients import Client, Clients, connections, waiting
+from tests.integration.test_strangers import DROP, STRANGER
 from tests.support import eventually
 
 CONNECT = (
@@ -42,6 +43,23 @@ def test_a_client_of_this_machine_is_a_process(host: str, family: socket.Address
         other.communicate()
         assert not theirs.alive
         eventually(lambda: clients.of(port) == [{}], what="its connection is closed")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root")
+def test_another_user_of_this_machine_is_no_client() -> None:
+    """A dead engine's lease stands until all of its clients have been at its successor; he would never go there."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        argv = [*DROP, "/usr/bin/python3", "-uc", CONNECT, "127.0.0.1", str(port)]
+        other = subprocess.Popen(argv, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert other.stdout is not None and other.stdout.readline()
+        with socket.create_connection(("127.0.0.1", port)) as own:
+            rows = [row for row in connections() if row.there[1] == port]
+            assert sorted(row.user for row in rows) == [0, STRANGER], "both are connected"
+            clients = Clients(os.getpid)
+            assert clients.of(port) == [{own.getsockname()[:2]: clients.own()}]
+        other.kill()
+        other.communicate()
 
 
 def test_where_no_frontend_runs_there_is_none() -> None:
