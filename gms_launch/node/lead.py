@@ -277,11 +277,19 @@ def _want(me: Group, cohort_id: int, incarnation: int, wanted: Wanted, why: str,
 
 
 def _master_port(me: Group, cohort_id: int, incarnation: int) -> int:
-    """The next port of the slot's range that nobody listens on."""
-    places = (me.layout.topology.address, LOOPBACK)  # engines of one node meet on the latter
-    steps = range(ports.INCARNATION_STEPS)
-    candidates = [me.layout.ports.master(cohort_id, incarnation + k) for k in steps]
-    return next((p for p in candidates if all(ports.is_free(a, p) for a in places)), candidates[0])
+    """Where the ranks of a life meet; what it has instead of the slot's own range is told."""
+    own, dp = me.layout.ports, me.layout.settings.dp
+    wanted = own.master(cohort_id, incarnation)
+    try:
+        # Engines of one node meet on the latter.
+        port = ports.meeting(own, cohort_id, incarnation, dp, me.layout.topology.address, LOOPBACK)
+    except OSError:
+        return wanted
+    first = own.master(cohort_id, 1)
+    if not first <= port < first + ports.INCARNATION_STEPS:
+        taken = f"master ports {first} to {first + ports.INCARNATION_STEPS - 1} are in use: this life has another"
+        me.report.emit("port_taken", cohort_id, incarnation, taken)
+    return port
 
 
 def _abort(me: Group, action: actions.Abort) -> None:

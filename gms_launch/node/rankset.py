@@ -33,7 +33,7 @@ from gms_launch.process.follow import FileWatcher
 from gms_launch.process.lifecycle import Child, Command
 from gms_launch.process.proc import ProcessId, Stat
 from gms_launch.run.plan import Layout
-from gms_launch.run.ports import is_free, out_of_the_way
+from gms_launch.run.ports import Ports, of_a_life, system_of_a_life
 from gms_launch.spool.writer import Writer
 
 log = logging.getLogger("agent")
@@ -129,9 +129,10 @@ class RankSet:
             last=self.starts.of(cohort_id, incarnation),
         )
         try:
-            rank.port = port = self._system_port(rank)
+            ports = self._ports(rank)
+            rank.port = port = ports.system[cohort_id]
             command = self._layout.rank_command(
-                cohort_id, incarnation, desire.master_port, desire.engine_args, port, desire.master_addr
+                cohort_id, incarnation, desire.master_port, desire.engine_args, ports, desire.master_addr
             )
             child, began, how = self._process(rank, command)
             rank.start(child, began, files, loop)
@@ -146,13 +147,16 @@ class RankSet:
         self.publish(rank)
         self._spawn(self._look_after(rank, rank.child.id, port if rank.speaks else 0))
 
-    def _system_port(self, rank: Rank) -> int:
-        """Where a life is asked how it is: its slot's port, or another where somebody took that between two lives."""
-        port = self._layout.ports.system[rank.cohort_id]
-        if rank.speaks and not is_free(LOOPBACK, port):
-            taken, port = port, out_of_the_way(LOOPBACK)
-            self._report.emit("port_taken", *rank.life, f"system port {taken} is in use: this life has another")
-        return port
+    def _ports(self, rank: Rank) -> Ports:
+        """A life's ports: its slot's, or others where somebody took those between two lives. Raises `OSError`."""
+        layout, k = self._layout, rank.cohort_id
+        found, taken = of_a_life(layout.ports, k, layout.settings.dp, layout.topology.address, LOOPBACK)
+        if rank.speaks:
+            found, also = system_of_a_life(found, k, LOOPBACK)
+            taken = also + taken
+        for name in taken:
+            self._report.emit("port_taken", *rank.life, f"{name} is in use: this life has another")
+        return found
 
     def _process(self, rank: Rank, command: Command) -> tuple[Child, float, str]:
         """A process for a rank, since when it litters, and for people where it is from. Raises `OSError`."""

@@ -303,12 +303,13 @@ class Layout:
         incarnation: int,
         master_port: int,
         engine_args: tuple[str, ...] | None = None,
-        system_port: int | None = None,
+        given: Ports | None = None,
         master_addr: str = "",
     ) -> Command:
-        """How this node's rank of a life is started; `engine_args` take the place of the settings' unless None,
-        `system_port` that of the cohort's own, and `master_addr` that of the leader's address.
+        """How this node's rank of a life is started; `engine_args` take the place of the settings' unless None, `given`
+        that of the ports of its slot, and `master_addr` that of the leader's address.
         """
+        own = given or self.ports
         return self.engine.command(
             RankSpec(
                 cohort_id=cohort_id,
@@ -321,10 +322,10 @@ class Layout:
                 python=self.python,
                 leader_address=master_addr or self.topology.leader_address,
                 master_port=master_port,
-                system_port=self.ports.system[cohort_id] if system_port is None else system_port,
+                system_port=own.system[cohort_id],
                 meeting_secret=self._meeting_secret(cohort_id, incarnation),
-                nixl_port=self.ports.nixl[cohort_id],
-                vllm_port=self.ports.vllm[cohort_id],
+                nixl_port=own.nixl[cohort_id],
+                vllm_port=own.vllm[cohort_id],
                 gms_dir=self.node_dir.gms,
                 lock_path=self.lock_of(cohort_id),
                 plane=self.plane,
@@ -341,7 +342,7 @@ class Layout:
                 device_view=self.device_view,
                 role=self.role,
                 component=self.component,
-                extra_ports={name: numbers[cohort_id] for name, numbers in self.ports.extra.items()},
+                extra_ports={name: numbers[cohort_id] for name, numbers in own.extra.items()},
             )
         )
 

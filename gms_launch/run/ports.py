@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import random
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -126,6 +126,12 @@ def rpc(master_port: int) -> int:
     return master_port + INCARNATION_STEPS
 
 
+def _meetings(base: int, s: Settings) -> list[int]:
+    """Where the ranks of each cohort's first life meet, and its replicas."""
+    masters = [base + COHORT_STRIDE * k for k in range(s.cohorts)]
+    return masters + ([rpc(port) for port in masters] if s.dp > 1 else [])
+
+
 def _extra(one: Callable[[str, int], int], first: Mapping[str, int] | None, cohorts: range) -> dict[str, Any]:
     return {
         name: tuple(one(f"port {name} of the engine file", port + k) for k in cohorts)
@@ -158,7 +164,7 @@ def layout(settings: Settings, free: Callable[[int], bool], extra: Mapping[str, 
     while True:
         if base + span > 65535:
             raise UsageError(f"master_port: no free range of {span} ports from {settings.master_port} on")
-        if all(usable(base + COHORT_STRIDE * k) for k in cohorts):
+        if all(map(usable, _meetings(base, settings))):
             break
         if settings.was_set("master_port"):
             raise UsageError(f"master_port {settings.master_port}: it or a port of its range is in use on this node")
@@ -184,7 +190,7 @@ def of_groups(
         ranges, replicas = ranges + s.cohorts, replicas + max(10, s.dp * s.cohorts)
         own = _extra(chooser.one, {name: first + 10 * seat for name, first in extra.items()}, cohorts)
         base = s.master_port + span * seat
-        while not all(chooser.usable(base + COHORT_STRIDE * k) for k in cohorts):
+        while not all(map(chooser.usable, _meetings(base, s))):
             base += span
             if base + span > 65535:
                 raise UsageError(f"master_port: no free range of {span} ports from {s.master_port} on")
@@ -204,14 +210,68 @@ def is_free(address: str, port: int) -> bool:
     return True
 
 
-def out_of_the_way(address: str) -> int:
+def all_free(addresses: Sequence[str], ports: Iterable[int]) -> bool:
+    """True when each of these can be bound on each of the addresses right now."""
+    return all(is_free(address, port) for port in ports for address in addresses)
+
+
+def out_of_the_way(*addresses: str, beside: Sequence[int] = (0,)) -> int:
     """A free port that nobody can foresee, for what found its own taken; within what Dynamo reads as a port (16 bits
-    with a sign). Raises `OSError` when none was found.
+    with a sign). Those so far `beside` it are free too. Raises `OSError` when none was found.
     """
     for port in random.sample(range(20000, 32000), 100):
-        if is_free(address, port):
+        if all_free(addresses, (port + k for k in beside)):
             return port
-    raise OSError(errno.EADDRINUSE, f"no free port on {address}")
+    raise OSError(errno.EADDRINUSE, f"no free port on {' and '.join(addresses)}")
+
+
+def meeting(given: Ports, cohort_id: int, incarnation: int, dp: int, *addresses: str) -> int:
+    """The master port of a life: the next of its slot's range where nobody listens, nor, with replicas, beside it; if
+    all of them are taken, one that nobody can foresee. Raises `OSError` when there is none.
+    """
+    beside = (0, INCARNATION_STEPS) if dp > 1 else (0,)
+    for step in range(INCARNATION_STEPS):
+        port = given.master(cohort_id, incarnation + step)
+        if all_free(addresses, (port + k for k in beside)):
+            return port
+    return out_of_the_way(*addresses, beside=beside)
+
+
+def of_a_life(given: Ports, cohort_id: int, dp: int, *addresses: str) -> tuple[Ports, list[str]]:
+    """The ports with which a life of a cohort is started, and in words which of its slot's were taken meanwhile: those
+    are others, which nobody can foresee. vLLM's range is not among them: it takes the next that is free by itself.
+    """
+    told = []
+
+    def own(name: str, numbers: tuple[int, ...], width: int = 1) -> tuple[int, ...]:
+        first = numbers[cohort_id]
+        if all_free(addresses, range(first, first + width)):
+            return numbers
+        try:
+            other = out_of_the_way(*addresses, beside=range(width))
+        except OSError:
+            return numbers
+        told.append(f"{name} {first}")
+        return _put(numbers, cohort_id, other)
+
+    found = replace(
+        given,
+        nixl=own("NIXL port", given.nixl, dp),
+        extra={name: own(f"port {name} of the engine file", numbers) for name, numbers in given.extra.items()},
+    )
+    return found, told
+
+
+def _put(numbers: tuple[int, ...], place: int, number: int) -> tuple[int, ...]:
+    return (*numbers[:place], number, *numbers[place + 1 :])
+
+
+def system_of_a_life(given: Ports, cohort_id: int, address: str) -> tuple[Ports, list[str]]:
+    """The same of the port where a life is asked how it is. Raises `OSError` when there is no other."""
+    port = given.system[cohort_id]
+    if is_free(address, port):
+        return given, []
+    return replace(given, system=_put(given.system, cohort_id, out_of_the_way(address))), [f"system port {port}"]
 
 
 class Reservation:

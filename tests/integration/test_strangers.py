@@ -31,6 +31,7 @@ from pathlib import Path
 
 import pytest
 
+from gms_launch.run.ports import INCARNATION_STEPS
 from tests import documents
 from tests.support import LONG, Deployment, eventually, kill, stopped
 
@@ -165,6 +166,54 @@ def test_a_stranger_who_takes_a_dead_engines_system_port_is_asked_nothing(run: D
         stranger.kill()
         rest, _ = stranger.communicate()
     assert "asked" not in rest
+
+
+#: Listens on each of the ports, also on those that get free later.
+ALL_OF_THEM = """
+import os, socket, sys, time
+assert os.getuid() == {uid}
+wanted, held = set(range({first}, {first} + {count})), []
+while True:
+    for port in sorted(wanted):
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            listener.close()
+            continue
+        listener.listen()
+        held.append(listener)
+        wanted.discard(port)
+    if not wanted:
+        print("there", flush=True)
+        sys.stdin.read()
+    time.sleep(0.001)
+"""
+
+
+def test_a_stranger_on_all_master_ports_of_a_slot_keeps_it_from_nothing(run: Deployment) -> None:
+    """Every start of it would fail, until the slot is given up."""
+    before, found = run.text(), run.wait_full()
+    shadow = 1 - found["primary"]
+    first, victim = run.run_file["ports"]["master_base"] + 100 * shadow, run.cohort(shadow)["ranks"][0]
+    code = ALL_OF_THEM.format(uid=STRANGER, first=first, count=INCARNATION_STEPS)
+    stranger = subprocess.Popen(
+        [*DROP, "/usr/bin/python3", "-c", code], cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert stranger.stdout is not None
+    try:
+        with stopped(run.agent.pid):  # so that nobody is quicker than he
+            os.killpg(victim["pgid"], signal.SIGKILL)
+            assert stranger.stdout.readline() == "there\n"
+        told, *_ = run.happened("port_taken")
+        assert told["cohort_id"] == shadow and f"master ports {first} to" in told["detail"]
+        again = run.wait_full()
+        assert again["primary"] == found["primary"] and run.cohort(shadow)["incarnation"] == 2
+        assert run.text() == before
+    finally:
+        stranger.kill()
+        stranger.communicate()
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +60,63 @@ def test_taken_ports_are_passed_over_and_nothing_is_given_twice() -> None:
     assert len(set(given)) == len(given)
     assert not taken & set(given)
     assert found.master_base == 29800
+
+
+def test_with_replicas_the_ports_beside_the_master_ports_are_free_too() -> None:
+    beside = 29500 + ports.INCARNATION_STEPS
+    found = [ports.layout(resolve({"dp": dp}, {}), lambda p: p != beside).master_base for dp in ("1", "2")]
+    assert found == [29500, 29700]
+    groups = [(resolve({"dp": dp}, {}), k, {}) for k, dp in enumerate(("2", "1"))]
+    run = ports.layout(resolve({}, {}), _any)
+    assert [own.master_base for own in ports.of_groups(run, groups, lambda p: p != beside)] == [29700, 29900]
+
+
+@pytest.fixture
+def base() -> Iterator[int]:
+    """The first of a slot's master ports, on nobody's."""
+    held = ports.Reservation("127.0.0.1", name="gms-launch-tests")
+    found = next(p for p in range(13000, 20000, 100) if all(map(held.free, range(p, p + 100))))
+    yield found
+    held.close()
+
+
+@contextlib.contextmanager
+def squatted(numbers: Iterable[int]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for number in numbers:
+            stack.enter_context(socket.create_server(("127.0.0.1", number)))
+        yield
+
+
+def test_a_life_meets_elsewhere_when_its_slots_range_is_taken(base: int) -> None:
+    """Whoever has it all would have every start of that slot fail, until it is given up."""
+    given = replace(ports.layout(resolve({}, {}), _any), master_base=base)
+    steps = ports.INCARNATION_STEPS
+    assert ports.meeting(given, 0, 1, 1, "127.0.0.1") == base
+    with squatted([base]):
+        assert ports.meeting(given, 0, 1, 1, "127.0.0.1") == base + 1
+    with squatted([base + steps]):
+        assert ports.meeting(given, 0, 1, 1, "127.0.0.1") == base
+        assert ports.meeting(given, 0, 1, 2, "127.0.0.1") == base + 1, "its replicas meet beside it"
+    with squatted(range(base, base + steps)):
+        found = ports.meeting(given, 0, 1, 1, "127.0.0.1")
+        assert found not in range(base, base + 100) and ports.is_free("127.0.0.1", found)
+    with squatted(range(base + steps, base + 2 * steps)):
+        assert ports.meeting(given, 0, 1, 2, "127.0.0.1") not in range(base, base + 100)
+
+
+def test_a_life_has_others_in_place_of_its_slots_ports_that_are_taken(base: int) -> None:
+    slots = {"system": (base, base + 1), "nixl": (base + 2, base + 5), "extra": {"kv": (base + 8, base + 9)}}
+    given = replace(ports.layout(resolve({}, {}), _any), **slots)  # type: ignore[arg-type]
+    assert ports.of_a_life(given, 1, 3, "127.0.0.1") == (given, [])
+    with squatted([base + 7, base + 9]):
+        found, told = ports.of_a_life(given, 1, 3, "127.0.0.1")
+    assert told == [f"NIXL port {base + 5}", f"port kv of the engine file {base + 9}"]
+    assert found.nixl[0] == base + 2 and found.extra["kv"][0] == base + 8, "another slot's stay"
+    assert not {found.nixl[1], found.extra["kv"][1]} & set(range(base, base + 100))
+    with squatted([base]):
+        found, told = ports.system_of_a_life(given, 0, "127.0.0.1")
+    assert told == [f"system port {base}"] and found.system[0] != base and found.system[1] == base + 1
 
 
 def test_a_fixed_port_is_not_moved() -> None:
