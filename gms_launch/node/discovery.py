@@ -109,6 +109,7 @@ class Discovery:
         rank = self._find(life) if life is not None else None
         where = advertised(record)
         if rank is not None and rank.child is not None and rank.phase is Phase.ACTIVE and where is not None:
+            rank.requests = where[1]
             self._holds.arm(rank.life, rank.child.pgid, where)
 
     def _serves(self, rank: Rank) -> bool:

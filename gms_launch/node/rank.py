@@ -33,8 +33,8 @@ FENCE_TIMEOUT = 30.0
 class Rank:
     """One life of a cohort's rank on this node. Times are Unix seconds.
 
-    `began` is when it was started, `port` its system port; `pids` and `segments` are processes and shared memory that
-    were seen of it.
+    `began` is when it was started, `port` its system port, `requests` the one where it takes them, 0 before it
+    is registered; `pids` and `segments` are processes and shared memory that were seen of it.
     It `speaks` for itself where it registers and takes requests, as the ranks of all nodes do with `hybrid` load
     balancing. `let_go`: it has got its private lock; `token`: one came from it since.
     `last` is how long each step took at the last start like this one (seconds). `stopping`: its end is wanted, so its
@@ -66,6 +66,7 @@ class Rank:
     token: bool = False
     began: float = 0.0
     port: int = 0
+    requests: int = 0
     pids: frozenset[int] = frozenset()
     segments: frozenset[scratch.Segment] = frozenset()
     step: Step = Step.IMPORTS

@@ -34,12 +34,15 @@ from gms_launch.process.lifecycle import Child, Command
 from gms_launch.process.proc import ProcessId, Stat
 from gms_launch.run.plan import Layout
 from gms_launch.run.ports import Ports, of_a_life, system_of_a_life
+from gms_launch.services.crowd import Crowd
 from gms_launch.spool.writer import Writer
 
 log = logging.getLogger("agent")
 
 #: A parked engine ignores SIGTERM, so it gets only this long (seconds).
 PARKED_GRACE = 0.1
+#: How often is looked for other users' connections at an engine (seconds).
+CROWD_EVERY = 1.0
 #: How long a stray that is found between failovers gets to die of SIGKILL before it is told (seconds).
 STRAY_TIMEOUT = 2.0
 
@@ -146,6 +149,8 @@ class RankSet:
         self._report.emit("started", cohort_id, incarnation, f"{how}pid {rank.child.pid}")
         self.publish(rank)
         self._spawn(self._look_after(rank, rank.child.id, port if rank.speaks else 0))
+        if rank.speaks:
+            self._spawn(self._keep_free(rank, rank.child.pid))
 
     def _ports(self, rank: Rank) -> Ports:
         """A life's ports: its slot's, or others where somebody took those between two lives. Raises `OSError`."""
@@ -173,6 +178,18 @@ class RankSet:
         self._layout.node_dir.make_scratch(*rank.life)
         began = scratch.file_time()
         return lifecycle.spawn(name, command, rank.tag, output), began, ""
+
+    async def _keep_free(self, rank: Rank, pid: int) -> None:
+        """End what other users hold by the hundred at a rank's ports, for as long as it lives: an engine that has no
+        descriptor left answers nobody, and would be taken for hung.
+        """
+        crowd, loop = Crowd(f"cohort {rank.cohort_id}", ()), asyncio.get_running_loop()
+        while rank.phase in ALIVE and not rank.local().gone:
+            crowd.ports = tuple(filter(None, (rank.port, rank.requests)))
+            if said := await loop.run_in_executor(None, crowd.look, pid):
+                self._report.emit("engine_crowded", *rank.life, said)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(rank.ended.wait(), CROWD_EVERY)
 
     async def _look_after(self, rank: Rank, leader: ProcessId, port: int) -> None:
         """Ask a rank how it is for as long as it lives, at its system `port` (0: none); a hanging one is as dead."""

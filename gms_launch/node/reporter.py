@@ -53,6 +53,7 @@ LEVELS = {
             "service_restarted",
             "service_looping",
             "service_crowded",
+            "engine_crowded",
             "guard_exited",
             "guard_missing",
             "stood_still",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import selectors
 import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -170,6 +172,29 @@ def test_a_crowd_at_a_runs_port_is_turned_out_and_told(run: Deployment) -> None:
     eventually(lambda: run.text() == before)
     assert [c["incarnation"] for c in run.wait_full()["cohorts"]] == lives
     assert not run.events("service_exited")
+
+
+def test_a_crowd_at_an_engines_ports_is_turned_out_and_it_is_not_taken_for_hung(tmp_path: Path, model: Path) -> None:
+    """Without a descriptor left an engine answers nobody who asks how it is."""
+    flags = ("--health-interval", "4", "--health-timeout", "12")
+    with Deployment(tmp_path / "home", model, *flags) as run:
+        before, found = run.text(), run.wait_full()
+        assert before
+        run.happened("hold_armed")
+        engine = run.cohort(found["primary"])["ranks"][0]["pid"]
+        limit = len(os.listdir(f"/proc/{engine}/fd")) + 800  # and the rest waits for its turn, as the agent does
+        resource.prlimit(engine, resource.RLIMIT_NOFILE, (limit, limit))
+        (requests,) = re.findall(r"127\.0\.0\.1:(\d+)/", run.etcdctl("get", "--prefix", "v1/instances/"))
+        for port, seconds in ((run.run_file["ports"]["system"][found["primary"]], 20.0), (int(requests), 0.0)):
+            with crowd(port, 1000) as stranger:
+                assert stranger.stdout is not None and stranger.stdout.readline() == "ended\n"
+                until = time.monotonic() + seconds  # longer than it may be silent
+                eventually(lambda t=until: time.monotonic() > t)
+                eventually(lambda: run.text() == before)
+        told, *_ = run.happened("engine_crowded")
+        assert told["cohort_id"] == found["primary"] and "other users of this machine" in told["detail"]
+        assert not run.events("hung") and run.wait_full()["primary"] == found["primary"]
+        assert run.cohort(found["primary"])["ranks"][0]["pid"] == engine
 
 
 def test_an_etcd_that_a_crowd_made_deaf_to_its_peers_is_started_again(run: Deployment) -> None:
