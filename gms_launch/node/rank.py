@@ -27,6 +27,8 @@ from gms_launch.process.proc import ProcessId, below, lock_keepers
 
 #: How long a rank gets to be proved dead (seconds). SIGKILL is quick; a process in the driver may not be.
 FENCE_TIMEOUT = 30.0
+#: Before the next piece of a log that grows faster than it is read (seconds): others have the loop meanwhile.
+READ_PAUSE = 0.02
 
 
 @dataclass
@@ -74,6 +76,8 @@ class Rank:
     steps: tuple[tuple[str, float], ...] = ()
     last: Mapping[str, float] = field(default_factory=dict)
     _follower: LogFollower | None = None
+    _loop: asyncio.AbstractEventLoop | None = None
+    _reading: bool = False
     _watcher: FileWatcher | None = None
     _watch: int | None = None
     _fencing: bool = False
@@ -130,16 +134,20 @@ class Rank:
         loop.add_reader(self.child.pidfd, self._exited, loop)
         if self.speaks:
             self._follower = LogFollower(child.output.source)
-            self._watcher = watcher
+            self._watcher, self._loop = watcher, loop
             self._watch = watcher.add(child.output.source, self.read_log)
             self.read_log()
 
     def read_log(self) -> None:
-        """Take in what the leader rank has written, and stop listening once it serves."""
+        """Take in what the leader rank has written, piece by piece, and stop listening once it serves."""
         if self._follower is None:
             return
-        for line in self._follower.lines():
-            if self.phase not in ALIVE:
+        lines = self._follower.lines()
+        if self._follower.behind and self._loop is not None and not self._reading:
+            self._reading = True
+            self._loop.call_later(READ_PAUSE, self._read_on)
+        for line in lines:
+            if self.phase not in ALIVE or self._follower is None:
                 break
             if self.engine.is_awake(line):
                 self.woke()
@@ -148,6 +156,11 @@ class Rank:
             phase = self.engine.phase_of(line)
             if phase is not None:
                 self.reached(phase, "by its own word")
+
+    def _read_on(self) -> None:
+        self._reading = False
+        if self.phase in ALIVE:
+            self.read_log()
 
     def stepped(self, step: Step) -> None:
         """It is at `step` of its start now."""
@@ -183,7 +196,9 @@ class Rank:
         kind = {Phase.PARKED: "parked", Phase.WAKING: "lock", Phase.ACTIVE: "registered"}[phase]
         self.on_event(self, kind, now, how if phase is Phase.ACTIVE else "")
         if phase is Phase.ACTIVE:
+            # It has said all that is listened for; from now on others have it print, and as fast as they like.
             self._unwatch()
+            self._follower = None
 
     def watch_parts(self, vital: Sequence[ProcessId], loop: asyncio.AbstractEventLoop) -> None:
         """Wait for the end of processes whose end is this rank's: its main process may take its time to notice."""

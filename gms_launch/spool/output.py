@@ -58,10 +58,14 @@ class Output:
             return 0 if self._closed else os.fstat(self.fd).st_size - self._copied
 
     def copy(self) -> bool:
-        """Bring the copy up to date; False when it was. Blocks as the disk does. Raises `OSError`."""
-        if not self.waiting:
+        """Bring the copy up to what there is now; False when it was. Blocks as the disk does. Raises `OSError`.
+
+        What is added meanwhile is for the next time: who prints faster than the disk writes keeps nobody from his turn.
+        """
+        if not (waiting := self.waiting):
             return False
-        while self.waiting > 0:
+        goal = self._copied + waiting
+        while self.waiting > 0 and self._copied < goal:
             with self._lock:
                 start, untold = self._copied, self._untold
                 data = os.pread(self.fd, CHUNK, start)

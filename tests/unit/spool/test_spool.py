@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gms_launch.process.follow import LogFollower
+from gms_launch.process.follow import READ_MAX, LogFollower
 from gms_launch.spool import output as outputs
 from gms_launch.spool import writer as writers
 from gms_launch.spool.output import Output
@@ -40,6 +40,11 @@ def writer(run_dir: Path, tmp_path: Path) -> Iterator[Writer]:
 def say(output: Output, *lines: str) -> None:
     """Print as a child does."""
     subprocess.run([sys.executable, "-c", f"print({chr(10).join(lines)!r})"], stdout=output.fd, check=True)
+
+
+def flood(output: Output, *lines: str) -> None:
+    """The same of much."""
+    os.write(output.fd, "".join(f"{line}\n" for line in lines).encode())
 
 
 def state(writer: Writer) -> str:
@@ -241,3 +246,44 @@ def test_nothing_is_written_to_a_disk_beside_the_door() -> None:
 def test_no_logging_handler_writes_to_a_file() -> None:
     text = "".join(p.read_text() for p in PACKAGE.rglob("*.py"))
     assert "FileHandler" not in text and "basicConfig(\n        filename" not in text
+
+
+def test_a_log_that_grows_fast_is_read_piece_by_piece_and_without_what_was_given_back(tmp_path: Path) -> None:
+    """Others can have an engine print as fast as it can, and whoever reads that is the agent's loop."""
+    output = Output(tmp_path / "cohort-0.1.log")
+    follower = LogFollower(output.source)
+    lines = [f"{k:0100d}" for k in range(5000)]
+    flood(output, *lines)
+    first = follower.lines()
+    assert first == lines[: len(first)] and len(first) < READ_MAX / 100 and follower.behind
+    seen = list(first)
+    while follower.behind:
+        seen += follower.lines()
+    assert seen == lines
+    flood(output, *lines)
+    output.bound(10 * 101)
+    flood(output, "last")
+    begun = follower.lines()
+    while follower.behind:
+        begun += follower.lines()
+    assert begun[-1] == "last" and begun[-11:-1] == lines[-10:] and len(begun) < 100, "a page of it at most was kept"
+    assert all(line.strip("\0") == line for line in begun[1:])
+    output.close()
+
+
+def test_who_prints_faster_than_the_disk_writes_keeps_nobody_from_his_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Output(tmp_path / "cohort-0.1.log")
+    written: list[int] = []
+
+    def append(path: Path, data: bytes) -> int:
+        flood(output, "y" * (len(data) - 1))
+        written.append(len(data))
+        assert len(written) < 10, "it would go on for ever"
+        return len(data)
+
+    monkeypatch.setattr("gms_launch.spool.files.append", append)
+    flood(output, "x" * 1000)
+    assert output.copy() and sum(written) == 1001 and output.waiting == 1001
+    output.close()
