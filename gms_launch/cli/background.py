@@ -11,6 +11,7 @@ import time
 
 from gms_launch.errors import by_code
 from gms_launch.interpreter import module
+from gms_launch.printable import plain
 from gms_launch.run.rundir import RunDir
 from gms_launch.settings.declared import SETTINGS, Settings
 from gms_launch.settings.resolve import TABLES_ENV
@@ -48,9 +49,9 @@ def _wait_ready(reader: int, agent: subprocess.Popen[bytes], directory: RunDir) 
         for line in lines:
             message = json.loads(line)
             if "progress" in message:
-                print(f"[{time.strftime('%H:%M:%S')}] {message['progress']}", flush=True)
+                print(f"[{time.strftime('%H:%M:%S')}] {plain(message['progress'])}", flush=True)
             elif "ready" in message:
-                print(f"[{time.strftime('%H:%M:%S')}] ready: {message['ready']}", flush=True)
+                print(f"[{time.strftime('%H:%M:%S')}] ready: {plain(message['ready'])}", flush=True)
                 return
             elif "failed" in message:
                 agent.wait()

@@ -14,6 +14,7 @@ from gms_launch.errors import NoContactError, UsageError, by_code
 from gms_launch.observe import history, words
 from gms_launch.observe.journal import Follower
 from gms_launch.observe.stamp import moment
+from gms_launch.printable import plain
 from gms_launch.run.rundir import RunDir
 from gms_launch.settings.rules import shortened
 
@@ -78,6 +79,5 @@ def _print(events: Iterable[EventRecord], as_json: bool) -> None:
             print(event.encode().decode(), flush=True)
         else:
             when, node, kind, cohort, detail = words.events([event])[0]
-            print(
-                f"{when}  node {node:<3} {kind:<18} {cohort:<{11 if event.group else 5}} {detail}".rstrip(), flush=True
-            )
+            line = f"{when}  node {node:<3} {kind:<18} {cohort:<{11 if event.group else 5}} {detail}"
+            print(plain(line).rstrip(), flush=True)

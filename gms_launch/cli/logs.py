@@ -10,7 +10,7 @@ from gms_launch.cli import which
 from gms_launch.cli.timeline import directory as find_directory
 from gms_launch.errors import UsageError
 from gms_launch.numbers import count, numbered
-from gms_launch.services.base import plain
+from gms_launch.printable import coloured, plain
 
 
 def main(component: str | None, run: str | None, group: str | None, follow: bool, tail: int, node: int | None) -> None:
@@ -37,10 +37,15 @@ def main(component: str | None, run: str | None, group: str | None, follow: bool
         which_one = "; say which group's with --group" if len(found) > 1 and not chosen else ""
         raise UsageError(f"{whose} has no log of {component!r}{where}{which_one}; it has: {', '.join(there) or 'none'}")
     text = log.read_text(errors="replace")
-    lines = (text if sys.stdout.isatty() else plain(text)).splitlines()
+    lines = _shown(text).splitlines()
     print(*(lines[-tail:] if tail else lines), sep="\n")
     if follow:
         _follow(log, len(text.encode()))
+
+
+def _shown(text: str) -> str:
+    """A log may hold what clients have sent: of its control sequences a terminal is shown the colours alone."""
+    return coloured(text) if sys.stdout.isatty() else plain(text)
 
 
 def on_node(logs: Path, node: int) -> dict[int, dict[str, Path]]:
@@ -81,5 +86,5 @@ def _follow(log: Path, offset: int) -> None:
             data = file.read()
         offset += len(data)
         added = data.decode(errors="replace")
-        sys.stdout.write(added if sys.stdout.isatty() else plain(added))
+        sys.stdout.write(_shown(added))
         sys.stdout.flush()

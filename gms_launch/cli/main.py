@@ -15,6 +15,7 @@ from gms_launch.cli.common import Group, Html, Json, Output, Run, typed_as_text
 from gms_launch.cli.layout import chosen
 from gms_launch.cli.options import WithEngineArgs, duration, number, positive, tcp_port
 from gms_launch.errors import LaunchError
+from gms_launch.printable import plain
 from gms_launch.urls import public
 
 app = typer.Typer(
@@ -300,7 +301,7 @@ def main() -> None:
         typed_as_text(sys.argv)
         app(prog_name="gms-launch")
     except LaunchError as exc:
-        print(f"gms-launch: {public(str(exc))}", file=sys.stderr)
+        print(f"gms-launch: {plain(public(str(exc)))}", file=sys.stderr)
         sys.exit(exc.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -310,5 +311,5 @@ def main() -> None:
     except Exception as exc:
         from gms_launch.cli import unforeseen
 
-        print(f"gms-launch: {unforeseen.report(exc, sys.argv[1:2])}", file=sys.stderr)
+        print(f"gms-launch: {plain(unforeseen.report(exc, sys.argv[1:2]))}", file=sys.stderr)
         sys.exit(1)

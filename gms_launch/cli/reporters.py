@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gms_launch.errors import LaunchError
+from gms_launch.printable import plain
 
 if TYPE_CHECKING:
     from gms_launch.observe.snapshot import Snapshot
@@ -87,7 +88,7 @@ class Terminal:
 
     def progress(self, text: str) -> None:
         logging.info("%s", text)
-        line = f"[{time.strftime('%H:%M:%S')}] {self._prefix}{text}"
+        line = f"[{time.strftime('%H:%M:%S')}] {self._prefix}{plain(text)}"
         self._talker.say(lambda: self._console.print(line, markup=False, highlight=False, soft_wrap=True))
 
     def changed(self, shot: Snapshot) -> None:

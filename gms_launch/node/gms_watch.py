@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -104,10 +105,12 @@ class GmsWatch:
 
 
 def _gpu(gpu: gpus.Gpu) -> GpuStatus:
-    """A GPU with its processes by name: those of ours by the front of their tag, as cohort/life or service."""
+    """A GPU with its processes by name: this user's by the front of their tag, as cohort/life or service. Root can read
+    what others put into theirs."""
     holders = []
     for pid, size in gpu.processes:
-        parts = (proc.tag_of(pid) or "").split("/")
+        own = proc.owner(pid) == os.getuid()
+        parts = (proc.tag_of(pid) or "" if own else "").split("/")
         cohort = len(parts) == 4 and count(parts[1]) is not None
         who = f"cohort {parts[1]}.{parts[2]}" if cohort else (parts[1:2] or ["?"])[0]
         holders.append(GpuHolder(pid, who, size))

@@ -17,6 +17,7 @@ from gms_launch.cohort.records import EventRecord
 from gms_launch.observe import words
 from gms_launch.observe.snapshot import Snapshot
 from gms_launch.observe.stamp import stamp
+from gms_launch.printable import plain
 
 #: No row is longer (characters).
 PIPE_WIDTH = 10_000
@@ -48,13 +49,13 @@ def status(shot: Snapshot, now: float | None = None, verbose: bool = False) -> R
         ("   up ", "dim"),
         words.age(shot.created, moment),
         ("   frontend ", "dim"),
-        words.frontend(shot),
+        plain(words.frontend(shot)),
         ("   stopping" if shot.stopping else "", "yellow"),
     )
     for lack in words.short(shot) if not shot.starting else ():
         head.append(f"   {lack}", "bold yellow")
     if shot.over:
-        head.append(f"   over: {shot.over}", "bold red")
+        head.append(f"   over: {plain(shot.over)}", "bold red")
     of_cohorts = _table(words.COHORTS, words.cohorts(shot, moment))
     parts: list[RenderableType] = [head, groups(shot, moment) if shot.groups else of_cohorts]
     if shot.leader_silent:
@@ -74,8 +75,13 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[RenderableType]]) -> Tab
     for name in head:
         table.add_column(name)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_cell, row))
     return table
+
+
+def _cell(value: RenderableType) -> RenderableType:
+    """What others have said is text: it is no markup, and tells the terminal nothing."""
+    return Text(plain(value)) if isinstance(value, str) else value
 
 
 def _parts(shot: Snapshot) -> Table:
@@ -99,14 +105,14 @@ def failover(found: Failover) -> RenderableType:
 
     victim, promoted = words.life(found.victim, found.group), words.life(found.promoted)
     head = Text.assemble(
-        (stamp(found.time), "bold"), f"  {victim} -> {promoted}", ("  cause: ", "dim"), found.cause or "unknown"
+        (stamp(found.time), "bold"), f"  {victim} -> {promoted}", ("  cause: ", "dim"), plain(found.cause or "unknown")
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("STEP")
     table.add_column("AFTER", justify="right")
     table.add_column("MEANING")
     for row in words.steps(found):
-        table.add_row(*row)
+        table.add_row(*map(_cell, row))
     foot = Text.assemble(("0 ms: ", "dim"), words.zero(found), ("\nclients: ", "dim"), words.silence(found))
     said = [Text(text) for text in (words.requests(found), words.stood_still(found)) if text]
     return Group(head, table, foot, *said)

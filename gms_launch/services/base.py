@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import http.client
-import re
 import shutil
 import ssl
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from gms_launch.errors import UsageError
+from gms_launch.printable import plain
 from gms_launch.process.lifecycle import Command
 from gms_launch.spool.output import Output
 from gms_launch.spool.reading import within
@@ -167,14 +167,6 @@ def excerpt(text: str, lines: int = 15) -> str:
     everything = plain(text).splitlines()
     shown = first_traceback(everything) or everything[-lines:]
     return "\n".join("  | " + line for line in shown) or "  | (the log is empty)"
-
-
-def plain(text: str) -> str:
-    """Without the control sequences by which engines colour their logs: a terminal may be told anything by them."""
-    return _CONTROL.sub("", text)
-
-
-_CONTROL = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\^_])")
 
 
 def first_traceback(lines: list[str], most: int = 40) -> list[str]:

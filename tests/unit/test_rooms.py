@@ -19,6 +19,7 @@ ROOMS: Mapping[str, str] = {
     "errors": "",
     "interpreter": "",
     "numbers": "",
+    "printable": "",
     "urls": "",
     "spool": "",  # one writer for all that is written for people, so it lies below whoever writes
     "process": "spool",
@@ -123,7 +124,7 @@ def test_no_room_imports_a_higher_one() -> None:
     for room, below in ROOMS.items():
         for other in below.split():
             assert order.index(other) < order.index(room), f"the table itself: {room} lies below {other}"
-    for_all = ["errors", "interpreter", "numbers", "urls"]
+    for_all = ["errors", "interpreter", "numbers", "printable", "urls"]
     allowed = {(room, other) for room, below in ROOMS.items() for other in [*below.split(), *for_all]}
     wrong = [line for pair, lines in arrows().items() if pair not in allowed for line in lines]
     assert wrong == []
