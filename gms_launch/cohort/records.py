@@ -64,8 +64,7 @@ class RunRecord(Record):
     then `engine_args_before` is the way back. A run that `failed` ends everywhere with that text and `exit_code`.
     That of a run of groups has `redundancy` once, when all of it was full for the first time; how they are, they say.
     Behind its `nnodes` come the ranks of `spares`.
-    A group has one too (`groups/<name>`), with the node rank of its `leader` and the `leases` under which its engines
-    are registered with Dynamo.
+    A group has one too (`groups/<name>`), with the node rank of its `leader`.
     """
 
     run: str
@@ -89,7 +88,6 @@ class RunRecord(Record):
     failed: str = ""
     exit_code: int = 0
     leader: int = 0
-    leases: tuple[int, ...] = ()
     spares: int = 0
     etcd: tuple[str, ...] = ()
 
@@ -183,7 +181,8 @@ class NodeRecord(Record):
     directories, or was lost there; `strays`: processes of dead lives that would not die; `internal_errors`: errors of
     the agent's own that the run outlived. `metrics` is where it serves them (host:port; empty: nowhere), `word_port`
     where it hears from other nodes (UDP; 0: nowhere). `alarms` are etcd's own, as the leader last heard of them.
-    `origin` is the node rank that its agent was started with (`SeatRecord`).
+    `origin` is the node rank that its agent was started with (`SeatRecord`). `leases` are those under which its engines
+    are registered with Dynamo, by group.
     """
 
     node_rank: int
@@ -219,6 +218,7 @@ class NodeRecord(Record):
     origin: int = -1
     etcd: str = ""
     frontend: str = ""
+    leases: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)

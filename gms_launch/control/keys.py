@@ -55,9 +55,9 @@ class Keys:
         """Whose a node rank of the run is."""
         return f"{self.seats}{node_rank}"
 
-    def dark_of(self, group: str) -> str:
-        """What the run's leader says of a group whose leading node is lost."""
-        return f"{self.dark}{group}"
+    def dark_of(self, group: str, node_rank: int) -> str:
+        """What the run's leader says of the engines that a group had on a lost node of the run."""
+        return f"{self.dark}{group}/{node_rank}"
 
     def cohort(self, cohort_id: int) -> str:
         return f"{self.desired}{cohort_id}"
@@ -132,7 +132,8 @@ class Share:
 def followed(run: Share, groups: Sequence[Share] = ()) -> list[Range]:
     """What one agent follows of its run: of groups its own alone, so that a failover costs what its group is large."""
     if not groups:
-        return [prefix(run.keys.prefix)] if run.leads else run.keys.followed(run.cohorts, run.speaks)
+        lost = prefix(run.keys.dark)
+        return [prefix(run.keys.prefix)] if run.leads else [*run.keys.followed(run.cohorts, run.speaks), lost]
     found = run.keys.over_all() if run.leads else run.keys.everywhere()
     for mine in groups:
         found += mine.keys.led() if mine.leads else mine.keys.followed(mine.cohorts, mine.speaks)

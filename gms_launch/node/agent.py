@@ -27,6 +27,7 @@ from gms_launch.errors import LaunchError, MovedError, UsageError, by_code
 from gms_launch.node import begin, end, lead, members, proof, quiet, upkeep
 from gms_launch.node.desk import Clerk
 from gms_launch.node.group import Group
+from gms_launch.node.losses import Losses
 from gms_launch.node.node import Node
 from gms_launch.node.orphans import Orphans
 from gms_launch.node.rank import Rank
@@ -63,7 +64,8 @@ class Agent:
         self.node = Node(layout, writer, on_progress, self._rank_event)
         self._on_change = on_change
         self._shown = 0.0
-        self._orphans = Orphans(self.node)
+        self._losses = Losses(self.node)
+        self._orphans = Orphans(self.node, self._losses)
         self._severing = Severing(self.node)
         self._clerk = Clerk(layout.run, self.node.near, self.node.report)
         self._takeover = Takeover(self.node)
@@ -71,7 +73,7 @@ class Agent:
 
     def _begin_to_lead(self) -> None:
         """What was seen when this agent led before, if it did, is long over."""
-        self._orphans.forget()
+        self._losses.forget()
         self._takeover = Takeover(self.node)
 
     async def run(self) -> None:
@@ -331,6 +333,7 @@ class Agent:
                 self._sum_up()
             self.node.report.ranks()
             self.node.report.targets()
+            self._look_at_losses()
         elif self.node.layout.may_lead:
             self.node.report.look()
         self._announce()
@@ -348,9 +351,6 @@ class Agent:
             group.report.run(redundancy=shot.records.value)
         if group.layout.group:
             group.report.ranks()
-            leases = group.ranks.discovery.leases
-            if group.mirror.run is not None and leases != group.mirror.run.leases:
-                group.report.run(leases=leases)
         group.teller.look(shot, group.confirmed, self.node.loop.time())
 
     def _follow_redundancy(self, group: Group) -> None:
@@ -377,7 +377,15 @@ class Agent:
         why, code = census.too_few(groups, number, self.node.settings.min_groups, self.node.ready.is_set())
         if why:
             self.node.fail(by_code(code, why))
-        if not self.node.stopping.is_set():
+
+    def _look_at_losses(self) -> None:
+        """What the run's leader does for nodes that are lost."""
+        run, several = self.node.mirror.run, self.node.layout.number_of_groups > 0
+        if self.node.stopping.is_set() or run is None:
+            return
+        groups = self.node.mirror.groups if several else {"": run}
+        self._losses.look(groups)
+        if several:
             self._orphans.look(groups)
 
     def _announce(self) -> None:

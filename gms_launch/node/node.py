@@ -350,6 +350,7 @@ class Node:
             "writing": self.report.places(),
             "internal_errors": self.report.errors,
             "metrics": self.exporter.address,
+            "leases": self._leases(),
         }
         for group in self.groups:
             part = {
@@ -365,6 +366,13 @@ class Node:
                 told = {} if wrong is None else {"failed": str(wrong), "exit_code": wrong.exit_code}
                 group.report.node(**(state | told), **part, force=force)
         self.report.node(**state, **own, force=force)
+
+    def _leases(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Under which its engines are registered, by group, where the run may outlive this node."""
+        if not self.layout.number_of_groups and not self.settings.hybrid:
+            return ()
+        found = ((g.layout.group, g.ranks.discovery.leases) for g in self.groups)
+        return tuple((name, leases) for name, leases in found if leases)
 
     def reap(self) -> None:
         """Collect what has died and is nobody else's: of dead ranks, and where we are a container's init, of all."""

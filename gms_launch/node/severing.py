@@ -11,7 +11,8 @@ import asyncio
 
 from gms_launch.cohort import dark
 from gms_launch.cohort.dark import DarkRecord
-from gms_launch.errors import LaunchError
+from gms_launch.cohort.records import NodeRecord, RecordError
+from gms_launch.errors import LaunchError, NoContactError
 from gms_launch.node.node import Node
 from gms_launch.numbers import numbered
 from gms_launch.process import listener
@@ -30,8 +31,8 @@ class Severing:
     def look(self) -> None:
         """Act once for each loss."""
         me, lost = self._me, self._lost()
-        for group in dark.news(self._known, lost, me.layout.home.address):
-            me.spawn(self._sever(group, lost[group]))
+        for key in dark.news(self._known, lost, me.layout.home.address):
+            me.spawn(self._sever(key, lost[key]))
         self._known = lost
 
     def _lost(self) -> dict[str, DarkRecord]:
@@ -44,7 +45,7 @@ class Severing:
             lost[""] = DarkRecord("node 0", me.layout.home.leader_address)
         return lost
 
-    async def _sever(self, group: str, lost: DarkRecord) -> None:
+    async def _sever(self, key: str, lost: DarkRecord) -> None:
         """Have the frontend send on what it asked of engines on a lost node, and what they were answering.
 
         Not before it has heard that the engine is gone: it would ask there again, on a new connection, and what waits
@@ -53,12 +54,23 @@ class Severing:
         me = self._me
         await asyncio.sleep(HEARD)
         pid = me.near.pid()
-        if not pid or self._lost().get(group) != lost:
+        if not pid or self._lost().get(key) != lost:
+            return
+        if key in me.mirror.dark and await asyncio.to_thread(self._is_back, lost):
             return
         try:
             count = await asyncio.to_thread(listener.sever, pid, lost.address)
         except (LaunchError, OSError) as exc:
-            me.report.emit("not_severed", detail=f"{exc}; answers that {lost.host} was giving hang", group=group)
+            me.report.emit("not_severed", detail=f"{exc}; answers that {lost.host} was giving hang", group=lost.group)
             return
         detail = f"{numbered(count, 'connection')} of the frontend with {lost.host} ({lost.address})"
-        me.report.emit("severed", detail=detail, group=group)
+        me.report.emit("severed", detail=detail, group=lost.group)
+
+    def _is_back(self, lost: DarkRecord) -> bool:
+        """Whether that node is there again, by etcd: what the leader says of it may be out of date. Blocks."""
+        link, key = self._me.report.link, self._me.mirror.keys.node(lost.node_rank)
+        try:
+            found = link.get(key) if link is not None else None
+            return dark.is_back(lost, NodeRecord.decode(found) if found is not None else None)
+        except (NoContactError, RecordError):
+            return False

@@ -34,16 +34,16 @@ class Hybrid(TwoNodes):
         keys = self.etcdctl("get", "v1/instances/", "--prefix", "--keys-only").split()
         return sorted({n for key in keys if "/generate/" in key and (n := dynamo_lease(key)) is not None})
 
-    def of_instance(self, instance: int, tokens: int) -> tuple[str, set[int]]:
-        """What one engine says, and who the frontend says that it was."""
-        more = {"backend_instance_id": instance, "extra_fields": ["worker_id"]}
-        asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "nvext": more}
-        url, headers = f"{self.run_file['frontend_url']}/v1/completions", {"content-type": "application/json"}
-        with urllib.request.urlopen(
-            urllib.request.Request(url, json.dumps(asked).encode(), headers), timeout=LONG
-        ) as got:
-            said = json.loads(got.read())
-        return said["choices"][0]["text"], set(said["nvext"]["worker_id"].values())
+
+def of_instance(url: str, instance: int, prompt: str, tokens: int) -> tuple[str, set[int]]:
+    """What one engine says, asked through the frontend at `url`, and who that says that it was."""
+    more = {"backend_instance_id": instance, "extra_fields": ["worker_id"]}
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "nvext": more}
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(asked).encode(), headers)
+    with urllib.request.urlopen(request, timeout=LONG) as got:
+        said = json.loads(got.read())
+    return said["choices"][0]["text"], set(said["nvext"]["worker_id"].values())
 
 
 class Watch:
@@ -111,7 +111,7 @@ def nobody_was_let_go_too_early(run: Hybrid) -> None:
 
 
 def test_both_nodes_serve_and_fail_over_together_whichever_rank_dies(text: str, hybrid: Hybrid) -> None:
-    run = hybrid
+    run, url = hybrid, hybrid.run_file["frontend_url"]
     for victim in (1, 0):
         shot = run.wait_full()
         primary = shot["primary"]
@@ -121,7 +121,9 @@ def test_both_nodes_serve_and_fail_over_together_whichever_rank_dies(text: str, 
         instances = eventually(lambda: found if len(found := run.instances()) == 2 else [], LONG, "two are registered")
         for instance in instances:
             # Dynamo 1.4's frontend asks another one in its place where it does not know that engine (yet).
-            said = eventually(lambda i=instance: found if (found := run.of_instance(i, 40))[1] == {i} else None, LONG)
+            said = eventually(
+                lambda i=instance: said if (said := of_instance(url, i, PROMPT, 40))[1] == {i} else None, LONG
+            )
             assert said[0] == text
         promoted = len(run.events("first_token"))
         with Watch(run) as watch, Load(run.run_file["frontend_url"], streams=4, unary=2, tokens=30) as load:

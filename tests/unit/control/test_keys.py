@@ -16,14 +16,15 @@ def test_keys_sort_by_time_and_leases_are_read() -> None:
     assert dynamo_lease("v1/instances/dynamo/backend/router-discovery/5b18a2") is None, "a frontend's own"
 
 
-def test_every_agent_of_a_run_of_groups_hears_which_nodes_are_lost() -> None:
+def test_every_agent_hears_which_nodes_are_lost() -> None:
     """Any of them may have a frontend, whatever else it follows."""
-    keys, lost = Keys("r"), DarkRecord("node3", "10.0.0.3", (7,))
+    keys, lost = Keys("r"), DarkRecord("node3", "10.0.0.3", (7,), 2, "b")
     for leads in (True, False):
         assert prefix(keys.dark) in followed(Share(keys, leads, 2), [Share(Keys("r", "a"), False, 2)])
     assert prefix(keys.dark) in keys.everywhere(), "a spare's agent"
+    assert prefix(keys.dark) in followed(Share(keys, False, 2)), "an agent of one engine alone, with its own frontend"
     mirror = Mirror("r")
-    mirror.apply(keys.dark_of("b"), lost.encode())
-    assert mirror.dark == {"b": lost}
-    mirror.apply(keys.dark_of("b"), None)
+    mirror.apply(keys.dark_of("b", 2), lost.encode())
+    assert mirror.dark == {"b/2": lost}
+    mirror.apply(keys.dark_of("b", 2), None)
     assert mirror.dark == {}

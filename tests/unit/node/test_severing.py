@@ -10,17 +10,20 @@ from typing import Any, cast
 import pytest
 
 from gms_launch.cohort.dark import DarkRecord
-from gms_launch.errors import LaunchError
+from gms_launch.cohort.records import NodeRecord
+from gms_launch.control.keys import Keys
+from gms_launch.errors import LaunchError, NoContactError
 from gms_launch.node.severing import Severing
 
-LOST = DarkRecord("node3", "10.0.0.3", (7,))
+LOST = DarkRecord("node3", "10.0.0.3", (7,), 2, "b")
+KEYS = Keys("r")
 
 
 class Agent:
     """An agent with a frontend, as far as that goes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, heard: float) -> None:
-        self.mirror = SimpleNamespace(dark={})
+        self.mirror = SimpleNamespace(dark={}, keys=KEYS)
         home = SimpleNamespace(address="10.0.0.2", leader_address="10.0.0.1")
         self.layout = SimpleNamespace(home=home, number_of_groups=2)
         self.loop = asyncio.get_running_loop()
@@ -29,7 +32,11 @@ class Agent:
         self.pid = 1
         self.near = SimpleNamespace(pid=lambda: self.pid)
         self.events: list[tuple[str, str, str]] = []
-        self.report = SimpleNamespace(emit=lambda kind, detail, group: self.events.append((kind, detail, group)))
+        self.store: dict[str, bytes] | None = {}
+        self.report = SimpleNamespace(
+            emit=lambda kind, detail, group: self.events.append((kind, detail, group)),
+            link=SimpleNamespace(get=self._get),
+        )
         self.severed: list[tuple[float, str]] = []
         self.refused = ""
         self.tasks: list[asyncio.Task[None]] = []
@@ -37,6 +44,11 @@ class Agent:
         self.severing = Severing(cast(Any, self))
         monkeypatch.setattr("gms_launch.node.severing.HEARD", heard)
         monkeypatch.setattr("gms_launch.process.listener.sever", self._sever)
+
+    def _get(self, key: str) -> bytes | None:
+        if self.store is None:
+            raise NoContactError("away")
+        return self.store.get(key)
 
     def _sever(self, pid: int, host: str) -> int:
         assert pid == 1
@@ -64,7 +76,9 @@ def test_once_for_each_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await me.looks(b=LOST, c=DarkRecord("node4", "10.0.0.4", (8,))) == ["10.0.0.4"]
         assert await me.looks() == [], "it is back"
         assert await me.looks(b=LOST) == ["10.0.0.3"], "and lost again"
-        assert await me.looks(b=DarkRecord("node3", "10.0.0.3", (9,))) == ["10.0.0.3"], "an engine more had ended"
+        assert await me.looks(b=DarkRecord("node3", "10.0.0.3", (9,), 2, "b")) == ["10.0.0.3"], (
+            "an engine more had ended"
+        )
         assert await me.looks(b=DarkRecord("node2", "10.0.0.2", (9,))) == [], "on this very node"
         me.pid = 0
         assert await me.looks(b=LOST) == [], "there is no frontend here"
@@ -92,6 +106,24 @@ def test_nothing_is_ended_of_a_node_that_is_back_by_then(monkeypatch: pytest.Mon
         me.mirror.dark = {"b": LOST}
         me.severing.look()
         assert await me.looks() == [] and not me.events
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("there", "ended"), [("10.0.0.3", []), ("10.0.0.9", ["10.0.0.3"]), ("", ["10.0.0.3"]), (None, ["10.0.0.3"])]
+)
+def test_nothing_is_ended_of_a_node_that_is_back_though_nobody_has_said_so_yet(
+    monkeypatch: pytest.MonkeyPatch, there: str | None, ended: list[str]
+) -> None:
+    """The leader's word may be late, and the node's connections are new ones: etcd is asked who has that node rank."""
+
+    async def scene() -> None:
+        me = Agent(monkeypatch, 0.0)
+        me.store = {KEYS.node(2): NodeRecord(2, "node3", there, "", 9, 9).encode()} if there else {}
+        if there is None:
+            me.store = None
+        assert await me.looks(b=LOST) == ended
 
     asyncio.run(scene())
 
