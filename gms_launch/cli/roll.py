@@ -79,7 +79,7 @@ def _until_restarted(directory: RunDir, door: Door, group: str, patience: float,
             )
         if shot.generation < wanted:
             raise LaunchError(_why_back(directory, group))
-        shadows = [c for c in shot.cohorts if c.phase is not Phase.ACTIVE]
+        shadows = [c for c in shot.cohorts if c.phase is not Phase.ACTIVE and not c.given_up]
         new = [c for c in shadows if c.generation >= wanted and c.phase is Phase.PARKED]
         if len(new) != done:
             done, last = len(new), time.monotonic()

@@ -262,7 +262,8 @@ def _answer(request: KillRequest, view: View, policy: Policy) -> list[Action]:
     else:
         refused += "no shadow is parked to take over; wait for redundancy full, or "
     if (not parked or view.gms_down) and not request.force:
-        return [Answer(request.uuid, False, refused + "use --force and accept an outage until a cold start")]
+        force = "--force" if request.cause == "kill-primary" else "`gms-launch kill-primary --force`"  # no other has it
+        return [Answer(request.uuid, False, f"{refused}use {force} and accept an outage until a cold start")]
     if request.to >= 0 and (why := _not_to(request.to, [c.cohort_id for c in parked], policy)):
         return [Answer(request.uuid, False, why)]
     done = Answer(request.uuid, True, "killed", target.cohort_id, target.incarnation)

@@ -56,6 +56,8 @@ def answer(request: RollRequest, view: View, memory: Memory, policy: Policy) -> 
         why = f"GMS on {', '.join(view.gms_down)} is gone, and no engine could start"
     elif memory.initial or not _calm(view):
         why = "a roll begins when one cohort serves and all others are parked; wait for redundancy full"
+    elif not any(s.phase is Phase.PARKED for s in view.slots.values()):
+        why = "every shadow is given up, and none would be started with the new arguments; see `gms-launch status`"
     if why:
         return [Answer(request.uuid, False, why)]
     return [Roll(request.engine_args), Answer(request.uuid, True, "the shadows are being restarted")]

@@ -411,6 +411,18 @@ def test_kill_primary_is_refused_without_a_shadow() -> None:
     assert isinstance(answer, Answer) and not answer.ok
 
 
+@pytest.mark.parametrize(
+    ("verb", "says"), [("kill-primary", "use --force"), ("switch-over", "use `gms-launch kill-primary --force`")]
+)
+def test_what_would_force_it_is_named_by_the_verb_that_has_it(verb: str, says: str) -> None:
+    asked = (KillRequest("u", "group", False, cause=verb),)
+    alone = view(slot(0, Phase.ACTIVE), slot(1, Phase.STARTING), confirmed=(0, 1), requests=asked)
+    parked = view(slot(0, Phase.ACTIVE), slot(1, Phase.PARKED), confirmed=(0, 1), requests=asked)
+    for seen in (alone, replace(parked, gms_down=("n0",))):
+        (answer,), _ = controller.decide(seen, RUNNING, POLICY, 0.0)
+        assert isinstance(answer, Answer) and not answer.ok and says in answer.detail
+
+
 @pytest.mark.parametrize("ttl", [2.0, 3.0, 5.0, 7.5, 20.0, 60.0])
 def test_who_is_cut_off_is_dead_before_the_others_go_on(ttl: float) -> None:
     # A cut of 80 % that begins just before a renewal, whose answer was then waited for, leaves several tries.

@@ -108,6 +108,17 @@ def test_a_roll_is_refused(seen: View, memory: Memory, policy: Policy, why: str)
     assert [a.ok for a in answers] == [False] and why in answers[0].detail
 
 
+def test_a_roll_is_refused_where_no_shadow_could_try_it_and_begins_where_one_can() -> None:
+    gone = {k: Slot(k, 5, False, True, FENCED, since=0.0) for k in (1, 2)}
+    alone = view(ACTIVE, PARKED, PARKED, requests=(ROLL,))
+    spent = Memory(initial=False, served=SERVED.served, best=SERVED.best, failures={1: (0.5,), 2: (0.5,)})
+    found, _ = controller.decide(replace(alone, slots={**alone.slots, **gone}), spent, LOCK, 1.0)
+    (answer,) = found
+    assert isinstance(answer, Answer) and not answer.ok and "every shadow is given up" in answer.detail
+    found, _ = controller.decide(replace(alone, slots={**alone.slots, 1: gone[1]}), spent, LOCK, 1.0)
+    assert any(isinstance(a, Roll) for a in found)
+
+
 def test_shadows_are_restarted_one_at_a_time_and_the_primary_never() -> None:
     found, _ = controller.decide(view(ACTIVE, PARKED, PARKED, generation=1), SERVED, LOCK, 1.0)
     assert [type(a) for a in found] == [Kill] and found[0].cohort_id == 1  # type: ignore[union-attr]
