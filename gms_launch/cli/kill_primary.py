@@ -88,10 +88,25 @@ def ask(
 
     Raises `RefusedError`, `DeadlineError` and `NoContactError`.
     """
+    somebody_decides(directory, door, group)
     result = answered(door, directory, command, min(timeout, 10.0), known, group)
     if not result.ok:
         raise RefusedError(result.detail)
     return result
+
+
+def somebody_decides(directory: RunDir, door: Door, group: str) -> None:
+    """Raise `RefusedError` for a group that is over, and `NoContactError` where the node that leads it is not here."""
+    if not group:
+        return
+    shot = look.of(look.read(directory, door)[1], group)
+    if shot.over:
+        raise RefusedError(f"group {group} is over, and nothing of it runs: {shot.over}")
+    if 0 in shot.missing:
+        raise NoContactError(
+            f"node {shot.leader}, which leads group {group}, is not here: not come yet, stopped, cut off or gone. "
+            "Nothing was asked for; `gms-launch status` says what is waited for"
+        )
 
 
 def answered(
@@ -103,9 +118,10 @@ def answered(
         try:
             while (result := errand.answer()) is None:
                 if time.monotonic() > deadline:
+                    whose, log = (f"group {group}'s", f"--group {group} agent") if group else ("the", "agent")
                     raise DeadlineError(
-                        f"the leader's agent did not answer within {wait:g} s: {errand.withdraw()}; "
-                        "its log may tell why (`gms-launch logs agent`)"
+                        f"{whose} leader's agent did not answer within {wait:g} s: {errand.withdraw()}; "
+                        f"its log may tell why (`gms-launch logs {log}`)"
                     )
                 time.sleep(POLL)  # a watch is not worth its set-up here
             if result.ok and known is not None:

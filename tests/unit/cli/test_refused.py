@@ -234,6 +234,36 @@ def test_a_plan_of_hosts_has_all_of_them(model: Path) -> None:
     assert code == 2 and "--hosts names 2 hosts, and nnodes is 3" in text
 
 
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [
+        ("", "the leader's agent did not answer within 0 s: withdrawn; its log may tell why (`gms-launch logs agent`)"),
+        (
+            "g2",
+            "group g2's leader's agent did not answer within 0 s: withdrawn; .* (`gms-launch logs --group g2 agent`)",
+        ),
+    ],
+)
+def test_the_log_of_an_agent_that_does_not_answer_is_that_of_who_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, says: str
+) -> None:
+    from gms_launch.cli import kill_primary
+    from gms_launch.cohort.records import CommandRecord
+    from gms_launch.control.access import Access
+    from gms_launch.control.door import Door
+    from gms_launch.control.errand import Errand
+    from gms_launch.errors import DeadlineError
+    from gms_launch.run.rundir import RunDir
+
+    monkeypatch.setattr(Errand, "__enter__", lambda self: self)
+    monkeypatch.setattr(Errand, "__exit__", lambda *_: None)
+    monkeypatch.setattr(Errand, "answer", lambda self: None)
+    monkeypatch.setattr(Errand, "withdraw", lambda self: "withdrawn")
+    command = CommandRecord("u", "kill", 1.0)
+    with pytest.raises(DeadlineError, match=says.replace("(", "[(]").replace(")", "[)]")):
+        kill_primary.answered(Door(Access(("x:1",))), RunDir(tmp_path), command, 0.0, None, group)
+
+
 @pytest.mark.parametrize("cause", ["kill-primary", "switch-over", "roll"])
 def test_the_verb_that_was_used_is_the_cause(cause: str) -> None:
     from gms_launch.cohort import controller
