@@ -61,6 +61,10 @@ class GmsWatch:
         with ThreadPoolExecutor(max(1, len(sockets))) as pool:
             return all(list(pool.map(asked, sockets)))
 
+    def newly_silent(self) -> list[str]:
+        """The sockets whose server was taken for gone by the last look: it is there and does not answer."""
+        return [f"gpu {self._first + k} {tag}" for (k, tag), n in list(self._silent.items()) if n == SILENT_LOOKS]
+
     def look(self) -> None:
         wanted = [(d, tag) for d in self.devices for tag in TAGS]
         with ThreadPoolExecutor(max(1, len(wanted))) as pool:  # one that is silent takes its 2 s
@@ -71,6 +75,8 @@ class GmsWatch:
     def lost(self, name: str) -> None:
         """A server (`gms-<device>[-<tag>]`) is gone: its sockets are down, without asking."""
         device = int(name.split("-")[1])
+        ended = {(g.device, g.tag): SILENT_LOOKS for g in self.status if g.device == device}
+        self._silent |= ended  # that it does not answer any more is no news
         self.status = tuple(
             GmsStatus(g.device, g.uuid, g.tag, DOWN)
             if g.device == device and (name.count("-") == 1 or name.endswith(g.tag))

@@ -22,7 +22,7 @@ from gms_launch.errors import LaunchError
 from gms_launch.node.canary import Canary
 from gms_launch.node.desk import Desk, Far, Near
 from gms_launch.node.gates import Gates
-from gms_launch.node.gms_watch import GmsWatch
+from gms_launch.node.gms_watch import SILENT_LOOKS, GmsWatch
 from gms_launch.node.rank import Rank
 from gms_launch.node.rankset import RankSet
 from gms_launch.node.reporter import Reporter
@@ -179,4 +179,16 @@ class Group:
 
     async def look_at_gms(self) -> None:
         await self.loop.run_in_executor(None, self.gms.look)
+        if (gone := self.gms.newly_silent()) and not (self.renewing or self.stopping.is_set()):
+            self.report.emit("gms_silent", detail=f"{', '.join(gone)}: no answer to {SILENT_LOOKS} looks in a row")
+            self.progress(f"GMS {', '.join(gone)} does not answer and is taken for gone: {self.without_gms}")
         self.wake.set()
+
+    @property
+    def without_gms(self) -> str:
+        """What follows from the loss of a GMS server here, for people."""
+        whose = f" --group {self.layout.group}" if self.layout.group else ""
+        return (
+            "engines go on with the memory that they have mapped, and no shadow can take over; "
+            f"`gms-launch kill-primary --force{whose}`, or the primary's next failure, starts the group cold"
+        )

@@ -317,11 +317,7 @@ class Node:
             self.progress(f"{name}: {event} {detail}".rstrip())
         if event == "exited" and (group := next((g for g in self.groups if g.layout.has_gms(name)), None)) is not None:
             group.gms.lost(name)
-            whose = f" --group {group.layout.group}" if group.layout.group else ""
-            self.progress(
-                f"{name} is gone: engines go on with the memory that they have mapped, and no shadow can take over; "
-                f"`gms-launch kill-primary --force{whose}`, or the primary's next failure, starts the group cold"
-            )
+            self.progress(f"{name} is gone: {group.without_gms}")
         if event == "failed":
             self.fail(LaunchError(f"{name} could not be brought back: {detail}"))
         self.wake.set()

@@ -40,6 +40,7 @@ LEVELS = {
             "lease_lost",
             "rolled_back",
             "gms_restart",
+            "gms_silent",
             "hook_failed",
             "hook_dropped",
             "port_taken",
