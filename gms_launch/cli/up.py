@@ -8,19 +8,21 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gms_launch import __version__, engines
 from gms_launch.cli import background, supervised
 from gms_launch.cli.reporters import Notify, Terminal
+from gms_launch.control.keys import Keys
 from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import LaunchError, RefusedError, UsageError
 from gms_launch.observe import snapshot, words
-from gms_launch.observe.stamp import Formatter
+from gms_launch.observe.stamp import Formatter, stamp
 from gms_launch.process import places, proc
-from gms_launch.run import credentials, dead, model, nodedir, outside, parts, ports, rundir, topology
+from gms_launch.run import contact, credentials, dead, model, nodedir, outside, parts, ports, rundir, topology
 from gms_launch.run.credentials import Credentials
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.plan import Layout
@@ -28,6 +30,7 @@ from gms_launch.run.rundir import RunDir, RunFile
 from gms_launch.run.topology import Topology
 from gms_launch.settings.declared import Settings
 from gms_launch.settings.resolve import checked
+from gms_launch.spool.reading import PATIENCE, within
 from gms_launch.spool.writer import LogHandler, Writer
 from gms_launch.urls import public
 
@@ -77,14 +80,41 @@ def _agent(layout: Layout, reservation: ports.Reservation, reporter: Notify | Te
             for text in parts.unseen(layout) if layout.settings.grouped else ():
                 reporter.progress(f"{text}; its own must have it")
             moved = run_agent(parts.with_groups(begun, reservation.free), reporter, until_eof)
+        again = False
         while moved:  # it has another node rank now
-            followed = follow(layout, reservation, reporter.progress)
-            moved = run_agent(parts.with_groups(followed, reservation.free), reporter, until_eof)
+            with _told(layout, again):
+                followed = parts.with_groups(follow(layout, reservation, reporter.progress), reservation.free)
+            moved, again = run_agent(followed, reporter, until_eof, again), True
     except LaunchError as exc:
         reporter.failed(exc)
         raise
     finally:
         reporter.close()
+
+
+@contextlib.contextmanager
+def _told(layout: Layout, again: bool) -> Iterator[None]:
+    """What keeps an agent that was there before (`again`) from its new place: nobody reads what `up` says by then, so
+    its log has it, and the run's leader makes it the event `node_refused`.
+    """
+    try:
+        yield
+    except LaunchError as exc:
+        if again:
+            place = layout.topology
+            text = f"{place.host} (agent {os.getpid()}), which was given node rank {place.node_rank}, ends: {exc}"
+            within(PATIENCE, lambda: _append(layout.log_dir / "agent.log", text), None)
+            with contextlib.suppress(LaunchError):
+                if (run := layout.run_dir.read()) is not None:
+                    with contextlib.closing(contact.door(layout.run_dir, run)) as door:
+                        who = f"{proc.boot_id()}-{os.getpid()}"
+                        door.put(Keys(layout.run).refusal(who), public(text).encode())
+        raise
+
+
+def _append(log: Path, text: str) -> None:
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"{stamp(time.time())} ERROR {public(text)}\n")
 
 
 def named(settings: Settings) -> Settings:
@@ -176,8 +206,8 @@ def follow(layout: Layout, reservation: ports.Reservation, progress: Callable[[s
     )
 
 
-def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> bool:
-    """Be the agent until the run ends, or until this node has another rank; says whether it has.
+def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool, again: bool = False) -> bool:
+    """Be the agent until the run ends, or until this node has another rank; says whether it has. `again`: it had one.
 
     Raises what ended it early.
     """
@@ -185,7 +215,8 @@ def run_agent(layout: Layout, reporter: Notify | Terminal, until_eof: bool) -> b
 
     record = run_file(layout)
     leader = layout.founds
-    _make_places(layout, record)
+    with _told(layout, again):
+        _make_places(layout, record)
     writer = Writer(layout.run_dir.path, layout.log_dir, layout.node_dir.path, layout.settings.log_max_mib * 2**20)
     agent_log = layout.run_dir.agent_log if leader else layout.log_dir / "agent.log"
     lines = LogHandler(writer.append, agent_log)

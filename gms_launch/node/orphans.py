@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
-from gms_launch.cohort import census, membership
+from gms_launch.cohort import census
 from gms_launch.cohort.model import Redundancy
 from gms_launch.cohort.records import RunRecord
 from gms_launch.control.keys import Keys
@@ -58,7 +58,7 @@ class Orphans:
         """Write down that a group is over, if its leading node is not there at that very moment."""
         me = self._me
         node = me.report.seen.get(record.leader)
-        who = membership.name(node) if node is not None else f"node {record.leader}"
+        who = f"node {record.leader}" + (f" ({node.host})" if node is not None else "")
         why = f"{who}, which leads it, was lost and did not come back within {me.settings.node_wait:g} s (node_wait)"
         ended = replace(record, failed=why, exit_code=DeadlineError.exit_code, redundancy=Redundancy.DOWN.value)
         keys, link = me.mirror.keys, me.report.link

@@ -6,6 +6,7 @@ Decides nothing, and starts nothing: the two agents find out from the records of
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from gms_launch.cohort import membership, seats
 from gms_launch.cohort.controller import NODE_GRACE
@@ -72,7 +73,8 @@ class Takeover:
 
     def _name(self, node_rank: int) -> str:
         node = self._me.mirror.nodes.get(node_rank) or self._me.report.seen.get(node_rank)
-        return membership.name(node) if node is not None else f"node {node_rank}"
+        # By the rank that it has now: a spare may be lost before it writes down its new one.
+        return membership.name(replace(node, node_rank=node_rank)) if node is not None else f"node {node_rank}"
 
     def _ask_slurm(self, now: float) -> None:
         """A node that Slurm calls down is not waited for."""

@@ -104,8 +104,9 @@ class NodeDir:
                 except BlockingIOError:
                     if time.monotonic() > deadline:
                         os.close(fd)
+                        run = self.path.name.partition("+")[0]
                         raise RefusedError(
-                            f"another agent of run {self.path.name} is on this node (it holds {self.path}/agent.lock)"
+                            f"another agent of run {run} is on this node (it holds {self.path}/agent.lock)"
                         ) from None
                 except FileNotFoundError:
                     pass

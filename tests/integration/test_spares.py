@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_groups import Grouped
-from tests.support import LONG, eventually, free_port, gms_launch, kill
+from tests.support import LONG, eventually, free_port, gms_launch, kill, stopped
 
 
 class Spared(Grouped):
     """Two groups of a node each, and a spare."""
 
     nodes = 3
+
+    def missing_of(self, group: str) -> list[int]:
+        return list(self.groups()[group]["missing_nodes"])
 
 
 @pytest.fixture
@@ -43,3 +46,20 @@ def test_a_spare_takes_the_place_of_the_node_that_leads_a_group(run: Spared) -> 
     assert run.lives("g0") == untouched
     done = gms_launch("status", "--run", run.run, env=run.env)
     assert "spare" in done.stdout, done.stdout
+
+
+def test_a_spare_that_finds_its_place_kept_says_so_and_who_leads_is_named_by_its_rank(run: Spared) -> None:
+    """The lost node's agent stands still on the same machine, and has the directory that the spare would have."""
+    run.full("g0", "g1")
+    spare = eventually(lambda: run.status()["spares"], LONG, "it is there")[0]["agent_pid"]
+    with stopped(run.agent_of(1)):
+        eventually(lambda: run.missing_of("g1") == [0], LONG, "its lease is over")
+        for verb in ("kill-primary", "switch-over", "roll"):
+            refused = run.cli(verb, "--group", "g1")
+            assert refused.returncode == 5 and "node 1, which leads group g1, is not here" in refused.stderr, refused
+        (told,) = eventually(lambda: run.events("node_refused"), LONG, "the spare could not begin")
+        assert f"(agent {spare})" in told["detail"] and f"another agent of run {run.run} is on this" in told["detail"]
+        assert told["detail"].partition("another")[2] in run.cli("logs", "--group", "g1", "agent").stdout
+    run.full("g1")
+    named = {e["detail"].partition("takes the place of ")[2].split(" (")[0] for e in run.events("spare_takes_over")}
+    assert named == {"node 1"}
