@@ -10,11 +10,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from gms_launch.engines.reference import meeting
+from gms_launch.engines.reference.args import EngineConfig
 from gms_launch.engines.reference.group import Leader, Peer
+from gms_launch.engines.reference.leader import _listen
 from gms_launch.engines.reference.meeting import Handshake
 
 SECRET = os.urandom(32)
@@ -141,3 +145,24 @@ def test_a_worker_does_not_believe_who_squats_its_leaders_port() -> None:
                     assert len(line.recv(4096)) == meeting.CALL
                     line.sendall(bytes(meeting.ANSWER))
                     assert line.recv(4096) == b"", "it has said nothing that is worth anything"
+
+
+def test_on_one_node_another_port_does_where_somebody_has_the_one_of_the_command_line() -> None:
+    """He can read it there before it is bound; the workers of other nodes have nothing else to go by."""
+
+    def config(port: int, several: bool) -> EngineConfig:
+        return cast(EngineConfig, SimpleNamespace(master_port=port, several_nodes=several))
+
+    async def scene() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as squatter:
+            taken = squatter.getsockname()[1]
+            leader = Leader(1, SECRET)
+            port = await _listen(leader, "127.0.0.1", config(taken, False))
+            assert port != taken
+            with Worker(port, 0):
+                await asyncio.wait_for(leader.everybody(), 60)
+            with pytest.raises(OSError, match="in use"):
+                await _listen(Leader(1, SECRET), "127.0.0.1", config(taken, True))
+        assert await _listen(Leader(1, SECRET), "127.0.0.1", config(taken, True)) == taken
+
+    asyncio.run(scene())

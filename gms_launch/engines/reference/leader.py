@@ -146,7 +146,7 @@ async def run(config: EngineConfig) -> None:
         group, port = Peer(config.workers + config.first_replica, config.meeting_secret), config.master_port
     else:
         group = Leader(config.workers, config.meeting_secret, config.replicas if config.hybrid else 0)
-        port = await group.listen(host, config.master_port)
+        port = await _listen(group, host, config)
     workers = Workers(config, host, port)
     kept = litter.leave() if config.knobs.litter else None
     watching = loop.create_task(_watch(workers, config.knobs.monitor_seconds))
@@ -215,6 +215,19 @@ async def run(config: EngineConfig) -> None:
     else:
         os.close(lock_fd)
     del kept
+
+
+async def _listen(group: Leader, host: str, config: EngineConfig) -> int:
+    """Open the master port; where it is taken and all workers are ours, any other does, and who has watched for the
+    number on our command line gains nothing. Raises `OSError`.
+    """
+    try:
+        return await group.listen(host, config.master_port)
+    except OSError as exc:
+        if config.several_nodes:
+            raise
+        log.warning("%s; the workers of this node meet at another port", exc)
+        return await group.listen(host, 0)
 
 
 def _registered_as(mode: str) -> tuple[Any, dict[str, Any]]:
