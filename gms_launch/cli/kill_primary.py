@@ -101,7 +101,7 @@ def somebody_decides(directory: RunDir, door: Door, group: str) -> None:
         return
     shot = look.of(look.read(directory, door)[1], group)
     if shot.over:
-        raise RefusedError(f"group {group} is over, and nothing of it runs: {shot.over}")
+        raise RefusedError(f"group {group} is over: {shot.over}")
     if 0 in shot.missing:
         raise NoContactError(
             f"node {shot.leader}, which leads group {group}, is not here: not come yet, stopped, cut off or gone. "

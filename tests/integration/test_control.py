@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import socket
@@ -462,6 +463,23 @@ def test_nobody_makes_himself_root_in_etcds_first_moments(secure: EtcdServer, au
         racer.join()
     assert added == [] and len(refused) > 1
     root.close()
+
+
+def test_a_stranger_at_a_port_of_the_runs_is_one_error_and_no_line_of_grpcs(secure: EtcdServer) -> None:
+    """As when the port of a member that has ended is another run's by now."""
+    ours = Authority.create()
+    leaf = ours.leaf("root", client=True)
+    eventually(secure.listens)
+    code = (
+        "import os, sys\nfrom gms_launch.control.access import Access\nfrom gms_launch.control.door import Door\n"
+        "from gms_launch.errors import NoContactError\ndoor = Door(Access((sys.argv[1],), *sys.argv[2:]), 2.0)\n"
+        "try:\n    door.get_prefix('/')\nexcept NoContactError:\n"
+        "    print('no contact', 'GRPC_VERBOSITY' in os.environ)\n"
+    )
+    argv = [sys.executable, "-c", code, secure.url, ours.cert, leaf.cert, leaf.key]
+    env = {k: v for k, v in os.environ.items() if k != "GRPC_VERBOSITY"}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False, env=env)
+    assert (done.stdout, done.stderr) == ("no contact False\n", "")
 
 
 def test_who_has_no_certificate_of_the_run_is_not_heard(secure: EtcdServer, authority: Authority) -> None:
