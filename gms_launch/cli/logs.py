@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
 
 from gms_launch.cli import which
 from gms_launch.cli.timeline import directory as find_directory
-from gms_launch.errors import UsageError
+from gms_launch.errors import LaunchError, UsageError
 from gms_launch.numbers import count, numbered
 from gms_launch.printable import coloured, plain
 
@@ -24,14 +25,18 @@ def main(component: str | None, run: str | None, group: str | None, follow: bool
     if run_file is not None and run_file.groups and not chosen and node is None and component is not None:
         # A group's log is where the group is.
         found |= {k: on_node(directory.logs, k)[k] for k in range(1, run_file.nnodes)}
+    whose = f"group {chosen} of run {directory.run}" if chosen else f"run {directory.run}"
     if component is None:
-        for name, path in sorted((name, path) for names in found.values() for name, path in names.items()):
+        rows = sorted((name, path) for names in found.values() for name, path in names.items())
+        if not rows:
+            of_node = f" of node {node}" if node is not None else ""
+            raise LaunchError(f"{whose} has no logs{of_node} in {directory.logs}")
+        for name, path in rows:
             print(f"{name}\t{path}")
         return
     logs = (names.get(component) or newest(names, component) for _, names in sorted(found.items()))
     log = next((path for path in logs if path is not None), None)
     if log is None:
-        whose = f"group {chosen} of run {directory.run}" if chosen else f"run {directory.run}"
         there = sorted({name for names in found.values() for name in names})
         where = f" on node {node or 0}" if node is not None or not (chosen or len(found) > 1) else ""
         which_one = "; say which group's with --group" if len(found) > 1 and not chosen else ""
@@ -78,12 +83,14 @@ def newest(names: dict[str, Path], component: str) -> Path | None:
 def _follow(log: Path, offset: int) -> None:
     while True:
         time.sleep(0.2)  # the log may be on a network file system, where nothing announces a change
-        size = log.stat().st_size
-        if size < offset:
-            offset = 0
-        with open(log, "rb") as file:
-            file.seek(offset)
-            data = file.read()
+        try:
+            with open(log, "rb") as file:
+                if os.fstat(file.fileno()).st_size < offset:
+                    offset = 0
+                file.seek(offset)
+                data = file.read()
+        except FileNotFoundError:
+            continue  # renamed as it was full, or the home is away: the next line makes it anew
         offset += len(data)
         added = data.decode(errors="replace")
         sys.stdout.write(_shown(added))

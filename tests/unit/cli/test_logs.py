@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gms_launch.cli import logs
-from gms_launch.errors import UsageError
+from gms_launch.errors import LaunchError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +61,33 @@ def test_a_name_that_each_group_has_takes_its_group() -> None:
 def test_a_node_that_there_is_not_is_told_how_many_there_are() -> None:
     with pytest.raises(UsageError, match="--node 3: run r1 has 3 nodes"):
         logs.main("agent", "r1", None, False, 0, 3)
+
+
+def test_no_logs_at_all_is_said(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"group b of run r1 has no logs of node 0 in .*/r1/logs"):
+        logs.main(None, "r1", "b", False, 0, 0)
+    (tmp_path / "home" / "r1" / "logs").rename(tmp_path / "away")
+    with pytest.raises(LaunchError, match=r"^run r1 has no logs in .*/r1/logs$"):
+        logs.main(None, "r1", None, False, 0, None)
+
+
+def test_a_log_that_is_followed_may_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between its renaming and the next line there is no file of that name."""
+    log = tmp_path / "home" / "r1" / "logs" / "agent.log"
+    happens = ["renamed", "written", "interrupted"]
+
+    def sleep(_: float) -> None:
+        what = happens.pop(0)
+        if what == "renamed":
+            log.rename(log.with_name("agent.log.1"))
+        elif what == "written":
+            log.write_text("new\n")
+        else:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gms_launch.cli.logs.time.sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        logs.main("agent", "r1", None, True, 0, None)
+    assert capsys.readouterr().out == "agent\nnew\n" and not happens
