@@ -10,7 +10,6 @@ Nothing else in the package imports etcd3 or grpc.
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import sys
 import threading
@@ -23,16 +22,9 @@ from gms_launch.control import etcd3_loader
 from gms_launch.control.access import Access, split_endpoint
 from gms_launch.errors import NoContactError, UsageError
 
-# What fails is an error here, and said once: gRPC's own lines go to the terminal, of ports that others have taken
-# meanwhile too. It reads the variable as it is loaded, and engines shall not inherit that.
-_said = os.environ.get("GRPC_VERBOSITY")
-os.environ["GRPC_VERBOSITY"] = _said or "NONE"
 etcd3 = etcd3_loader.load()
 
 import grpc  # noqa: E402 - after etcd3_loader, beside the only module that needs it
-
-if _said is None:
-    del os.environ["GRPC_VERBOSITY"]
 
 # Whoever waits for a stream's next message looks ten times a second whether it has come, so that a signal is heard in
 # the main thread. We wait in others, and are woken by what comes.

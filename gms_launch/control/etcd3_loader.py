@@ -11,12 +11,15 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import re
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+#: How much gRPC says on stderr.
+VERBOSITY = "GRPC_VERBOSITY"
 _MODULES = ("kv_pb2", "auth_pb2", "rpc_pb2")
 _LITERAL = re.compile(r"serialized_pb=(?:_b\()?(b?'(?:[^'\\]|\\.)*')")
 
@@ -25,7 +28,15 @@ def load() -> Any:
     """The `etcd3` package, ready to use. Raises `ImportError` when it is missing or is not the release we know."""
     if "etcd3" not in sys.modules:
         _rebuild_messages()
-    return importlib.import_module("etcd3")
+    # What fails is an error here, and said once: gRPC's own lines go to the terminal, of ports that others have taken
+    # meanwhile too. It reads the variable as it is loaded, and engines shall not inherit that.
+    said = os.environ.get(VERBOSITY)
+    os.environ[VERBOSITY] = said or "NONE"
+    try:
+        return importlib.import_module("etcd3")
+    finally:
+        if said is None:
+            del os.environ[VERBOSITY]
 
 
 def _rebuild_messages() -> None:
