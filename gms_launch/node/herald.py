@@ -111,11 +111,12 @@ class Herald:
         return tuple((a, p) for rank, a, p in record.peers if rank != me and p and (own is None or rank in own))
 
     def _leader(self) -> tuple[Peer, ...]:
-        """Who hears that this node's agent is dead: the run's leader, in a run of groups, ends what must not be asked
-        any more.
+        """Who hears that this node's agent is dead: the run's leader ends what must not be asked any more, in a run of
+        groups or where every node registers engines.
         """
         leader = self._mirror.lead.node_rank if self._mirror.lead is not None else 0
-        far = self._layout.number_of_groups and self._layout.topology.node_rank != leader
+        registers = self._layout.number_of_groups or self._layout.settings.hybrid
+        far = registers and self._layout.topology.node_rank != leader
         return tuple((a, p) for rank, a, p in self._mirror.peers.peers if far and rank == leader and p)
 
     def inform(self, living: dict[tuple[int, int], ProcessId]) -> None:

@@ -22,7 +22,7 @@ from tests.load import Load
 from tests.slurm.lab import Lab
 from tests.slurm.moving import routed
 from tests.slurm.test_groups import Groups
-from tests.support import LONG, PATIENCE, eventually
+from tests.support import LONG, PATIENCE, eventually, kill
 
 HYBRID = ("--virtual-gpus=2", "--dp=4", "--dp-lb=hybrid", "--activation=agent")
 FLAGS = (*HYBRID, "--lease-ttl=3", "--node-wait=300", f"--dynamo-lease-ttl={3 * LONG:g}")
@@ -115,8 +115,9 @@ def test_the_second_node_is_switched_off_and_nothing_waits_for_it(model: Path) -
             print(load.said(), {a.error[:160] for a in load.lost})
             assert load.lost and load.wrong == [], load.said()
             assert not any("Timeout" in a.error for a in load.lost), load.said()
+            severed = eventually(lambda: run.events("severed"), LONG, "its connections were ended")
             assert run.revoked() == before["node2"]
-            (lost,), severed = run.events("node_lost"), run.events("severed")
+            (lost,) = run.events("node_lost")
             assert max(e["time"] for e in run.events("lease_revoked")) - lost["time"] < PATIENCE
             assert [(e["node_rank"], "node2" in e["detail"]) for e in severed] == [(0, True)]
             assert run.dark() == [Keys(run.run).dark_of("", 1)]
@@ -130,6 +131,42 @@ def test_the_second_node_is_switched_off_and_nothing_waits_for_it(model: Path) -
             assert load.lost == [] and load.wrong == [], load.said()
             assert run.registered() == after and run.revoked() == before["node2"]
             assert not run.events("internal_error")
+
+
+@pytest.mark.slow
+def test_an_agent_that_was_cut_off_registers_anew_and_nothing_of_that_is_ended(model: Path) -> None:
+    """The same agent at the same address: what it had told before, and what was said of it, is not held against it."""
+    with Lab(2, slurm=False) as lab:
+        routed(lab)
+        with Spread(lab, model, *FLAGS, *OWN, **SLOW).hand() as run:
+            before, agent = run.serve_at("node1", "node2"), run.status()["nodes"][1]["agent_pid"]
+            lab.node("node2").cut()
+            eventually(lambda: not run.registered(), LONG, "neither node's engine is registered")
+            eventually(lambda: run.events("severed"), LONG, "nor is anything waited for there")
+            severed = run.events("severed")
+            lab.node("node2").join()
+            run.wait_full()
+            assert run.status()["nodes"][1]["agent_pid"] == agent, "the agent had stayed"
+            after = run.serve_at("node1", "node2")
+            eventually(lambda: run.dark() == [], LONG, "it is not lost any more")
+            with Load(run.run_file()["frontend_url"], streams=8, unary=4, tokens=20) as load:
+                nothing_is_severed_now(run, load, severed)
+            assert load.lost == [] and load.wrong == [], load.said()
+            assert run.registered() == after and run.revoked() == before["node2"]
+            assert not run.events("internal_error")
+
+
+@pytest.mark.slow
+def test_the_second_nodes_agent_is_killed_and_its_engine_is_forgotten_before_its_lease_is_over(model: Path) -> None:
+    """By its guard's word. Nobody holds what its engine was asked: the port is closed."""
+    with Lab(2, slurm=False) as lab:
+        routed(lab)
+        flags = ("--lease-ttl=100", "--node-wait=300", f"--dynamo-lease-ttl={3 * LONG:g}")
+        with Spread(lab, model, *HYBRID, *flags, *OWN).hand() as run:
+            before = run.serve_at("node1", "node2")
+            kill(run.agents()[1])
+            eventually(lambda: run.revoked() == before["node2"], LONG, "its engine is forgotten")
+            assert run.status()["missing_nodes"] == [], "its lease is not over"
 
 
 @pytest.mark.slow
