@@ -21,6 +21,8 @@ from gms_launch.numbers import numbered
 
 #: A node whose lease ended may be back with a new one at once, as after a restart of etcd (seconds).
 NODE_GRACE = 1.0
+#: Why a life is killed of which a rank has ended, where nothing says how.
+RANK_ENDED = "a rank ended"
 
 
 def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list[Action], Memory]:
@@ -53,7 +55,7 @@ def decide(view: View, memory: Memory, policy: Policy, now: float) -> tuple[list
             if memory.initial:
                 actions.append(Abort(cohort_id, slot.incarnation, slot.exit or "it ended while it was starting"))
                 return actions, memory
-            actions.append(Kill(cohort_id, slot.incarnation, slot.exit or "a rank ended"))
+            actions.append(Kill(cohort_id, slot.incarnation, slot.exit or RANK_ENDED))
         elif slot.running and (why := view.hung.get((cohort_id, slot.incarnation))):
             actions.append(Kill(cohort_id, slot.incarnation, why))
         elif slot.running and (late := _too_late(slot, view, policy, now)):

@@ -9,12 +9,13 @@ import asyncio
 import os
 import shlex
 import uuid
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NoReturn
 
 from gms_launch.cohort import actions, controller, membership
 from gms_launch.cohort.model import ENDED, Redundancy
-from gms_launch.cohort.records import CommandRecord, CommandResult, DesiredCohort, Wanted
+from gms_launch.cohort.records import CommandRecord, CommandResult, DesiredCohort, RankRecord, Wanted
 from gms_launch.cohort.view import KillRequest, Memory, Policy, Request, RollRequest, Slot, View
 from gms_launch.engines.base import LOOPBACK
 from gms_launch.errors import DeadlineError, LaunchError, by_code
@@ -61,7 +62,7 @@ def view(me: Group, now: float, heard_since: float = 0.0) -> View:
             given_up=c.given_up,
             phase=c.phase,
             since=me.sightings.since(c.cohort_id, c.incarnation, c.phase, now),
-            exit=next((r.exit for r in c.ranks if r.exit), ""),
+            exit=ended_by(desired, c.ranks),
             leftovers=tuple(pid for r in c.ranks for pid in r.leftovers),
             generation=desired.generation,
         )
@@ -98,6 +99,13 @@ def view(me: Group, now: float, heard_since: float = 0.0) -> View:
         generation=shot.generation,
         rolling=shot.rolling,
     )
+
+
+def ended_by(desired: DesiredCohort, ranks: Iterable[RankRecord]) -> str:
+    """How a life ended, for people: what it was killed for, where it was, and not the signal that we sent it."""
+    said = next((r.exit for r in ranks if r.exit), "")
+    for_what = desired.why if desired.wanted is Wanted.DEAD and desired.why != controller.RANK_ENDED else ""
+    return for_what or said
 
 
 def _request(command: CommandRecord) -> Request:
