@@ -208,7 +208,7 @@ def test_scancel_of_the_batch_job_stops_in_order(lab: Lab, model: Path) -> None:
     run = LabRun(lab, model)
     number = submit(run)
     try:
-        eventually(lambda: [e for e in run.events("redundancy") if e["detail"] == "full"], LONG)
+        eventually(lambda: run.output().count("ready: ") == len(run.nodes), LONG, "all agents know that it is full")
         lab.run(["scancel", number])
         run.wait_gone()
         stopped_in_order(run)
