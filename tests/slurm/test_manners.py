@@ -27,8 +27,14 @@ def stopped_in_order(run: LabRun) -> None:
     eventually(lambda: run.left() == {})
 
 
+def all_know(run: LabRun) -> None:
+    """Wait until each agent has heard that redundancy is full: one that is stopped before says so, as its end."""
+    eventually(lambda: run.output().count("ready: ") >= len(run.nodes), LONG)
+
+
 def test_scancel_stops_in_order_within_kill_wait(lab: Lab, model: Path) -> None:
     with LabRun(lab, model) as run:
+        all_know(run)
         assert lab.run(["scancel", run.job()]).returncode == 0
         run.wait_gone()
         stopped_in_order(run)  # which whatever Slurm kills when KillWait is over is not
@@ -47,6 +53,7 @@ def test_the_agent_behind_an_entry_point(lab: Lab, model: Path, tmp_path: Path) 
     run = LabRun(lab, model)
     run.srun(command=[str(entry), *run.up()])
     with run:
+        all_know(run)
         lab.run(["scancel", run.job()])
         run.wait_gone()
         stopped_in_order(run)
@@ -92,6 +99,7 @@ def test_after_a_kill_without_notice_the_epilog_leaves_nothing(swept_lab: Lab, m
 
 def test_a_kill_of_the_job_is_a_cancellation_to_slurm(lab: Lab, model: Path) -> None:
     with LabRun(lab, model) as run:
+        all_know(run)
         lab.run(["scancel", "-s", "KILL", run.job()])
         run.wait_gone()
         stopped_in_order(run)
@@ -208,7 +216,7 @@ def test_scancel_of_the_batch_job_stops_in_order(lab: Lab, model: Path) -> None:
     run = LabRun(lab, model)
     number = submit(run)
     try:
-        eventually(lambda: run.output().count("ready: ") == len(run.nodes), LONG, "all agents know that it is full")
+        all_know(run)
         lab.run(["scancel", number])
         run.wait_gone()
         stopped_in_order(run)
