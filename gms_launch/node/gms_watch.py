@@ -74,14 +74,11 @@ class GmsWatch:
 
     def lost(self, name: str) -> None:
         """A server (`gms-<device>[-<tag>]`) is gone: its sockets are down, without asking."""
-        device = int(name.split("-")[1])
-        ended = {(g.device, g.tag): SILENT_LOOKS for g in self.status if g.device == device}
-        self._silent |= ended  # that it does not answer any more is no news
+        device, whole = int(name.split("-")[1]), name.count("-") == 1
+        ended = {(g.device, g.tag) for g in self.status if g.device == device and (whole or name.endswith(g.tag))}
+        self._silent |= dict.fromkeys(ended, SILENT_LOOKS + 1)  # that it does not answer any more is no news
         self.status = tuple(
-            GmsStatus(g.device, g.uuid, g.tag, DOWN)
-            if g.device == device and (name.count("-") == 1 or name.endswith(g.tag))
-            else g
-            for g in self.status
+            GmsStatus(g.device, g.uuid, g.tag, DOWN) if (g.device, g.tag) in ended else g for g in self.status
         )
 
     def _ask(self, device: Device, tag: str) -> GmsStatus:
