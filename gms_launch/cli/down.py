@@ -21,6 +21,7 @@ from gms_launch.control.keys import Keys
 from gms_launch.errors import DeadlineError, LaunchError, NoContactError
 from gms_launch.numbers import numbered
 from gms_launch.process import lifecycle, proc, strays
+from gms_launch.process.forked import fork
 from gms_launch.run import contact, rundir
 from gms_launch.run.nodedir import NodeDir
 from gms_launch.run.rundir import NodeEnd, RunDir, RunFile
@@ -144,7 +145,7 @@ def recorded(directory: RunDir, end: RunFile) -> str:
     In a process of its own: when the home hangs, that may be there for as long as the home does, and we are not.
     """
     reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
+    if (child := fork()) == 0:
         wrong = ""
         try:
             os.setsid()

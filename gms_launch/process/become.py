@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from gms_launch.process import proc
+from gms_launch.process.forked import fork
 
 #: What a child may take of memory beyond what its parent had: a user may have made millions of names (bytes of address
 #: space).
@@ -112,7 +113,7 @@ def _fork(owner: Owner, work: Callable[[], str]) -> Child:
     parent = os.getpid()
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
-        pid = os.fork()
+        pid = fork()
     except OSError:
         os.close(reader)
         os.close(writer)

@@ -19,6 +19,7 @@ import msgspec
 from gms_launch.control.access import Access
 from gms_launch.control.authority import Authority, Leaf
 from gms_launch.errors import LaunchError
+from gms_launch.process.forked import fork
 
 
 class Use(NamedTuple):
@@ -99,7 +100,7 @@ def make(hosts: Sequence[str], external: Pem | None = None) -> Credentials:
     other threads run. Raises `LaunchError`.
     """
     reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
+    if (child := fork()) == 0:
         try:
             os.close(reader)
             with os.fdopen(writer, "w") as pipe:

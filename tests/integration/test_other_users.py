@@ -7,6 +7,7 @@ All in mount and pid namespaces of their own, so that root's sweep finds what th
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import mmap
 import os
@@ -291,6 +292,29 @@ def test_what_is_done_for_a_user_is_done_by_a_process_that_is_that_user_for_good
     assert said[second].wrong == "given up after 20 s", "one who does not answer keeps nobody waiting"
     assert "was killed" in said[third].wrong
     assert os.getuid() == 0
+
+
+def test_what_the_parent_has_thrown_away_is_not_ended_by_the_child() -> None:
+    parent, other = os.getpid(), Owner(random.randrange(30000, 60000), 65534)
+
+    class Thrown:
+        """As a channel of gRPC's that nobody has any more: its end needs the threads that it was made with."""
+
+        def __init__(self) -> None:
+            self.ring = self
+
+        def __del__(self) -> None:
+            if os.getpid() != parent:
+                os.abort()
+
+    gc.disable()
+    try:
+        Thrown()
+        said = become.each([other], lambda: f"{gc.collect()} {gc.isenabled()}", LONG)
+        assert not gc.isenabled(), "as it was"
+    finally:
+        gc.enable()
+    assert said[other].wrong == "" and said[other].text.endswith(" True")
 
 
 # -- other verbs, and directories ------------------------------------------------------------------------------------
