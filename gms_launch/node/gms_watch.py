@@ -73,8 +73,9 @@ class GmsWatch:
             self.gpus = tuple(_gpu(g) for g in gpus.look() if g.uuid in self.gpu_uuids)
 
     def lost(self, name: str) -> None:
-        """A server (`gms-<device>[-<tag>]`) is gone: its sockets are down, without asking."""
-        device, whole = int(name.split("-")[1]), name.count("-") == 1
+        """A server (`[<group>.]gms-<device>[-<tag>]`) is gone: its sockets are down, without asking."""
+        own = name.rpartition(".")[2]  # a group's name may have a dash too
+        device, whole = int(own.split("-")[1]), own.count("-") == 1
         ended = {(g.device, g.tag) for g in self.status if g.device == device and (whole or name.endswith(g.tag))}
         self._silent |= dict.fromkeys(ended, SILENT_LOOKS + 1)  # that it does not answer any more is no news
         self.status = tuple(
